@@ -1,0 +1,99 @@
+# kivi. Two commands: `make run` and `make test`. `make help` lists the rest.
+# BUILD=dir and SAN=address|undefined|thread give separate, instrumented trees; CC=clang works too.
+SHELL := /bin/bash
+.DEFAULT_GOAL := all
+
+PREFIX ?= /usr/local
+BUILD ?= build
+VERSION := $(shell sed -n 's/^\#define KIVI_VERSION "\(.*\)"/\1/p' include/kivi.h)
+SAN ?=
+DEBUG ?= 0
+
+WARN := -Wall -Wextra -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wmissing-prototypes -Werror
+# -ffp-contract=off and no fast-math anywhere: the same bytes on every machine (DESIGN.md 6).
+CFLAGS_BASE := -std=c17 -D_GNU_SOURCE -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off -pthread -MMD -MP
+ifneq ($(SAN),)
+CFLAGS_BASE += -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all -DKI_DEBUG=1
+LDFLAGS += -fsanitize=$(SAN)
+else ifeq ($(DEBUG),1)
+CFLAGS_BASE += -DKI_DEBUG=1
+else
+CFLAGS_BASE += -DNDEBUG
+endif
+INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine
+PKGS := jansson libpcre2-8 libcrypto
+PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
+PKG_LIBS = $(shell pkg-config --libs $(PKGS))
+LIBS = $(PKG_LIBS) -lm
+
+# The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
+LIB_SRC := $(wildcard src/*/*.c)
+CORE_SRC := $(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)
+PROG_SRC := $(wildcard programs/*.c)
+LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
+CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
+PROG_OBJ := $(PROG_SRC:%.c=$(BUILD)/%.o)
+CHECK_SRC := $(wildcard tests/check/*.c)
+CHECK_OBJ := $(CHECK_SRC:%.c=$(BUILD)/%.o)
+TEST_SRC := $(wildcard tests/test_*.c)
+TEST_BIN := $(TEST_SRC:tests/%.c=$(BUILD)/%)
+
+# Flags of an instruction set stand on single files only; everything else is baseline x86-64.
+$(BUILD)/src/kernel/isa_avx2.o: ISA := -mavx2 -mfma -mf16c -O3
+$(BUILD)/src/kernel/isa_avx512.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -O3 -mprefer-vector-width=512
+$(BUILD)/src/kernel/isa_avx512vnni.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -O3 -mprefer-vector-width=512
+$(BUILD)/src/kernel/isa_scalar.o: ISA := -O3
+
+.PHONY: all run test lint install uninstall clean help bench fuzz deps FORCE
+all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
+
+$(BUILD)/%.o: %.c $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) $(WARN) $(INC) $(PKG_CFLAGS) $(ISA) $(CFLAGS) -c $< -o $@
+
+$(BUILD)/libkivi.a: $(LIB_OBJ)
+	@rm -f $@
+	$(AR) rcs $@ $^
+$(BUILD)/libkivi.so: $(LIB_OBJ)
+	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+$(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+# One static program without libraries, to be carried to any x86 machine.
+$(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
+	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
+$(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ -lcmocka $(LIBS) -pthread
+$(BUILD)/kivi.pc: Makefile FORCE
+	@mkdir -p $(@D)
+	@printf 'prefix=%s\nlibdir=$${prefix}/lib\nincludedir=$${prefix}/include\n\nName: kivi\nDescription: language models with a 2-bit key/value cache\nVersion: %s\nRequires.private: $(PKGS)\nLibs: -L$${libdir} -lkivi\nLibs.private: -lm -pthread\nCflags: -I$${includedir}\n' '$(PREFIX)' '$(VERSION)' > $@
+
+# A change of compiler or flags rebuilds everything.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS)' > $@
+
+run: ; @tools/run.sh
+test: ; @tools/test.sh
+lint: ; @python3 tools/lint.py
+deps: ; @tools/deps.sh build
+
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
+	install -m 644 include/kivi.h include/kivi_cache.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
+	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
+	ln -sf libkivi.so.0 $(DESTDIR)$(PREFIX)/lib/libkivi.so
+	install -m 644 $(BUILD)/kivi.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache}.h $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
+clean: ; rm -rf $(BUILD)
+help:
+	@echo 'make run      install what is missing, build, fetch the small model, generate'
+	@echo 'make test     everything; one closing line'
+	@echo 'make          build only            make lint   style rules'
+	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
+
+tests: $(TEST_BIN)
+-include $(LIB_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
