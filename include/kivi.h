@@ -73,6 +73,7 @@ extern "C" {
     X(DEVICE, "device error")                                                                                          \
     X(FULL, "no free pages")                                                                                           \
     X(CANCELLED, "cancelled")                                                                                          \
+    X(NUMERIC, "not a finite number")                                                                                  \
     X(INTERNAL, "internal error")
 
 typedef enum kivi_status {

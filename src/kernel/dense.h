@@ -1,0 +1,76 @@
+/* dense.h: weights times activations, and the small steps between them.
+ *
+ * A matrix [n_rows][n_cols] is kept in tiles of 16 rows, so that 16 outputs stand in the lanes of a vector and no sum
+ * crosses lanes. Within a tile columns come in order:
+ *
+ *     F32 F16 BF16   [col][16 rows]
+ *     Q4_0 Q4_1 Q8_0, per 32 columns:
+ *         d      [16] f16                      Q4_1: then m [16] f16
+ *         codes  Q4: 4 x [16 rows][4 bytes]    low nibbles: columns 4j..4j+3, high nibbles: columns 16+4j..
+ *                Q8: 8 x [16 rows][4 bytes]    code + 128
+ *
+ * so that 64 bytes are one operand of an integer dot product whose other side is four activations, broadcast. The file
+ * formats' values: Q4_0 d (c - 8), Q4_1 d c + m, Q8_0 d c. Sizes stay those of the file.
+ *
+ * Quantized matrices multiply activations of 8 bits: per 32 columns one float32 scale, largest |x| / 127. Block by block
+ *     acc = fma((float)(integer sum), d * dx, acc)     Q4_1: acc = fma(m, dx * sum of x, acc)
+ * in column order: each output is one chain, whatever the tile sizes, so results repeat on every machine and batch. */
+#ifndef KI_DENSE_H
+#define KI_DENSE_H
+#include "base.h"
+
+enum { KI_TILE_ROWS = 16, KI_BLOCK_COLS = 32 };
+
+typedef enum ki_weight {
+    KI_WEIGHT_F32,
+    KI_WEIGHT_F16,
+    KI_WEIGHT_BF16,
+    KI_WEIGHT_Q4_0,
+    KI_WEIGHT_Q4_1,
+    KI_WEIGHT_Q8_0,
+    KI_WEIGHT_COUNT
+} ki_weight;
+
+typedef struct ki_matrix {
+    ki_weight type;
+    uint32_t n_rows, n_cols; /* n_cols % 16 == 0, % 32 for quantized types */
+    uint8_t *tiles;          /* ki_matrix_bytes() bytes; rows past n_rows are zero */
+} ki_matrix;
+
+bool ki_weight_is_quantized(ki_weight type);
+/* Bytes of a matrix in memory; false on overflow. */
+bool ki_matrix_bytes(size_t *out, ki_weight type, uint32_t n_rows, uint32_t n_cols);
+/* Fills tiles [first_tile, end_tile) from rows in the file's order (rows one after the other). */
+void ki_matrix_pack(ki_matrix *matrix, const uint8_t *file_rows, uint32_t first_tile, uint32_t end_tile);
+/* One row as float32 [n_cols]. */
+void ki_matrix_row(float *out, const ki_matrix *matrix, uint32_t row);
+
+/* Rows of activations as a matrix product reads them. */
+typedef struct ki_activations {
+    uint32_t n_cols;
+    const float *x;      /* [rows][n_cols] f32 */
+    int8_t *codes;       /* [rows][n_cols] */
+    float *scales;       /* [rows][n_cols / 32] */
+    int32_t *sums;       /* [rows][n_cols / 32]: of the codes */
+} ki_activations;
+
+typedef struct ki_dense_kernels {
+    /* Row `row` of a from a->x. */
+    void (*quantize_row)(ki_activations *a, size_t row);
+    /* out[r][tile rows] for tiles [first_tile, end_tile) and activation rows [0, n_rows): out is [n_rows][out_stride],
+     * its columns the matrix rows. Quantized types read a->codes, scales and sums, the others a->x. */
+    void (*matmul)(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile, uint32_t end_tile,
+                   const ki_activations *a, size_t n_rows);
+    /* out = x / sqrt(mean(x^2) + eps) * weight; [n], n % 16 == 0 */
+    void (*rms_norm)(float *out, const float *x, const float *weight, uint32_t n, float eps);
+    /* Rotates pairs (j, j + D/2) of one head x [D] by cos and sin [D/2]; D % 32 == 0 or the last lanes are scalar. */
+    void (*rope)(float *x, const float *cos, const float *sin, uint32_t head_dim);
+    /* out = silu(gate) * up = gate / (1 + e^-gate) * up; [n] */
+    void (*silu_mul)(float *out, const float *gate, const float *up, uint32_t n);
+    void (*add)(float *x, const float *y, uint32_t n); /* x += y */
+    void (*scale)(float *out, const float *x, float factor, uint32_t n);
+    /* out = e^x, [n], n % 16 == 0: for tests of the shared exponential */
+    void (*exp)(float *out, const float *x, uint32_t n);
+} ki_dense_kernels;
+
+#endif

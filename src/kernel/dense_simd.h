@@ -1,0 +1,174 @@
+/* dense_simd.h: dense.h over sixteen lanes. Included once by each isa_<name>.c. */
+#include "dense.h"
+#include "simd.h"
+
+#if defined(__AVX512F__)
+enum { ROW_BLOCK = 8 }; /* activation rows that share an unpacked weight: 8 sums, 8 accumulators, 8 codes in registers */
+#else
+enum { ROW_BLOCK = 4 };
+#endif
+
+static void quantize_row_simd(ki_activations *a, size_t row) {
+    const float *x = a->x + row * a->n_cols;
+    int8_t *codes = a->codes + row * a->n_cols;
+    size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
+    for (size_t b = 0; b < n_blocks; b++, x += 32, codes += 32) {
+        vf lo = vf_load(x), hi = vf_load(x + 16);
+        float largest = vf_max(vf_max2(vf_abs(lo), vf_abs(hi)));
+        bool tiny = !(largest > 1e-30f); /* 127 / largest must stay finite */
+        vf inverse = vf_set(tiny ? 0.0f : 127.0f / largest);
+        vi qlo = vf_to_vi(vf_mul(lo, inverse)), qhi = vf_to_vi(vf_mul(hi, inverse));
+        vi_store_i8(codes, qlo);
+        vi_store_i8(codes + 16, qhi);
+        int32_t lanes[16], sum = 0;
+        vi_store(lanes, vi_add(qlo, qhi));
+        for (int i = 0; i < 16; i++) sum += lanes[i];
+        a->scales[row * n_blocks + b] = tiny ? 0.0f : largest / 127.0f;
+        a->sums[row * n_blocks + b] = sum;
+    }
+}
+
+/* The eight operands of one 32-column block: columns 4k..4k+3 of 16 rows each. */
+KI_INLINE void unpack_block(vb *w, const uint8_t *codes, ki_weight type) {
+    if (type == KI_WEIGHT_Q8_0) {
+        for (int k = 0; k < 8; k++) w[k] = vb_load(codes + k * 64);
+        return;
+    }
+    for (int k = 0; k < 4; k++) {
+        vi v = vb_load(codes + k * 64);
+        w[k] = vi_and(v, vi_set(0x0f0f0f0f));
+        w[k + 4] = vi_and(vi_shr(v, 4), vi_set(0x0f0f0f0f));
+    }
+}
+
+/* One tile times n <= ROW_BLOCK rows of activations, from row r0 on. */
+KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type, const ki_activations *a,
+                           size_t r0, unsigned n) {
+    unsigned n_heads = type == KI_WEIGHT_Q4_1 ? 2 : 1, code_bytes = type == KI_WEIGHT_Q8_0 ? 512 : 256;
+    size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
+    const int8_t *x[ROW_BLOCK];
+    vf acc[ROW_BLOCK];
+    for (unsigned i = 0; i < n; i++) {
+        x[i] = a->codes + (r0 + i) * a->n_cols;
+        acc[i] = vf_set(0.0f);
+    }
+    for (size_t b = 0; b < n_blocks; b++) {
+        vf d = vf_load_f16((const uint16_t *)tile), m = vf_set(0.0f);
+        if (type == KI_WEIGHT_Q4_1) m = vf_load_f16((const uint16_t *)tile + 16);
+        vb w[8];
+        unpack_block(w, tile + n_heads * 32, type);
+        tile += n_heads * 32 + code_bytes;
+        for (unsigned i = 0; i < n; i++) {
+            vi sum = vi_set(0);
+            for (int k = 0; k < 8; k++) {
+                vb v = vi_set_bytes(x[i] + b * 32 + (size_t)k * 4);
+                sum = type == KI_WEIGHT_Q8_0 ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
+            }
+            size_t at = (r0 + i) * n_blocks + b;
+            float dx = a->scales[at];
+            int32_t sx = a->sums[at];
+            if (type == KI_WEIGHT_Q8_0) sum = vi_sub(sum, vi_set(128 * sx));
+            if (type == KI_WEIGHT_Q4_0) sum = vi_sub(sum, vi_set(8 * sx));
+            acc[i] = vf_fma(vf_from_vi(sum), vf_mul(d, vf_set(dx)), acc[i]);
+            if (type == KI_WEIGHT_Q4_1) acc[i] = vf_fma(m, vf_set(dx * (float)sx), acc[i]);
+        }
+    }
+    for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
+}
+
+KI_INLINE vf load_plain(const uint8_t *p, ki_weight type) {
+    if (type == KI_WEIGHT_F32) return vf_load((const float *)p);
+    if (type == KI_WEIGHT_F16) return vf_load_f16((const uint16_t *)p);
+    return vf_load_bf16((const uint16_t *)p);
+}
+
+KI_INLINE void matmul_plain_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
+                                 const ki_activations *a, size_t r0, unsigned n) {
+    unsigned col_bytes = type == KI_WEIGHT_F32 ? 64 : 32;
+    vf acc[ROW_BLOCK];
+    for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
+    for (uint32_t c = 0; c < a->n_cols; c++) {
+        vf w = load_plain(tile + (size_t)c * col_bytes, type);
+        for (unsigned i = 0; i < n; i++) acc[i] = vf_fma(vf_set(a->x[(r0 + i) * a->n_cols + c]), w, acc[i]);
+    }
+    for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
+}
+
+/* Every (type, rows) pair becomes its own loop: both are constants here. */
+KI_INLINE void matmul_rows(float *out, size_t out_stride, const uint8_t *tile, ki_weight type, bool plain,
+                           const ki_activations *a, size_t n_rows) {
+    size_t r = 0;
+    for (; r + ROW_BLOCK <= n_rows; r += ROW_BLOCK)
+        plain ? matmul_plain_tile(out, out_stride, tile, type, a, r, ROW_BLOCK)
+              : matmul_tile(out, out_stride, tile, type, a, r, ROW_BLOCK);
+    for (; r + 2 <= n_rows; r += 2)
+        plain ? matmul_plain_tile(out, out_stride, tile, type, a, r, 2)
+              : matmul_tile(out, out_stride, tile, type, a, r, 2);
+    for (; r < n_rows; r++)
+        plain ? matmul_plain_tile(out, out_stride, tile, type, a, r, 1)
+              : matmul_tile(out, out_stride, tile, type, a, r, 1);
+}
+
+#define MATMUL_TYPE(name, type, plain)                                                             \
+    static void matmul_##name(float *out, size_t stride, const uint8_t *tile, const ki_activations *a, size_t n) {  \
+        matmul_rows(out, stride, tile, type, plain, a, n);                                         \
+    }
+MATMUL_TYPE(f32, KI_WEIGHT_F32, true)
+MATMUL_TYPE(f16, KI_WEIGHT_F16, true)
+MATMUL_TYPE(bf16, KI_WEIGHT_BF16, true)
+MATMUL_TYPE(q4_0, KI_WEIGHT_Q4_0, false)
+MATMUL_TYPE(q4_1, KI_WEIGHT_Q4_1, false)
+MATMUL_TYPE(q8_0, KI_WEIGHT_Q8_0, false)
+
+static void matmul_simd(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile,
+                        uint32_t end_tile, const ki_activations *a, size_t n_rows) {
+    static void (*const of_type[KI_WEIGHT_COUNT])(float *, size_t, const uint8_t *, const ki_activations *, size_t) = {
+        [KI_WEIGHT_F32] = matmul_f32,   [KI_WEIGHT_F16] = matmul_f16,   [KI_WEIGHT_BF16] = matmul_bf16,
+        [KI_WEIGHT_Q4_0] = matmul_q4_0, [KI_WEIGHT_Q4_1] = matmul_q4_1, [KI_WEIGHT_Q8_0] = matmul_q8_0,
+    };
+    size_t all_bytes = 0;
+    ki_matrix_bytes(&all_bytes, matrix->type, KI_TILE_ROWS, matrix->n_cols);
+    for (uint32_t t = first_tile; t < end_tile; t++)
+        of_type[matrix->type](out + (size_t)t * KI_TILE_ROWS, out_stride, matrix->tiles + t * all_bytes, a, n_rows);
+}
+
+static void rms_norm_simd(float *out, const float *x, const float *weight, uint32_t n, float eps) {
+    vf squares = vf_set(0.0f);
+    for (uint32_t i = 0; i < n; i += 16) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+    vf factor = vf_set(1.0f / sqrtf(vf_sum(squares) / (float)n + eps));
+    for (uint32_t i = 0; i < n; i += 16)
+        vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), factor), vf_load(weight + i)));
+}
+
+static void rope_simd(float *x, const float *cosine, const float *sine, uint32_t head_dim) {
+    uint32_t half = head_dim / 2, j = 0;
+    for (; j + 16 <= half; j += 16) {
+        vf a = vf_load(x + j), b = vf_load(x + half + j), c = vf_load(cosine + j), s = vf_load(sine + j);
+        vf_store(x + j, vf_sub(vf_mul(a, c), vf_mul(b, s)));
+        vf_store(x + half + j, vf_add(vf_mul(b, c), vf_mul(a, s)));
+    }
+    for (; j < half; j++) {
+        float a = x[j], b = x[half + j];
+        x[j] = a * cosine[j] - b * sine[j];
+        x[half + j] = b * cosine[j] + a * sine[j];
+    }
+}
+
+static void silu_mul_simd(float *out, const float *gate, const float *up, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += 16) {
+        vf g = vf_load(gate + i), e = vf_exp(vf_sub(vf_set(0.0f), g));
+        vf_store(out + i, vf_mul(vf_div(g, vf_add(vf_set(1.0f), e)), vf_load(up + i)));
+    }
+}
+
+static void add_simd(float *x, const float *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += 16) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y + i)));
+}
+
+static void scale_simd(float *out, const float *x, float factor, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += 16) vf_store(out + i, vf_mul(vf_load(x + i), vf_set(factor)));
+}
+
+static void exp_simd(float *out, const float *x, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += 16) vf_store(out + i, vf_exp(vf_load(x + i)));
+}

@@ -1,0 +1,342 @@
+/* simd.h: sixteen virtual lanes, the same on every machine.
+ *
+ * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set maps them to its
+ * registers (AVX-512: one; AVX2: two halves; scalar: loops), and every operation here gives the same bits on all of
+ * them: lanes never mix except in vf_sum and vf_max, whose trees are fixed. So a kernel's result cannot depend on the
+ * machine. This header is included once per instruction set by isa_<name>.c and stays inside that file.
+ *
+ * vf f32 lanes   vi i32 lanes   vb bytes (an i32 lane holds 4 neighbours) */
+#ifndef KI_SIMD_H
+#define KI_SIMD_H
+#include "base.h"
+
+#include <math.h>
+
+#define KI_INLINE static inline __attribute__((always_inline, unused))
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb;
+
+KI_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+KI_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+KI_INLINE vf vf_set(float x) { return _mm512_set1_ps(x); }
+KI_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+KI_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+KI_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+KI_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+KI_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+KI_INLINE vf vf_min2(vf a, vf b) { return _mm512_min_ps(a, b); }
+KI_INLINE vf vf_max2(vf a, vf b) { return _mm512_max_ps(a, b); }
+KI_INLINE vf vf_rint(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_NEQ_UQ), value);
+}
+KI_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+/* The smallest float16 >= a, for a >= 0. */
+KI_INLINE void vf_store_f16_up(uint16_t *p, vf a) {
+    __m256i h = _mm512_cvtps_ph(a, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256((__m256i *)p, h);
+}
+KI_INLINE vf vf_load_bf16(const uint16_t *p) {
+    __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
+KI_INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
+KI_INLINE vi vf_to_vi(vf a) { return _mm512_cvtps_epi32(a); }
+KI_INLINE vf vf_from_bits(vi a) { return _mm512_castsi512_ps(a); }
+
+KI_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+KI_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+KI_INLINE void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+KI_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+KI_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+KI_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+KI_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+KI_INLINE vi vi_shl(vi a, unsigned n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
+KI_INLINE vi vi_shr(vi a, unsigned n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128((int)n)); } /* logical */
+KI_INLINE vi vi_sar(vi a, unsigned n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128((int)n)); }
+KI_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+
+KI_INLINE vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
+KI_INLINE void vb_store(void *p, vb a) { _mm512_storeu_si512(p, a); }
+KI_INLINE vb vb_xor(vb a, vb b) { return _mm512_xor_si512(a, b); }
+KI_INLINE vi dot_pairs_add(vi acc, __m512i pairs) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#if defined(__AVX512VNNI__)
+KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
+KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
+#else
+KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return dot_pairs_add(acc, _mm512_maddubs_epi16(u, s)); }
+KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
+    __m512i low = _mm512_and_si512(u, _mm512_set1_epi8(0x7f));
+    __m512i top = _mm512_and_si512(_mm512_srli_epi16(u, 7), _mm512_set1_epi8(1));
+    acc = dot_pairs_add(acc, _mm512_maddubs_epi16(low, s));
+    __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(top, s), _mm512_set1_epi16(1));
+    return _mm512_add_epi32(acc, _mm512_slli_epi32(high, 7));
+}
+#endif
+KI_INLINE float vf_sum(vf a) {
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+KI_INLINE float vf_max(vf a) {
+    __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+KI_INLINE float fma1(float a, float b, float c) {
+    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+}
+
+#elif defined(__AVX2__)
+#include <immintrin.h>
+typedef struct vf { __m256 lo, hi; } vf;
+typedef struct vi { __m256i lo, hi; } vi;
+typedef vi vb;
+#define VF2(expr_lo, expr_hi) ((vf){(expr_lo), (expr_hi)})
+#define VI2(expr_lo, expr_hi) ((vi){(expr_lo), (expr_hi)})
+
+KI_INLINE vf vf_load(const float *p) { return VF2(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+KI_INLINE void vf_store(float *p, vf a) {
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + 8, a.hi);
+}
+KI_INLINE vf vf_set(float x) { return VF2(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
+KI_INLINE vf vf_add(vf a, vf b) { return VF2(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_sub(vf a, vf b) { return VF2(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_mul(vf a, vf b) { return VF2(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_div(vf a, vf b) { return VF2(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_fma(vf a, vf b, vf c) {
+    return VF2(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
+}
+KI_INLINE vf vf_min2(vf a, vf b) { return VF2(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_max2(vf a, vf b) { return VF2(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
+#define KI_NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+KI_INLINE vf vf_rint(vf a) { return VF2(_mm256_round_ps(a.lo, KI_NEAREST), _mm256_round_ps(a.hi, KI_NEAREST)); }
+KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
+    __m256 z = _mm256_setzero_ps();
+    return VF2(_mm256_and_ps(value.lo, _mm256_cmp_ps(test.lo, z, _CMP_NEQ_UQ)),
+               _mm256_and_ps(value.hi, _mm256_cmp_ps(test.hi, z, _CMP_NEQ_UQ)));
+}
+KI_INLINE vf vf_load_f16(const uint16_t *p) {
+    return VF2(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+               _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
+}
+KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, KI_NEAREST));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, KI_NEAREST));
+}
+/* The smallest float16 >= a, for a >= 0. */
+KI_INLINE void vf_store_f16_up(uint16_t *p, vf a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+}
+KI_INLINE vf vf_load_bf16(const uint16_t *p) {
+    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return VF2(_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16)));
+}
+KI_INLINE vf vf_from_vi(vi a) { return VF2(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }
+KI_INLINE vi vf_to_vi(vf a) { return VI2(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)); }
+KI_INLINE vf vf_from_bits(vi a) { return VF2(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)); }
+
+KI_INLINE vi vi_set(int32_t x) { return VI2(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+KI_INLINE vi vi_load(const int32_t *p) {
+    return VI2(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8)));
+}
+KI_INLINE void vi_store(int32_t *p, vi a) {
+    _mm256_storeu_si256((__m256i *)p, a.lo);
+    _mm256_storeu_si256((__m256i *)(p + 8), a.hi);
+}
+KI_INLINE vi vi_add(vi a, vi b) { return VI2(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+KI_INLINE vi vi_sub(vi a, vi b) { return VI2(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
+KI_INLINE vi vi_and(vi a, vi b) { return VI2(_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)); }
+KI_INLINE vi vi_or(vi a, vi b) { return VI2(_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)); }
+KI_INLINE vi vi_shl(vi a, unsigned n) {
+    __m128i c = _mm_cvtsi32_si128((int)n);
+    return VI2(_mm256_sll_epi32(a.lo, c), _mm256_sll_epi32(a.hi, c));
+}
+KI_INLINE vi vi_shr(vi a, unsigned n) { /* logical */
+    __m128i c = _mm_cvtsi32_si128((int)n);
+    return VI2(_mm256_srl_epi32(a.lo, c), _mm256_srl_epi32(a.hi, c));
+}
+KI_INLINE vi vi_sar(vi a, unsigned n) {
+    __m128i c = _mm_cvtsi32_si128((int)n);
+    return VI2(_mm256_sra_epi32(a.lo, c), _mm256_sra_epi32(a.hi, c));
+}
+KI_INLINE void vi_store_i8(int8_t *p, vi a) {
+    __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+KI_INLINE vb vb_load(const void *p) { return vi_load(p); }
+KI_INLINE void vb_store(void *p, vb a) { vi_store(p, a); }
+KI_INLINE vb vb_xor(vb a, vb b) { return VI2(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)); }
+KI_INLINE __m256i dot_half_u7(__m256i acc, __m256i u, __m256i s) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+/* maddubs saturates at int16: bytes of 128 and more go in two parts, 7 bits and the top one. */
+KI_INLINE __m256i dot_half_u8(__m256i acc, __m256i u, __m256i s) {
+    __m256i top = _mm256_and_si256(_mm256_srli_epi16(u, 7), _mm256_set1_epi8(1));
+    __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, s), _mm256_set1_epi16(1));
+    acc = dot_half_u7(acc, _mm256_and_si256(u, _mm256_set1_epi8(0x7f)), s);
+    return _mm256_add_epi32(acc, _mm256_slli_epi32(high, 7));
+}
+KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) {
+    return VI2(dot_half_u7(acc.lo, u.lo, s.lo), dot_half_u7(acc.hi, u.hi, s.hi));
+}
+KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
+    return VI2(dot_half_u8(acc.lo, u.lo, s.lo), dot_half_u8(acc.hi, u.hi, s.hi));
+}
+KI_INLINE float vf_sum(vf a) {
+    __m256 b = _mm256_add_ps(a.lo, a.hi);
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+KI_INLINE float vf_max(vf a) {
+    __m256 b = _mm256_max_ps(a.lo, a.hi);
+    __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+KI_INLINE float fma1(float a, float b, float c) {
+    return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
+}
+
+#else /* scalar: the definition */
+typedef struct vf { float v[16]; } vf;
+typedef struct vi { int32_t v[16]; } vi;
+typedef vi vb;
+#define KI_LANES(type, expression)                                                                 \
+    type r;                                                                                        \
+    for (int i = 0; i < 16; i++) r.v[i] = (expression);                                            \
+    return r
+
+KI_INLINE vf vf_load(const float *p) { KI_LANES(vf, p[i]); }
+KI_INLINE void vf_store(float *p, vf a) { memcpy(p, a.v, 64); }
+KI_INLINE vf vf_set(float x) { KI_LANES(vf, x); }
+KI_INLINE vf vf_add(vf a, vf b) { KI_LANES(vf, a.v[i] + b.v[i]); }
+KI_INLINE vf vf_sub(vf a, vf b) { KI_LANES(vf, a.v[i] - b.v[i]); }
+KI_INLINE vf vf_mul(vf a, vf b) { KI_LANES(vf, a.v[i] * b.v[i]); }
+KI_INLINE vf vf_div(vf a, vf b) { KI_LANES(vf, a.v[i] / b.v[i]); }
+KI_INLINE vf vf_fma(vf a, vf b, vf c) { KI_LANES(vf, fmaf(a.v[i], b.v[i], c.v[i])); }
+/* As the x86 instructions: the second operand when they are equal or one is NaN. */
+KI_INLINE vf vf_min2(vf a, vf b) { KI_LANES(vf, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+KI_INLINE vf vf_max2(vf a, vf b) { KI_LANES(vf, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+/* Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even; |a| < 2^22 here or integer. */
+KI_INLINE float rint1(float x) {
+    if (!(fabsf(x) < 4194304.0f)) return rintf(x);
+    volatile float shifted = x + 12582912.0f;
+    return copysignf(shifted - 12582912.0f, x);
+}
+KI_INLINE vf vf_rint(vf a) { KI_LANES(vf, rint1(a.v[i])); }
+KI_INLINE vf vf_zero_where_zero(vf value, vf test) { KI_LANES(vf, test.v[i] != 0 ? value.v[i] : 0.0f); }
+KI_INLINE vf vf_load_f16(const uint16_t *p) { KI_LANES(vf, ki_f16_to_f32(p[i])); }
+KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
+    for (int i = 0; i < 16; i++) p[i] = ki_f32_to_f16(a.v[i]);
+}
+/* The smallest float16 >= a, for a >= 0: the next bit pattern is the next number. */
+KI_INLINE void vf_store_f16_up(uint16_t *p, vf a) {
+    for (int i = 0; i < 16; i++) {
+        uint16_t h = ki_f32_to_f16(a.v[i]);
+        p[i] = ki_f16_to_f32(h) < a.v[i] ? (uint16_t)(h + 1) : h;
+    }
+}
+KI_INLINE vf vf_load_bf16(const uint16_t *p) { KI_LANES(vf, ki_bf16_to_f32(p[i])); }
+KI_INLINE vf vf_from_vi(vi a) { KI_LANES(vf, (float)a.v[i]); }
+KI_INLINE vi vf_to_vi(vf a) { KI_LANES(vi, (int32_t)rint1(a.v[i])); }
+KI_INLINE vf vf_from_bits(vi a) {
+    vf r;
+    memcpy(&r, &a, 64);
+    return r;
+}
+KI_INLINE vi vi_set(int32_t x) { KI_LANES(vi, x); }
+KI_INLINE vi vi_load(const int32_t *p) {
+    vi r;
+    memcpy(&r, p, 64);
+    return r;
+}
+KI_INLINE void vi_store(int32_t *p, vi a) { memcpy(p, &a, 64); }
+KI_INLINE vi vi_add(vi a, vi b) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+KI_INLINE vi vi_sub(vi a, vi b) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
+KI_INLINE vi vi_and(vi a, vi b) { KI_LANES(vi, a.v[i] & b.v[i]); }
+KI_INLINE vi vi_or(vi a, vi b) { KI_LANES(vi, a.v[i] | b.v[i]); }
+KI_INLINE vi vi_shl(vi a, unsigned n) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] << n)); }
+KI_INLINE vi vi_shr(vi a, unsigned n) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] >> n)); } /* logical */
+KI_INLINE vi vi_sar(vi a, unsigned n) { KI_LANES(vi, a.v[i] >> n); }
+KI_INLINE void vi_store_i8(int8_t *p, vi a) {
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i];
+}
+KI_INLINE vb vb_load(const void *p) { return vi_load(p); }
+KI_INLINE void vb_store(void *p, vb a) { vi_store(p, a); }
+KI_INLINE vb vb_xor(vb a, vb b) { KI_LANES(vi, a.v[i] ^ b.v[i]); }
+KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
+    uint8_t ub[64];
+    int8_t sb[64];
+    memcpy(ub, &u, 64);
+    memcpy(sb, &s, 64);
+    for (int i = 0; i < 16; i++)
+        acc.v[i] += ub[4 * i] * sb[4 * i] + ub[4 * i + 1] * sb[4 * i + 1] + ub[4 * i + 2] * sb[4 * i + 2] +
+                    ub[4 * i + 3] * sb[4 * i + 3];
+    return acc;
+}
+KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return vi_dot_u8(acc, u, s); }
+KI_INLINE float vf_sum(vf a) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a.v[i] += a.v[i + n];
+    return a.v[0];
+}
+KI_INLINE float vf_max(vf a) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
+    return a.v[0];
+}
+KI_INLINE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
+#endif
+
+/* ---- built from the above, so alike everywhere ---- */
+
+KI_INLINE vf vf_abs(vf a) { return vf_max2(a, vf_sub(vf_set(0.0f), a)); }
+KI_INLINE vi vi_set_bytes(const int8_t *four) {
+    int32_t w;
+    memcpy(&w, four, 4);
+    return vi_set(w);
+}
+
+/* e^x for x <= 0 (softmax) and moderate x > 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6 polynomial for e^r (Taylor
+ * coefficients; remainder r^7/5040 < 1.2e-7 relative), times 2^n put into the exponent. Below -87 it gives 0, so that
+ * a masked score of -inf weighs nothing; above 88 it stops at e^88. */
+KI_INLINE vf vf_exp(vf x) {
+    vf c = vf_min2(vf_max2(x, vf_set(-87.0f)), vf_set(88.0f));
+    vf n = vf_rint(vf_mul(c, vf_set(1.44269504f)));
+    vf r = vf_fma(n, vf_set(-0.693359375f), c);      /* ln 2 in two parts: the first has few bits, */
+    r = vf_fma(n, vf_set(2.12194440e-4f), r);        /* so n times it is exact */
+    vf p = vf_set(1.0f / 720);
+    p = vf_fma(p, r, vf_set(1.0f / 120));
+    p = vf_fma(p, r, vf_set(1.0f / 24));
+    p = vf_fma(p, r, vf_set(1.0f / 6));
+    p = vf_fma(p, r, vf_set(0.5f));
+    p = vf_fma(p, r, vf_set(1.0f));
+    p = vf_fma(p, r, vf_set(1.0f));
+    vi power = vi_shl(vi_add(vf_to_vi(n), vi_set(127)), 23);
+    vf e = vf_mul(p, vf_from_bits(power));
+    /* max(x + 87, 0) is 0 exactly where x <= -87 */
+    return vf_zero_where_zero(e, vf_max2(vf_add(x, vf_set(87.0f)), vf_set(0.0f)));
+}
+KI_INLINE float exp1(float x) {
+    float lanes[16];
+    vf_store(lanes, vf_exp(vf_set(x)));
+    return lanes[0];
+}
+
+#endif

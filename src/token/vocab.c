@@ -1,0 +1,245 @@
+/* vocab.c: the tables of a vocabulary. Everything it is made from came out of a file. */
+#include "token_private.h"
+
+#include <stdlib.h>
+
+static kivi_status make(void *out, ki_vocab *vocab, size_t count, size_t item_bytes,
+                        kivi_error *err) {
+    void *block;
+    KI_TRY(ki_alloc_array(&block, vocab->mem, KI_TAG_other, count, item_bytes, err));
+    memcpy(out, &block, sizeof block); /* any object pointer; they are all alike here */
+    return KIVI_OK;
+}
+
+static ki_span token_text(const ki_vocab *vocab, size_t id) {
+    size_t begin = vocab->offsets[id];
+    return (ki_span){vocab->text + begin, vocab->offsets[id + 1] - begin};
+}
+
+/* ---- text to id: open addressing, FNV-1a ---- */
+
+static uint64_t hash_more(uint64_t h, ki_span s) {
+    for (size_t i = 0; i < s.n_bytes; i++) h = (h ^ (unsigned char)s.bytes[i]) * 0x100000001b3u;
+    return h;
+}
+
+static bool equals_joined(ki_span s, ki_span left, ki_span right) {
+    return s.n_bytes == left.n_bytes + right.n_bytes &&
+           (!left.n_bytes || !memcmp(s.bytes, left.bytes, left.n_bytes)) &&
+           (!right.n_bytes || !memcmp(s.bytes + left.n_bytes, right.bytes, right.n_bytes));
+}
+
+/* The slot of the token spelled left then right, or the free one where it would be. Two parts, so
+ * that the result of a merge is looked up without being built. */
+static uint32_t *text_slot(const ki_vocab *vocab, ki_span left, ki_span right) {
+    uint64_t h = hash_more(hash_more(0xcbf29ce484222325u, left), right);
+    size_t at = (size_t)(h ^ h >> 32) & vocab->slot_mask;
+    for (; vocab->slots[at]; at = (at + 1) & vocab->slot_mask)
+        if (equals_joined(token_text(vocab, vocab->slots[at] - 1), left, right)) break;
+    return &vocab->slots[at];
+}
+
+static int32_t find_joined(const ki_vocab *vocab, ki_span left, ki_span right) {
+    return (int32_t)*text_slot(vocab, left, right) - 1;
+}
+
+int32_t ki_vocab_find(const ki_vocab *vocab, ki_span text) {
+    return find_joined(vocab, text, (ki_span){0});
+}
+
+/* ---- creation, in the order in which the parts need each other ---- */
+
+static kivi_status check_id(const ki_vocab_spec *spec, const char *name, int64_t id, bool is_added,
+                            kivi_error *err) {
+    if (id < -1 || id >= (int64_t)spec->n_tokens)
+        return KI_FAIL(err, FORMAT, "vocabulary: %s id %lld, expected 0 to %zu or none", name,
+                       (long long)id, spec->n_tokens - 1);
+    if (is_added && id < 0)
+        return KI_FAIL(err, FORMAT, "vocabulary: %s is to be added but has no id", name);
+    return KIVI_OK;
+}
+
+static kivi_status check_spec(const ki_vocab_spec *spec, kivi_error *err) {
+    if (!spec->model || !spec->pre || !spec->tokens || (spec->n_merges && !spec->merges))
+        return KI_FAIL(err, ARG, "vocabulary: model, pre, tokens or merges is NULL");
+    if (strcmp(spec->model, "gpt2"))
+        return KI_FAIL(err, UNSUPPORTED, "vocabulary: model \"%.64s\", known: gpt2", spec->model);
+    if (spec->n_tokens < 1 || spec->n_tokens > INT32_MAX || spec->n_merges >= KI_NO_RANK)
+        return KI_FAIL(err, FORMAT, "vocabulary: %zu tokens, %zu merges, expected 1 to 2^31-1",
+                       spec->n_tokens, spec->n_merges);
+    KI_TRY(check_id(spec, "bos", spec->bos_id, spec->add_bos, err));
+    KI_TRY(check_id(spec, "eos", spec->eos_id, spec->add_eos, err));
+    return check_id(spec, "unknown", spec->unk_id, false, err);
+}
+
+static kivi_status copy_tokens(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
+    size_t total = 0;
+    KI_TRY(make(&vocab->offsets, vocab, spec->n_tokens + 1, sizeof *vocab->offsets, err));
+    for (size_t i = 0; i < spec->n_tokens; i++) {
+        if (!ki_add(&total, total, spec->tokens[i].n_bytes))
+            return KI_FAIL(err, FORMAT, "vocabulary: token %zu: the total length overflows", i);
+        vocab->offsets[i + 1] = total;
+    }
+    KI_TRY(make(&vocab->text, vocab, total, 1, err));
+    for (size_t i = 0; i < spec->n_tokens; i++)
+        if (spec->tokens[i].n_bytes)
+            memcpy(vocab->text + vocab->offsets[i], spec->tokens[i].bytes, spec->tokens[i].n_bytes);
+    return KIVI_OK;
+}
+
+static kivi_status copy_types(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
+    KI_TRY(make(&vocab->types, vocab, spec->n_tokens, 1, err));
+    for (size_t i = 0; i < spec->n_tokens; i++) {
+        int32_t type = spec->types ? spec->types[i] : KI_TOKEN_NORMAL;
+        if (type < 0 || type > KI_TOKEN_BYTE)
+            return KI_FAIL(err, FORMAT, "vocabulary: token %zu: type %d, expected 0 to 6", i, type);
+        vocab->types[i] = (uint8_t)type;
+    }
+    return KIVI_OK;
+}
+
+static kivi_status index_texts(ki_vocab *vocab, kivi_error *err) {
+    size_t n_slots = 16;
+    while (n_slots / 2 <= vocab->n_tokens) n_slots *= 2; /* at most half full: misses are common */
+    KI_TRY(make(&vocab->slots, vocab, n_slots, sizeof *vocab->slots, err));
+    vocab->slot_mask = n_slots - 1;
+    for (size_t i = 0; i < vocab->n_tokens; i++) {
+        uint32_t *slot = text_slot(vocab, token_text(vocab, i), (ki_span){0});
+        if (!*slot) *slot = (uint32_t)(i + 1); /* a second token of this text is never found */
+    }
+    return KIVI_OK;
+}
+
+/* Vocabularies without all 256 bytes exist: SmolLM2 lacks 21. */
+static void index_bytes(ki_vocab *vocab) {
+    for (unsigned byte = 0; byte < 256; byte++) {
+        unsigned char spelled[2];
+        uint32_t n = ki_alphabet_write(spelled, (unsigned char)byte);
+        vocab->bytes[byte] = ki_vocab_find(vocab, (ki_span){(const char *)spelled, n});
+    }
+}
+
+static kivi_status add_merge(ki_vocab *vocab, size_t index, ki_span merge, kivi_error *err) {
+    /* From the second byte on: a left part is not empty, and could itself be a space. */
+    const char *space =
+        merge.n_bytes > 2 ? memchr(merge.bytes + 1, ' ', merge.n_bytes - 2) : NULL;
+    if (!space)
+        return KI_FAIL(err, FORMAT, "vocabulary: merge %zu is not two parts and a space", index);
+    size_t n_left = (size_t)(space - merge.bytes);
+    ki_span left = {merge.bytes, n_left}, right = {space + 1, merge.n_bytes - n_left - 1};
+    int32_t left_id = ki_vocab_find(vocab, left), right_id = ki_vocab_find(vocab, right);
+    int32_t merged_id = find_joined(vocab, left, right);
+    const char *missing = left_id < 0    ? "left part"
+                          : right_id < 0 ? "right part"
+                          : merged_id < 0 ? "result"
+                                          : NULL;
+    if (missing)
+        return KI_FAIL(err, FORMAT, "vocabulary: merge %zu: its %s is no token", index, missing);
+    ki_pairs_add(&vocab->pairs, left_id, right_id, (uint32_t)index, merged_id);
+    return KIVI_OK;
+}
+
+static kivi_status index_merges(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
+    KI_TRY(ki_pairs_init(&vocab->pairs, vocab->mem, spec->n_merges, err));
+    for (size_t i = 0; i < spec->n_merges; i++) KI_TRY(add_merge(vocab, i, spec->merges[i], err));
+    return KIVI_OK;
+}
+
+/* ---- special tokens ---- */
+
+static bool is_control(const ki_vocab *vocab, size_t id) {
+    return vocab->types[id] == KI_TOKEN_CONTROL || vocab->types[id] == KI_TOKEN_UNKNOWN;
+}
+
+static bool is_special(const ki_vocab *vocab, size_t id) {
+    bool has_text = token_text(vocab, id).n_bytes > 0; /* an empty one would match everywhere */
+    return has_text && (is_control(vocab, id) || vocab->types[id] == KI_TOKEN_USER);
+}
+
+static unsigned first_byte(const ki_special *special) {
+    return (unsigned char)special->text.bytes[0];
+}
+
+static int compare_specials(const void *a, const void *b) {
+    const ki_special *x = a, *y = b;
+    if (first_byte(x) != first_byte(y)) return first_byte(x) < first_byte(y) ? -1 : 1;
+    if (x->text.n_bytes != y->text.n_bytes) return x->text.n_bytes > y->text.n_bytes ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
+}
+
+static kivi_status index_specials(ki_vocab *vocab, kivi_error *err) {
+    size_t n = 0;
+    for (size_t i = 0; i < vocab->n_tokens; i++) n += is_special(vocab, i);
+    KI_TRY(make(&vocab->specials, vocab, n, sizeof *vocab->specials, err));
+    for (size_t i = 0; i < vocab->n_tokens; i++)
+        if (is_special(vocab, i))
+            vocab->specials[vocab->n_specials++] =
+                (ki_special){token_text(vocab, i), (int32_t)i, is_control(vocab, i)};
+    qsort(vocab->specials, n, sizeof *vocab->specials, compare_specials);
+    for (size_t i = 0; i < n; i++) vocab->first_special[first_byte(&vocab->specials[i]) + 1]++;
+    for (size_t b = 0; b < 256; b++) vocab->first_special[b + 1] += vocab->first_special[b];
+    return KIVI_OK;
+}
+
+/* ---- the door ---- */
+
+static kivi_status fill(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
+    KI_TRY(ki_pre_init(&vocab->pre, vocab->mem, spec->pre, err));
+    KI_TRY(copy_tokens(vocab, spec, err));
+    KI_TRY(copy_types(vocab, spec, err));
+    KI_TRY(index_texts(vocab, err));
+    index_bytes(vocab);
+    KI_TRY(index_merges(vocab, spec, err));
+    return index_specials(vocab, err);
+}
+
+kivi_status ki_vocab_create(ki_vocab **out, ki_mem *mem, const ki_vocab_spec *spec,
+                            kivi_error *err) {
+    *out = NULL;
+    KI_TRY(check_spec(spec, err));
+    void *block;
+    KI_TRY(ki_alloc(&block, mem, KI_TAG_other, sizeof(ki_vocab), err));
+    ki_vocab *vocab = block;
+    vocab->mem = mem;
+    vocab->n_tokens = spec->n_tokens;
+    vocab->bos_id = spec->add_bos ? (int32_t)spec->bos_id : -1;
+    vocab->eos_id = spec->add_eos ? (int32_t)spec->eos_id : -1;
+    kivi_status status = fill(vocab, spec, err);
+    if (status != KIVI_OK) ki_vocab_destroy(&vocab);
+    *out = vocab;
+    return status;
+}
+
+void ki_vocab_destroy(ki_vocab **vocab) {
+    if (!*vocab) return;
+    ki_mem *mem = (*vocab)->mem;
+    ki_pre_deinit(&(*vocab)->pre);
+    ki_pairs_deinit(&(*vocab)->pairs, mem);
+    ki_free(mem, (*vocab)->specials);
+    ki_free(mem, (*vocab)->slots);
+    ki_free(mem, (*vocab)->types);
+    ki_free(mem, (*vocab)->text);
+    ki_free(mem, (*vocab)->offsets);
+    ki_free(mem, *vocab);
+    *vocab = NULL;
+}
+
+size_t ki_vocab_size(const ki_vocab *vocab) { return vocab->n_tokens; }
+
+static bool id_known(const ki_vocab *vocab, int32_t id) {
+    return id >= 0 && (size_t)id < vocab->n_tokens;
+}
+
+bool ki_vocab_is_control(const ki_vocab *vocab, int32_t id) {
+    return id_known(vocab, id) && is_control(vocab, (size_t)id);
+}
+
+size_t ki_vocab_bytes(const ki_vocab *vocab, int32_t id, char *out, size_t max_bytes) {
+    if (!id_known(vocab, id)) return 0;
+    ki_span text = token_text(vocab, (size_t)id);
+    size_t n_bytes = text.n_bytes;
+    size_t n_copied = KI_MIN(n_bytes, max_bytes);
+    if (!is_special(vocab, (size_t)id)) n_bytes = ki_alphabet_read(out, max_bytes, text);
+    else if (n_copied) memcpy(out, text.bytes, n_copied);
+    return max_bytes ? KI_MIN(n_bytes, max_bytes) : n_bytes;
+}

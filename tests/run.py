@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""run.py: runs every test there is and counts the cases. The last line is `N passed, N failed, N skipped`; the exit
+status is 1 if anything failed.
+
+A test is a program that prints one line a case, `ok NAME`, `not ok NAME: why` or `skip NAME: why` (or TAP, as cmocka
+does), and exits with 0 when nothing failed. A program that crashes, runs too long, stops half-way or prints no case at
+all is a failure of its own: silence never counts as success. Tools called here may set these variables for the tests:
+
+  KIVI_BIN         the program `kivi` to test            KIVI_GOLDEN      folder of the golden files
+  KIVI_TEST_MODEL  the SmolLM2 file; without it, skip     KIVI_TEST_UNDER  asan, tsan or valgrind: do less, it is slow
+  KIVI_TEST_QUICK  set to 1: no sanitizers, no valgrind   KIVI_BUILD       the build folder (default: build)
+"""
+import argparse
+import glob
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUILD = os.environ.get('KIVI_BUILD') or 'build'
+GOLDEN = 'tests/golden'
+TIMEOUT_S = 900
+TAIL_LINES = 40  # of a failing program's output
+
+SANITIZER_ENV = {
+    'ASAN_OPTIONS': 'detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1:allocator_may_return_null=1',
+    'UBSAN_OPTIONS': 'print_stacktrace=1:halt_on_error=1',
+    'TSAN_OPTIONS': 'halt_on_error=1:second_deadlock_stack=1',
+}
+
+
+# ---- what there is to run: functions that return a list of (name, command) ----
+
+def lint(build):
+    tool = [sys.executable, 'tools/lint.py']
+    return [('lint', tool + ['--cases']), ('lint-selftest', tool + ['--selftest'])]
+
+
+def unit(build):
+    # From the sources, so that a test that was not built is missed, and a left-over binary is not run.
+    names = sorted(os.path.basename(p)[:-2] for p in glob.glob('tests/test_*.c'))
+    return [(n, [f'{build}/{n}']) for n in names]
+
+
+def kernels(build):
+    return [('check-kernels', [f'{build}/check-kernels'])]
+
+
+def python(build):
+    return [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/py_*.py'))]
+
+
+def valgrind(build):
+    """A small model, a prompt, decode steps that close key groups and overflow the window, and the end."""
+    model = f'{GOLDEN}/llama-gqa'
+    out = os.path.join(tempfile.gettempdir(), f'kivi-valgrind-{os.getpid()}.npy')
+    run = [f'{build}/kivi', 'logits', model, '--tokens', f'{model}/tokens.json', '--prompt', '200', '--out', out,
+           '--kv', 'kivi2', '--residual', '32', '--threads', '2']
+    check = ['valgrind', '--quiet', '--error-exitcode=99', '--leak-check=full',
+             '--errors-for-leak-kinds=definite,indirect']
+    return [('logits', ['sh', '-c', '"$@" && echo "ok logits"; code=$?; rm -f "$0"; exit $code', out, *check, *run])]
+
+
+# name, what to run, folder of the binaries, `make` arguments that build them, whether KIVI_TEST_QUICK leaves it out.
+# At least one program must be found for each entry: a stage that has nothing to run has failed.
+STAGES = [
+    ('lint', [lint], BUILD, None, False),
+    ('unit', [unit], BUILD, None, False),
+    ('kernels', [kernels], BUILD, None, False),
+    ('python', [python], BUILD, None, False),
+    ('asan', [unit, kernels], 'build-asan', ['SAN=address,undefined', 'tests', 'check-kernels', 'kivi'], True),
+    ('tsan', [unit, kernels], 'build-tsan', ['SAN=thread', 'tests', 'check-kernels', 'kivi'], True),
+    ('valgrind', [valgrind], BUILD, None, True),
+]
+
+CASE = re.compile(r'\s*(ok|not ok|skip(?:ped)?)\b(?::|\s+\d+)?\s*(?:-\s+)?(.*)', re.I)
+PLAN = re.compile(r'\s*1\.\.(\d+)\s*$')
+SKIP = re.compile(r'#\s*skip(?:ped)?\b:?\s*', re.I)
+
+
+def parse(output):
+    """(kind, name) of each case, and how many cases the plans promise (None: no plan)."""
+    cases, planned = [], None
+    for line in output.split('\n'):
+        plan = PLAN.match(line)
+        if plan:
+            planned = (planned or 0) + int(plan[1])
+            continue
+        m = CASE.match(line)
+        if not m:
+            continue
+        kind, name = m[1].lower(), m[2].strip()
+        if SKIP.search(name):  # cmocka writes `not ok 2 # SKIP name`
+            kind, name = 'skip', SKIP.sub('', name)
+        cases.append(('skip' if kind.startswith('skip') else kind, name))
+    return cases, planned
+
+
+def verdict(cases, planned, code, timed_out):
+    """What is wrong with a run beyond its own `not ok` lines; None if nothing."""
+    failed = any(kind == 'not ok' for kind, _ in cases)
+    if timed_out:
+        return f'ran longer than {TIMEOUT_S} s'
+    if code < 0:
+        try:
+            return f'ended by {signal.Signals(-code).name}'
+        except ValueError:
+            return f'ended by signal {-code}'
+    if code and not failed:
+        return f'exit status {code} without a failed case'
+    if planned is not None and len(cases) != planned:
+        return f'{planned} cases were planned, {len(cases)} reported'
+    if not cases:
+        return 'reported no case'
+    if failed and code == 0:
+        return 'reported a failed case but exit status 0'
+    return None
+
+
+def execute(command, env):
+    """(exit status, output, timed out). The whole process group ends with the program."""
+    with tempfile.TemporaryFile() as log:
+        try:
+            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+        except OSError as e:
+            return 127, f'{command[0]}: {e.strerror}', False
+        timed_out = False
+        try:
+            process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        log.seek(0)
+        return process.returncode, log.read().decode('utf-8', 'replace'), timed_out
+
+
+class Report:
+    def __init__(self, verbose):
+        self.verbose, self.total = verbose, {'ok': 0, 'not ok': 0, 'skip': 0}
+
+    def case(self, stage, program, kind, name):
+        self.total[kind] += 1
+        if kind != 'ok' or self.verbose:
+            word = {'ok': 'ok  ', 'not ok': 'FAIL', 'skip': 'skip'}[kind]
+            print(f'{word} {stage}: {program}: {name}' if name else f'{word} {stage}: {program}', flush=True)
+
+    def program(self, stage, name, command, env):
+        code, output, timed_out = execute(command, env)
+        cases, planned = parse(output)
+        for kind, case in cases:
+            self.case(stage, name, kind, case)
+        problem = verdict(cases, planned, code, timed_out)
+        if problem:
+            self.case(stage, name, 'not ok', problem)
+        if problem or any(kind == 'not ok' for kind, _ in cases):
+            lines = [s for s in output.rstrip().split('\n') if not re.match(r'\s*ok\b', s)]
+            if len(lines) > TAIL_LINES:
+                print(f'    | ... {len(lines) - TAIL_LINES} lines before')
+            print('\n'.join('    | ' + s for s in lines[-TAIL_LINES:]), flush=True)
+
+
+def environment(stage, build):
+    env = dict(os.environ)
+    for name in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'CMOCKA_XML_FILE'):
+        env.pop(name, None)  # we are called by make; its options are not ours
+    env.update(CMOCKA_MESSAGE_OUTPUT='TAP', KIVI_GOLDEN=GOLDEN, KIVI_BIN=f'{build}/kivi', PYTHONDONTWRITEBYTECODE='1')
+    if stage in ('asan', 'tsan', 'valgrind'):
+        env['KIVI_TEST_UNDER'] = stage
+        env.update(SANITIZER_ENV)
+    return env
+
+
+def run_stage(report, name, sources, build, make, env):
+    if make:
+        command = ['make', '-j2', f'BUILD={build}', *make]
+        code, output, _ = execute(command, env)
+        if code:
+            report.case(name, 'build', 'not ok', ' '.join(command))
+            print('\n'.join('    | ' + s for s in output.rstrip().split('\n')[-TAIL_LINES:]))
+            return
+    # Address randomization as strong as new kernels have it leaves GCC 12's thread sanitizer no room.
+    still = ['setarch', '-R'] if name == 'tsan' and shutil.which('setarch') \
+        and subprocess.run(['setarch', '-R', 'true'], capture_output=True).returncode == 0 else []
+    for source in sources:
+        programs = source(build)
+        if not programs:
+            report.case(name, source.__name__, 'not ok', 'there is nothing to run')
+        for program, command in programs:
+            report.program(name, program, still + command, env)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--stage', action='append', choices=[s[0] for s in STAGES], help='only this one (repeatable)')
+    parser.add_argument('--list', action='store_true', help='stages and their programs')
+    parser.add_argument('-v', '--verbose', action='store_true', help='show cases that passed, too')
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    quick = os.environ.get('KIVI_TEST_QUICK', '0') not in ('', '0')
+    report = Report(options.verbose)
+    for name, sources, build, make, slow in STAGES:
+        if options.stage and name not in options.stage:
+            continue
+        if options.list:
+            print(f'{name}: ' + ' '.join(program for source in sources for program, _ in source(build)))
+            continue
+        if slow and quick and not options.stage:
+            print(f'{name}: left out (KIVI_TEST_QUICK)')
+            continue
+        before, start = dict(report.total), time.monotonic()
+        run_stage(report, name, sources, build, make, environment(name, build))
+        n = {kind: report.total[kind] - before[kind] for kind in before}
+        print(f'{name}: {n["ok"]} ok, {n["not ok"]} failed, {n["skip"]} skipped, {time.monotonic() - start:.1f} s',
+              flush=True)
+    if options.list:
+        return 0
+    total = report.total
+    print(f'{total["ok"]} passed, {total["not ok"]} failed, {total["skip"]} skipped', flush=True)
+    return 1 if total['not ok'] or not total['ok'] else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
