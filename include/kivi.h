@@ -121,6 +121,8 @@ typedef struct kivi_engine_options {
     uint32_t max_sessions;   /* pages are made for this many sessions of ctx_tokens; 0: one */
     uint32_t step_rows;      /* most rows in one step; 0: 512 */
     bool all_logits;         /* keep logits of every row of a step, not of the last row of each item */
+    const char *disable;     /* instruction sets not to use ("avx512,avx2"); NULL: none */
+    uint64_t fail_after;     /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */
     void *log_user;
 } kivi_engine_options;
@@ -154,6 +156,8 @@ KIVI_API kivi_memory kivi_engine_memory(const kivi_engine *engine);
  * n_bits_out (NULL allowed): cache bits an element, scales and zeros counted, window and sinks not. */
 KIVI_API kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine,
                                       const kivi_kv_options *kv, uint32_t ctx_tokens, kivi_error *err);
+/* Allocated bits of a cached element of the engine's own kind, scales and zeros counted. */
+KIVI_API double kivi_engine_bits(const kivi_engine *engine);
 /* Rows that failed because a key or value was not finite, and values that left float16 and were saturated. */
 KIVI_API void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint64_t *n_saturated);
 

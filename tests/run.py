@@ -66,6 +66,7 @@ def valgrind(build):
     return [('logits', ['sh', '-c', '"$@" && echo "ok logits"; code=$?; rm -f "$0"; exit $code', out, *check, *run])]
 
 
+TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared library: sanitizers are in programs
 # name, what to run, folder of the binaries, `make` arguments that build them, whether KIVI_TEST_QUICK leaves it out.
 # At least one program must be found for each entry: a stage that has nothing to run has failed.
 STAGES = [
@@ -73,12 +74,12 @@ STAGES = [
     ('unit', [unit], BUILD, None, False),
     ('kernels', [kernels], BUILD, None, False),
     ('python', [python], BUILD, None, False),
-    ('asan', [unit, kernels], 'build-asan', ['SAN=address,undefined', 'tests', 'check-kernels', 'kivi'], True),
-    ('tsan', [unit, kernels], 'build-tsan', ['SAN=thread', 'tests', 'check-kernels', 'kivi'], True),
+    ('asan', [unit, kernels], 'build-asan', ['SAN=address,undefined', *TESTED], True),
+    ('tsan', [unit, kernels], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),
 ]
 
-CASE = re.compile(r'\s*(ok|not ok|skip(?:ped)?)\b(?::|\s+\d+)?\s*(?:-\s+)?(.*)', re.I)
+CASE = re.compile(r'\s*(ok|not ok|skip(?:ped)?)\b(?::|\s+(\d+)(?=\s|$))?\s*(?:-\s+)?(.*)', re.I)
 PLAN = re.compile(r'\s*1\.\.(\d+)\s*$')
 SKIP = re.compile(r'#\s*skip(?:ped)?\b:?\s*', re.I)
 
@@ -94,11 +95,12 @@ def parse(output):
         m = CASE.match(line)
         if not m:
             continue
-        kind, name = m[1].lower(), m[2].strip()
+        kind, number, name = m[1].lower(), m[2], m[3].strip()
         if SKIP.search(name):  # cmocka writes `not ok 2 # SKIP name`
             kind, name = 'skip', SKIP.sub('', name)
-        cases.append(('skip' if kind.startswith('skip') else kind, name))
-    return cases, planned
+        cases.append(('skip' if kind.startswith('skip') else kind, name, number))
+    # In TAP only numbered lines are cases; whatever else begins with such a word is the test talking.
+    return [(kind, name) for kind, name, number in cases if planned is None or number], planned
 
 
 def verdict(cases, planned, code, timed_out):
@@ -164,10 +166,11 @@ class Report:
         if problem:
             self.case(stage, name, 'not ok', problem)
         if problem or any(kind == 'not ok' for kind, _ in cases):
-            lines = [s for s in output.rstrip().split('\n') if not re.match(r'\s*ok\b', s)]
+            lines = [s for s in output.rstrip().split('\n') if s and not re.match(r'\s*ok\b', s)]
             if len(lines) > TAIL_LINES:
                 print(f'    | ... {len(lines) - TAIL_LINES} lines before')
-            print('\n'.join('    | ' + s for s in lines[-TAIL_LINES:]), flush=True)
+            for s in lines[-TAIL_LINES:]:
+                print('    | ' + s, flush=True)
 
 
 def environment(stage, build):
@@ -183,7 +186,7 @@ def environment(stage, build):
 
 def run_stage(report, name, sources, build, make, env):
     if make:
-        command = ['make', '-j2', f'BUILD={build}', *make]
+        command = ['make', '-j2', f'BUILD={build}', *(word.format(build=build) for word in make)]
         code, output, _ = execute(command, env)
         if code:
             report.case(name, 'build', 'not ok', ' '.join(command))

@@ -387,6 +387,18 @@ static void test_entries(void **state) {
     bad_header(header, 0, KIVI_FORMAT, "expected 1 to 255");
 }
 
+static void test_too_many_entries(void **state) {
+    enum { N = 200001, ITEM_BYTES = 13 };
+    char *header = malloc((size_t)N * ITEM_BYTES + 3);
+    (void)state;
+    assert_non_null(header);
+    char *p = header;
+    *p++ = '{';
+    for (int i = 0; i < N; i++) p += sprintf(p, "\"a%06d\":{}%s", i, i < N - 1 ? "," : "}");
+    bad_header(header, 0, KIVI_FORMAT, "header has 200001 entries, at most 200000");
+    free(header);
+}
+
 #define TWO(a, b)                                                                                  \
     "{\"one\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":" a "},"                           \
     "\"two\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":" b "}}"
@@ -460,6 +472,7 @@ int main(void) {
         cmocka_unit_test(test_truncated_safetensors),
         cmocka_unit_test(test_header_length),
         cmocka_unit_test(test_entries),
+        cmocka_unit_test(test_too_many_entries),
         cmocka_unit_test(test_ranges),
         cmocka_unit_test(test_config),
     };

@@ -452,11 +452,30 @@ static void test_refused(void **state) {
     CHECK_REFUSED(FORMAT, "merge 8: its left part", add_merge(m, "zz a"));
     CHECK_REFUSED(FORMAT, "merge 8: its right part", add_merge(m, "a zz"));
     CHECK_REFUSED(FORMAT, "merge 8: its result", add_merge(m, "a z"));
+    CHECK_REFUSED(FORMAT, "merge 4: its result is a control", m->types[LL] = KI_TOKEN_CONTROL);
     CHECK_REFUSED(FORMAT, "merge 8 is not two", add_merge(m, "az"));
     CHECK_REFUSED(FORMAT, "merge 8 is not two", add_merge(m, "a "));
     CHECK_REFUSED(FORMAT, "merge 8 is not two", add_merge(m, " a"));
     CHECK_REFUSED(FORMAT, "merge 8 is not two", add_merge(m, ""));
     CHECK_REFUSED(FORMAT, "merge 8: its right part", add_merge(m, "a a a"));
+}
+
+/* Llama 3 takes a word that is a token whole; a control token that looks like a word stays out. */
+static void test_whole_words(void **state) {
+    (void)state;
+    maker *m = make_tiny();
+    ki_mem mem;
+    ki_vocab *v;
+    ki_mem_init(&mem);
+    int32_t whole = add_token(m, "xyz", KI_TOKEN_NORMAL);
+    int32_t stop = add_token(m, "stop", KI_TOKEN_CONTROL);
+    m->spec.pre = "llama-bpe";
+    assert_int_equal(ki_vocab_create(&v, &mem, &m->spec, NULL), KIVI_OK);
+    CHECK_IDS(v, "xyz", 0, whole);
+    CHECK_IDS(v, "stop", 0, 's', 't', 'o', 'p');
+    CHECK_IDS(v, "stop", KIVI_TEXT_SPECIAL, stop);
+    ki_vocab_destroy(&v);
+    free(m);
 }
 
 /* Bytes that no token spells are left out, and nothing merges across the gap. */
@@ -684,6 +703,7 @@ int main(void) {
         TEST(test_match_limit),     TEST(test_no_memory),
         cmocka_unit_test(test_merge_rule),
         cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_whole_words),
         cmocka_unit_test(test_missing_byte),
         cmocka_unit_test(test_utf8_splits),
         cmocka_unit_test(test_utf8_known),

@@ -37,8 +37,8 @@ COMMENT_SHARE = (0.10, 0.35)
 BANNED = '''exit _exit _Exit quick_exit abort printf vprintf puts putchar fprintf vfprintf fputs perror strcpy strcat
             sprintf vsprintf gets strtok system popen rand srand strdup strndup asprintf vasprintf'''.split()
 BANNED_ALLOC = 'malloc calloc realloc reallocarray free aligned_alloc posix_memalign'.split()
-DUNDER_OK = re.compile(r'''__(attribute__|builtin_\w+|asm__|volatile__|restrict|extension__|typeof__
-    |m(64|128|256|512)[a-z]*|mmask\d+
+DUNDER_OK = re.compile(r'''__(attribute__|builtin_\w+|atomic_\w+|ATOMIC_\w+|asm__|volatile__|restrict|typeof__
+    |extension__|m(64|128|256|512)[a-z]*|mmask\d+
     |(AVX|SSE|SSSE|F16C|FMA|BMI|ARM|CUDA|SANITIZE|SIZEOF|ORDER|BYTE_ORDER|FLT|DBL|INT|UINT|GNUC|STDC|GLIBC)\w*
     |cplusplus|clang\w*|x86_64__|i386__|aarch64__|linux__|VA_ARGS__|VA_OPT__|FILE__|LINE__|func__|int128|OPTIMIZE__
     |has_\w+|cpuid\w*|get_cpuid\w*|NR_\w+|rdtsc\w*|cpu_\w+|fp16)$''', re.X)

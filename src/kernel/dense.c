@@ -39,7 +39,7 @@ static void pack_block(uint8_t *block, const uint8_t *source, unsigned lane, ki_
         codes[(i / 4 * KI_TILE_ROWS + lane) * 4 + i % 4] = (uint8_t)(source[i] ^ bias);
 }
 
-static void pack_row(ki_matrix *m, const uint8_t *row, uint32_t r) {
+void ki_matrix_pack_row(ki_matrix *m, const uint8_t *row, uint32_t r) {
     uint8_t *tile = m->tiles + r / KI_TILE_ROWS * tile_bytes(m);
     unsigned lane = r % KI_TILE_ROWS, n_bytes = traits[m->type].block_bytes;
     if (!ki_weight_is_quantized(m->type)) {
@@ -53,7 +53,7 @@ static void pack_row(ki_matrix *m, const uint8_t *row, uint32_t r) {
 void ki_matrix_pack(ki_matrix *matrix, const uint8_t *file_rows, uint32_t first_tile, uint32_t end_tile) {
     size_t row_bytes = tile_bytes(matrix) / KI_TILE_ROWS;
     uint32_t end = KI_MIN(end_tile * KI_TILE_ROWS, matrix->n_rows);
-    for (uint32_t r = first_tile * KI_TILE_ROWS; r < end; r++) pack_row(matrix, file_rows + r * row_bytes, r);
+    for (uint32_t r = first_tile * KI_TILE_ROWS; r < end; r++) ki_matrix_pack_row(matrix, file_rows + r * row_bytes, r);
 }
 
 static uint16_t load_u16(const uint8_t *p) {

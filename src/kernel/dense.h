@@ -42,6 +42,8 @@ bool ki_weight_is_quantized(ki_weight type);
 bool ki_matrix_bytes(size_t *out, ki_weight type, uint32_t n_rows, uint32_t n_cols);
 /* Fills tiles [first_tile, end_tile) from rows in the file's order (rows one after the other). */
 void ki_matrix_pack(ki_matrix *matrix, const uint8_t *file_rows, uint32_t first_tile, uint32_t end_tile);
+/* Row r of the matrix from one row in the file's form. Rows of one tile must not be packed at the same time. */
+void ki_matrix_pack_row(ki_matrix *matrix, const uint8_t *file_row, uint32_t row);
 /* One row as float32 [n_cols]. */
 void ki_matrix_row(float *out, const ki_matrix *matrix, uint32_t row);
 

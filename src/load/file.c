@@ -7,6 +7,7 @@
 
 static const ki_json_limits config_limits = {.max_containers = 50000, .max_values = 500000};
 
+/* From here on ki_file_close can undo whatever has been built. */
 static kivi_status file_new(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
     void *block, *copy;
     size_t n_bytes = strlen(path) + 1;
@@ -23,6 +24,7 @@ static kivi_status file_new(ki_file **out, ki_mem *mem, const char *path, kivi_e
     return KIVI_OK;
 }
 
+/* Errors name the file inside the folder, not the folder. */
 static void set_labels(ki_file *file, ki_file_kind kind) {
     file->kind = kind;
     ki_label(file->label, file->path, kind == KI_FILE_HF ? "model.safetensors" : NULL);
@@ -31,6 +33,7 @@ static void set_labels(ki_file *file, ki_file_kind kind) {
 
 /* ---- a Hugging Face folder ---- */
 
+/* The size at open is the limit: a config.json that grows is read up to there. */
 static kivi_status read_config_fd(ki_file *file, int fd, size_t n_bytes, kivi_error *err) {
     void *text;
     if (n_bytes > KI_MAX_CONFIG_BYTES)
@@ -46,6 +49,8 @@ static kivi_status read_config_fd(ki_file *file, int fd, size_t n_bytes, kivi_er
 
 static bool has_entry(int folder, const char *name) { return !faccessat(folder, name, F_OK, 0); }
 
+/* Only a name that does not exist is "not there"; a loop of links or a folder without permission
+ * goes on and fails as what it is. */
 static kivi_status open_config(ki_file *file, int folder, kivi_error *err) {
     int fd;
     size_t n_bytes;

@@ -48,6 +48,8 @@ typedef struct reader {
 
 /* ---- primitive reads ---- */
 
+/* The only place that moves pos: bounded by the file first, for an honest error, then by what of
+ * it has been read. `what` is named in errors here and below. */
 static kivi_status take(reader *r, const uint8_t **out, uint64_t n_bytes, const char *what) {
     size_t left = r->file->source.n_bytes - r->pos;
     if (n_bytes > left)
@@ -114,6 +116,7 @@ static kivi_status take_count(reader *r, size_t *out, size_t min_item_bytes, con
     return KIVI_OK;
 }
 
+/* Byte 4 read the other way round gives a small version only if the writer was big-endian. */
 static kivi_status check_version(reader *r, uint32_t version) {
     uint32_t swapped = __builtin_bswap32(version);
     if (version == VERSION) return KIVI_OK;
@@ -133,7 +136,8 @@ static kivi_status read_preamble(reader *r, size_t *n_tensors, size_t *n_kvs) {
         char shown[KI_SHOW_BYTES];
         return KI_FAIL(r->err, FORMAT, "%s: magic at byte 0: found \"%s\" (0x%08x), expected "
                        "\"GGUF\"; for safetensors give the folder", r->file->label,
-                       ki_show(shown, (ki_str){(const char *)magic, 4}), __builtin_bswap32(ki_load_u32(magic)));
+                       ki_show(shown, (ki_str){(const char *)magic, 4}),
+                       __builtin_bswap32(ki_load_u32(magic)));
     }
     KI_TRY(take_u32(r, &version, "GGUF version"));
     KI_TRY(check_version(r, version));
@@ -152,6 +156,8 @@ static kivi_status take_type(reader *r, uint32_t *out, ki_str key, const char *w
                    r->file->label, ki_show(shown, key), what, at, *out, KI_GGUF_VALUE_COUNT - 1);
 }
 
+/* Strings are walked one by one here, so that getters may trust every length. Arrays of arrays have
+ * no use in a model and would need recursion: refused. */
 static kivi_status read_array(reader *r, ki_kv *kv) {
     char shown[KI_SHOW_BYTES];
     uint64_t count = 0;
@@ -179,6 +185,7 @@ static kivi_status read_array(reader *r, ki_kv *kv) {
     return take(r, &kv->value, n_bytes, "array");
 }
 
+/* Any other byte would be undefined behaviour once it is a C bool. */
 static kivi_status read_bool(reader *r, ki_kv *kv) {
     char shown[KI_SHOW_BYTES];
     KI_TRY(take(r, &kv->value, 1, "bool"));
@@ -202,6 +209,7 @@ static kivi_status read_kv(reader *r, ki_kv *kv) {
     return take(r, &kv->value, ki_gguf_value_bytes(kv->type), "value");
 }
 
+/* n_kvs is set last: until then lookups find nothing. */
 static kivi_status read_kvs(reader *r, size_t n_kvs) {
     ki_file *file = r->file;
     void *kvs, *names;
@@ -217,6 +225,7 @@ static kivi_status read_kvs(reader *r, size_t n_kvs) {
     return ki_names_sort(file->kv_names, n_kvs, "key", file->label, r->err);
 }
 
+/* Through the typed getter: a wrong type is an error like any other (llama.cpp asserted here). */
 static kivi_status read_alignment(reader *r, size_t *out) {
     uint64_t alignment = DEFAULT_ALIGNMENT;
     bool found;
@@ -263,6 +272,7 @@ static kivi_status measure_infos(reader *r, size_t n_tensors, size_t *n_text_byt
     return KIVI_OK;
 }
 
+/* Names the types that would do, so that the user knows what to convert to. */
 static kivi_status refuse_type(reader *r, const info *t, const char *shown) {
     char list[64] = "";
     size_t n = 0;
@@ -278,6 +288,7 @@ static kivi_status refuse_type(reader *r, const info *t, const char *shown) {
                    r->file->label, shown, ki_gguf_type_name(t->type), t->type, list);
 }
 
+/* Blocks run along a row; a row that ends inside a block has no meaning. */
 static kivi_status tensor_bytes(reader *r, ki_tensor *tensor, const char *shown) {
     size_t n_elements, n_blocks;
     uint64_t row_elements = tensor->dims[tensor->n_dims - 1];
@@ -295,6 +306,7 @@ static kivi_status tensor_bytes(reader *r, ki_tensor *tensor, const char *shown)
     return KIVI_OK;
 }
 
+/* Start and end within the file, by checked sums. */
 static kivi_status place(reader *r, ki_tensor *tensor, const info *t, size_t data_start,
                          size_t alignment, const char *shown) {
     const ki_source *source = &r->file->source;
@@ -312,6 +324,7 @@ static kivi_status place(reader *r, ki_tensor *tensor, const info *t, size_t dat
     return KIVI_OK;
 }
 
+/* Second look at an info. *text: where its name goes, moved behind it. */
 static kivi_status fill_tensor(reader *r, ki_tensor *tensor, char **text, size_t data_start,
                                size_t alignment) {
     char shown[KI_SHOW_BYTES];
@@ -368,6 +381,7 @@ static kivi_status check_order(reader *r, size_t data_start, size_t alignment) {
     return status;
 }
 
+/* Data offsets need data_start, which follows the last info: hence two passes over the infos. */
 static kivi_status read_tensors(reader *r, size_t n_tensors, size_t alignment) {
     size_t infos = r->pos, n_text_bytes, data_start;
     KI_TRY(measure_infos(r, n_tensors, &n_text_bytes));
@@ -391,6 +405,7 @@ static kivi_status parse(reader *r) {
     return read_tensors(r, n_tensors, alignment);
 }
 
+/* Back to before the attempt; close would free the same. */
 static void forget(ki_file *file) {
     void **const blocks[] = {(void **)&file->head, (void **)&file->kvs, (void **)&file->kv_names,
                              (void **)&file->tensors, (void **)&file->tensor_names,
@@ -416,6 +431,8 @@ static kivi_status attempt(reader *r, size_t n_bytes) {
     return parse(r);
 }
 
+/* Grows the head until the header fits: each attempt at least doubles it, so all together read at
+ * most four times the header. */
 kivi_status ki_gguf_load(ki_file *file, kivi_error *err) {
     kivi_error last = {0}; /* a failed attempt is nothing the caller should see */
     kivi_status status;

@@ -16,6 +16,7 @@ static void skip_string(scan *s) {
         if (s->text[s->pos] == '\\') s->pos++;
 }
 
+/* Unbalanced brackets are no concern here: jansson finds them at no greater depth. */
 static void scan_byte(scan *s) {
     switch (s->text[s->pos]) {
     case '"': skip_string(s); break;

@@ -42,6 +42,7 @@ int ki_str_compare(ki_str a, ki_str b) {
     return order ? order : (a.n_bytes > b.n_bytes) - (a.n_bytes < b.n_bytes);
 }
 
+/* For qsort and bsearch. */
 static int compare_names(const void *a, const void *b) {
     return ki_str_compare(((const ki_name *)a)->text, ((const ki_name *)b)->text);
 }

@@ -44,6 +44,7 @@ typedef struct reader {
 
 /* ---- one entry ---- */
 
+/* A dtype of the format is UNSUPPORTED, anything else FORMAT. */
 static kivi_status read_dtype(reader *r, entry *e, const json_t *value, const char *shown) {
     char name[KI_SHOW_BYTES];
     const char *text = json_string_value(value);
@@ -78,6 +79,7 @@ static kivi_status read_sizes(reader *r, uint64_t *out, size_t *count, size_t ma
     return KIVI_OK;
 }
 
+/* An end within the data makes begin <= end safe as well. */
 static kivi_status read_offsets(reader *r, entry *e, const json_t *value, const char *shown) {
     uint64_t range[2] = {0};
     size_t count, data_bytes = r->file->source.n_bytes - r->data_start;
@@ -93,6 +95,7 @@ static kivi_status read_offsets(reader *r, entry *e, const json_t *value, const 
     return KIVI_OK;
 }
 
+/* Offsets and shape say the same number of bytes, or one of them lies. */
 static kivi_status check_entry_bytes(reader *r, const entry *e, const char *shown) {
     char shape[KI_SHOW_BYTES];
     size_t n_elements, n_bytes;
@@ -124,6 +127,7 @@ static kivi_status read_entry(reader *r, const char *name, const json_t *value) 
     return check_entry_bytes(r, e, shown);
 }
 
+/* Not used, but a reader that does use it must not see another file than we do. */
 static kivi_status check_metadata(reader *r, const json_t *value) {
     const char *key;
     json_t *item;
@@ -136,6 +140,7 @@ static kivi_status check_metadata(reader *r, const json_t *value) {
     return KIVI_OK;
 }
 
+/* Keys beyond dtype, shape and data_offsets are ignored, as the reference does. */
 static kivi_status read_entries(reader *r, json_t *header) {
     const char *name;
     json_t *value;
@@ -189,6 +194,7 @@ static const char *copy_name(char **text, const char *name) {
     return copy;
 }
 
+/* From entries in the order of the data to tensors; names are copied, the JSON goes away. */
 static kivi_status fill(reader *r) {
     ki_file *file = r->file;
     void *skipped;
@@ -213,6 +219,7 @@ static kivi_status fill(reader *r) {
     return ki_tensors_index(file, r->err);
 }
 
+/* text: [n_bytes], the header alone. */
 static kivi_status load_header(ki_file *file, const uint8_t *text, size_t n_bytes,
                                kivi_error *err) {
     /* An entry is an object, two arrays and some ten values; a folded __metadata__ is small. */
@@ -248,6 +255,8 @@ static kivi_status header_length(size_t *out, const ki_file *file, kivi_error *e
     return KIVI_OK;
 }
 
+/* The header is read rather than used where it is mapped: a file that shrinks meanwhile is an
+ * error and no signal. */
 kivi_status ki_safetensors_load(ki_file *file, kivi_error *err) {
     size_t n_bytes = 0;
     void *text;

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/* For "is ..., expected a model file". */
 static const char *file_type_text(mode_t mode) {
     if (S_ISDIR(mode)) return "a directory";
     if (S_ISFIFO(mode)) return "a pipe";
@@ -42,6 +43,7 @@ kivi_status ki_fd_open(int *fd, size_t *n_bytes, int at, const char *path, const
     return status;
 }
 
+/* A read of 0 bytes inside the size seen at open: somebody cut the file. */
 kivi_status ki_fd_read(void *out, int fd, size_t offset_bytes, size_t n_bytes, const char *label,
                        kivi_error *err) {
     for (size_t done = 0; done < n_bytes;) {
@@ -79,6 +81,7 @@ void ki_source_close(ki_source *source) {
     *source = (ki_source){.fd = -1};
 }
 
+/* The descriptor, not the path: the mapping follows the file that was opened. */
 kivi_status ki_file_check_size(const ki_file *file, kivi_error *err) {
     const ki_source *source = &file->source;
     struct stat st;

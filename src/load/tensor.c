@@ -56,6 +56,7 @@ const char *ki_shape_text(char out[KI_SHOW_BYTES], uint32_t n_dims, const uint64
     return out;
 }
 
+/* size_t, not a signed product: a dimension read as negative is a huge one and overflows. */
 kivi_status ki_elements(size_t *out, uint32_t n_dims, const uint64_t *dims, const char *shown,
                         const char *label, kivi_error *err) {
     char shape[KI_SHOW_BYTES];
@@ -71,6 +72,7 @@ kivi_status ki_elements(size_t *out, uint32_t n_dims, const uint64_t *dims, cons
     return KIVI_OK;
 }
 
+/* Each block is in the file before the next is asked for: a failure leaks nothing. */
 kivi_status ki_tensors_alloc(ki_file *file, size_t n_tensors, size_t n_text_bytes,
                              kivi_error *err) {
     void *tensors, *names, *text;

@@ -17,6 +17,7 @@ typedef struct value {
 
 /* ---- GGUF ---- */
 
+/* A sign apart from the magnitude: int64 and uint64 both fit, and no range check is signed. */
 static void set_int(value *v, int64_t i) {
     v->kind = KI_VALUE_INT;
     v->u = (uint64_t)i;
@@ -39,6 +40,7 @@ static double f64_from_bits(uint64_t bits) {
     return f;
 }
 
+/* Payloads have any alignment: loads go through memcpy. */
 static void decode(value *v, const ki_kv *kv) {
     const uint8_t *p = kv->value;
     v->kv = kv;
@@ -105,6 +107,7 @@ static const json_t *find_json(const json_t *at, const char *key) {
 
 /* ---- lookup and errors ---- */
 
+/* kind NONE: absent, or null in JSON. */
 static value find(const ki_file *file, const char *key) {
     value v = {.kind = KI_VALUE_NONE};
     if (file->kind == KI_FILE_GGUF) {
@@ -127,7 +130,7 @@ ki_value_kind ki_file_value_kind(const ki_file *file, const char *key) {
     return find(file, key).kind;
 }
 
-/* ---- scalars ---- */
+/* ---- scalars: *out is written last, so a failure leaves the caller's default alone ---- */
 
 kivi_status ki_file_u64(uint64_t *out, bool *found, const ki_file *file, const char *key,
                         uint64_t min, uint64_t max, kivi_error *err) {
@@ -240,6 +243,7 @@ static kivi_status fill_strs(const array *a, ki_str *out) {
     return KIVI_OK;
 }
 
+/* uint32 above INT32_MAX would come out negative: refused, as is a JSON integer beyond 32 bits. */
 static kivi_status fill_ints(const array *a, int32_t *out) {
     const ki_kv *kv = a->v.kv;
     for (size_t i = 0; i < a->count; i++) {

@@ -32,14 +32,16 @@ static size_t drop_missing(int32_t *ids, size_t n_ids) {
     return n_kept;
 }
 
-/* The token that spells the whole word; -1: none. Longer words than any token are not looked up. */
+/* The token that spells the whole word; -1: none. Longer words than any token are not looked up. A
+ * control token is not taken: plain text must not give one, even if it is one word. */
 static int32_t whole_word(const ki_vocab *vocab, ki_span word) {
     unsigned char spelled[2 * MAX_WHOLE_BYTES];
     size_t n = 0;
     if (word.n_bytes > MAX_WHOLE_BYTES) return -1;
     for (size_t i = 0; i < word.n_bytes; i++)
         n += ki_alphabet_write(spelled + n, (unsigned char)word.bytes[i]);
-    return ki_vocab_find(vocab, (ki_span){(const char *)spelled, n});
+    int32_t id = ki_vocab_find(vocab, (ki_span){(const char *)spelled, n});
+    return ki_vocab_is_control(vocab, id) ? -1 : id;
 }
 
 static kivi_status emit_word(ki_words *words, ki_span word, kivi_error *err) {

@@ -38,8 +38,10 @@ static const ki_pre_rule rules[] = {
 };
 static const char rule_names[] = "smollm, gpt-2, falcon, default, llama-bpe, llama3, qwen2";
 
-/* Far above what the patterns need; they stop a pattern that someone adds without thought. */
-enum { MATCH_LIMIT = 10000000, HEAP_LIMIT_KIB = 64 * 1024 };
+/* A repetition counts as one step of matching: a text of the largest size (2^30 bytes) stays below
+ * 2^31. The patterns are linear; the limits stop one that someone adds without thought. */
+#define MATCH_LIMIT (UINT32_C(1) << 31)
+#define HEAP_LIMIT_KIB (64 * 1024)
 
 const char *ki_vocab_pre_names(void) { return rule_names; }
 

@@ -47,8 +47,8 @@ typedef struct ki_vocab ki_vocab;
 /* Copies all it needs; *out is owned by the caller, NULL on failure. Of tokens with the same text
  * the lowest id counts. ARG: a NULL where there must be none. UNSUPPORTED: a model or pre-tokenizer
  * that is not known, with the known ones listed. FORMAT: an id or type outside its range, add_bos
- * without a BOS (EOS alike), a merge without two parts, or with a part or result that is no token;
- * the text names the index. */
+ * without a BOS (EOS alike), a merge without two parts, or with a part or result that is no token,
+ * or a control token as result; the text names the index. */
 kivi_status ki_vocab_create(ki_vocab **out, ki_mem *mem, const ki_vocab_spec *spec,
                             kivi_error *err);
 /* Destroys and nulls; NULL allowed. */

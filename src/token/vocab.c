@@ -16,6 +16,12 @@ static ki_span token_text(const ki_vocab *vocab, size_t id) {
     return (ki_span){vocab->text + begin, vocab->offsets[id + 1] - begin};
 }
 
+/* Plain text must never give one of these, whatever the vocabulary says: not as a byte, not as a
+ * merge. */
+static bool is_control(const ki_vocab *vocab, size_t id) {
+    return vocab->types[id] == KI_TOKEN_CONTROL || vocab->types[id] == KI_TOKEN_UNKNOWN;
+}
+
 /* ---- text to id: open addressing, FNV-1a ---- */
 
 static uint64_t hash_more(uint64_t h, ki_span s) {
@@ -115,7 +121,8 @@ static void index_bytes(ki_vocab *vocab) {
     for (unsigned byte = 0; byte < 256; byte++) {
         unsigned char spelled[2];
         uint32_t n = ki_alphabet_write(spelled, (unsigned char)byte);
-        vocab->bytes[byte] = ki_vocab_find(vocab, (ki_span){(const char *)spelled, n});
+        int32_t id = ki_vocab_find(vocab, (ki_span){(const char *)spelled, n});
+        vocab->bytes[byte] = ki_vocab_is_control(vocab, id) ? -1 : id;
     }
 }
 
@@ -135,6 +142,8 @@ static kivi_status add_merge(ki_vocab *vocab, size_t index, ki_span merge, kivi_
                                           : NULL;
     if (missing)
         return KI_FAIL(err, FORMAT, "vocabulary: merge %zu: its %s is no token", index, missing);
+    if (is_control(vocab, (size_t)merged_id))
+        return KI_FAIL(err, FORMAT, "vocabulary: merge %zu: its result is a control token", index);
     ki_pairs_add(&vocab->pairs, left_id, right_id, (uint32_t)index, merged_id);
     return KIVI_OK;
 }
@@ -146,10 +155,6 @@ static kivi_status index_merges(ki_vocab *vocab, const ki_vocab_spec *spec, kivi
 }
 
 /* ---- special tokens ---- */
-
-static bool is_control(const ki_vocab *vocab, size_t id) {
-    return vocab->types[id] == KI_TOKEN_CONTROL || vocab->types[id] == KI_TOKEN_UNKNOWN;
-}
 
 static bool is_special(const ki_vocab *vocab, size_t id) {
     bool has_text = token_text(vocab, id).n_bytes > 0; /* an empty one would match everywhere */

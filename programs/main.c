@@ -1,0 +1,23 @@
+#include "commands.h"
+
+#include <signal.h>
+
+int main(int argc, char **argv) {
+    options o;
+    bool done;
+    signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported like any other */
+    int code = options_parse(&o, argc - 1, argv + 1, &done);
+    if (code || done) return code;
+    switch (o.command) {
+    case CMD_RUN: code = command_run(&o); break;
+    case CMD_INFO: code = command_info(&o); break;
+    case CMD_LOGITS: code = command_logits(&o); break;
+    case CMD_BENCH: code = command_bench(&o); break;
+    case CMD_ALL: break;
+    }
+    if (fflush(stdout) && !code) {
+        fputs("kivi: error: standard output: the text could not be written\n", stderr);
+        code = EXIT_IO;
+    }
+    return code;
+}

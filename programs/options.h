@@ -1,0 +1,50 @@
+/* options.h: the one table of command-line options. It makes the parser, --help and the KIVI_* environment. */
+#ifndef OPTIONS_H
+#define OPTIONS_H
+#include "kivi.h"
+
+#include <stdio.h>
+
+enum { MAX_LIST = 16 };
+
+/* Exit codes of every command. */
+enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
+
+enum command { CMD_RUN = 1, CMD_INFO = 2, CMD_LOGITS = 4, CMD_BENCH = 8, CMD_ALL = 15 };
+
+typedef struct list {
+    uint32_t values[MAX_LIST];
+    uint32_t n;
+} list;
+
+typedef struct options {
+    enum command command;
+    const char *model;
+    const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *kv, *rule, *type_k, *type_v;
+    uint32_t k_bits, v_bits, group, residual, sinks;
+    bool sinks_given;
+    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
+    bool n_prompt_given;
+    double temp, top_p, min_p, repeat_penalty;
+    uint64_t seed;
+    list bench_prompt, bench_gen, bench_depth, bench_batch;
+    bool json, ignore_eos;
+} options;
+
+/* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on, or the exit code
+ * (help was printed, or an error). *done is set when there is nothing more to do. */
+int options_parse(options *o, int argc, char **argv, bool *done);
+void options_help(FILE *out, unsigned command);
+
+/* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
+int options_kv(kivi_kv_options *out, const options *o, const char *name);
+/* The i-th name of a comma-separated list into name; false past its end. */
+bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i);
+
+int usage_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
+int exit_code(kivi_status status);
+/* Prints "kivi: error: ..." and returns the exit code for err. */
+int fail_with(const kivi_error *err);
+
+#endif

@@ -1,0 +1,164 @@
+/* engine.c: a model, its memory and its threads, made once. */
+#include "engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { DEFAULT_STEP_ROWS = 512, MAX_STEP_ROWS = 1 << 16, MAX_SESSIONS = 4096, DEFAULT_REWIND = 16 };
+
+kivi_engine_options kivi_engine_defaults(void) {
+    kivi_engine_options o = {0};
+    o.kv.rewind_tokens = DEFAULT_REWIND;
+    return o;
+}
+
+static kivi_status check_options(const kivi_engine_options *o, kivi_error *err) {
+    if (!o->model_path) return KI_FAIL(err, ARG, "engine: model_path is missing");
+    if (o->step_rows > MAX_STEP_ROWS)
+        return KI_FAIL(err, ARG, "engine: %u rows a step, expected at most %d", o->step_rows, MAX_STEP_ROWS);
+    if (o->max_sessions > MAX_SESSIONS)
+        return KI_FAIL(err, ARG, "engine: %u sessions, expected at most %d", o->max_sessions, MAX_SESSIONS);
+    return KIVI_OK;
+}
+
+static void fill_info(kivi_engine *e, const ki_file *file) {
+    const ki_config *c = &e->model->config;
+    kivi_engine_info *i = &e->info;
+    const char *slash = strrchr(ki_file_path(file), '/');
+    ki_str name;
+    bool found = false;
+    if (ki_file_kind_get(file) == KI_FILE_GGUF) ki_file_str(&name, &found, file, "general.name", NULL);
+    if (found) snprintf(i->model_name, sizeof i->model_name, "%.*s", (int)KI_MIN(name.n_bytes, (size_t)63), name.bytes);
+    else snprintf(i->model_name, sizeof i->model_name, "%.63s", slash && slash[1] ? slash + 1 : ki_file_path(file));
+    snprintf(i->architecture, sizeof i->architecture, "%s", c->architecture);
+    snprintf(i->weight_type, sizeof i->weight_type, "%s", e->model->weight_type);
+    i->n_params = e->model->n_params;
+    i->n_layers = c->n_layers;
+    i->n_embd = c->n_embd;
+    i->n_heads = c->n_heads;
+    i->n_kv_heads = c->n_kv_heads;
+    i->head_dim = c->head_dim;
+    i->n_vocab = c->n_vocab;
+    i->ctx_tokens = e->options.ctx_tokens;
+    i->step_rows = e->options.step_rows;
+    i->n_threads = ki_workers_count(e->workers);
+    i->isa = ki_isa_names[e->cache->kernels->isa];
+    i->kv = e->cache->layout.kv;
+}
+
+static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
+    const ki_config *c = &e->model->config;
+    kivi_engine_options *o = &e->options;
+    ki_cache_options co = {.mem = &e->mem, .workers = e->workers, .max_sequences = o->max_sessions,
+                           .max_tokens = o->ctx_tokens};
+    uint64_t n_pages = (uint64_t)o->max_sessions * ((o->ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS);
+    if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
+        return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions, o->ctx_tokens);
+    co.geometry = (kivi_cache_geometry){.n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
+                                        .head_dim = c->head_dim, .kv = o->kv, .n_pages = (uint32_t)n_pages,
+                                        .max_step_rows = o->step_rows};
+    KI_TRY(ki_isa_choose(&co.isa, o->disable, err));
+    return ki_cache_create(&e->cache, &co, err);
+}
+
+static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
+    const kivi_engine_options *o = &e->options;
+    uint32_t n_logit_rows = o->all_logits ? o->step_rows : o->max_sessions;
+    void *p;
+    KI_TRY(make_cache(e, err));
+    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, n_logit_rows, o->max_sessions, err));
+    KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(ki_batch_item), err));
+    e->batch = p;
+    KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(kivi_step_item *), err));
+    e->owners = p;
+    return KIVI_OK;
+}
+
+static void fill_defaults(kivi_engine_options *o, const ki_config *c) {
+    if (!o->ctx_tokens) o->ctx_tokens = c->ctx_tokens;
+    if (!o->max_sessions) o->max_sessions = 1;
+    if (!o->step_rows) o->step_rows = DEFAULT_STEP_ROWS;
+}
+
+static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *err) {
+    unsigned n_threads = e->options.n_threads ? e->options.n_threads : ki_cpu_count();
+    KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
+    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, err));
+    fill_defaults(&e->options, &e->model->config);
+    KI_TRY(ki_engine_load_vocab(e, file, err));
+    KI_TRY(make_memory(e, err));
+    fill_info(e, file);
+    e->fingerprint = ki_model_fingerprint(e->model);
+    return KIVI_OK;
+}
+
+kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *options, kivi_error *err) {
+    ki_mem first;
+    void *p;
+    *out = NULL;
+    KI_TRY(check_options(options, err));
+    ki_mem_init(&first);
+    KI_TRY(ki_alloc(&p, &first, KI_TAG_other, sizeof(kivi_engine), err));
+    kivi_engine *e = p;
+    ki_mem_init(&e->mem);
+    if (options->fail_after) atomic_store(&e->mem.fail_countdown, (int64_t)options->fail_after);
+    e->options = *options;
+    ki_file *file = NULL;
+    ki_fpu fpu = ki_fpu_enter();
+    kivi_status status = ki_file_open(&file, &e->mem, options->model_path, err);
+    if (status == KIVI_OK) status = engine_init(e, file, err);
+    ki_file_close(&file);
+    ki_fpu_leave(fpu);
+    e->options.model_path = NULL; /* the caller's string need not outlive this call */
+    e->options.disable = NULL;
+    if (status != KIVI_OK) kivi_engine_destroy(&e);
+    *out = e;
+    return status;
+}
+
+void kivi_engine_destroy(kivi_engine **engine) {
+    kivi_engine *e = *engine;
+    ki_mem last;
+    if (!e) return;
+    ki_free(&e->mem, e->batch);
+    ki_free(&e->mem, e->owners);
+    ki_arena_destroy(&e->arena);
+    kivi_cache_destroy(&e->cache);
+    ki_vocab_destroy(&e->vocab);
+    ki_model_destroy(&e->model);
+    ki_workers_destroy(&e->workers);
+    ki_mem_init(&last); /* the engine's own block cannot be counted out of itself */
+    ki_free(&last, e);
+    *engine = NULL;
+}
+
+const kivi_engine_info *kivi_engine_info_get(const kivi_engine *engine) { return &engine->info; }
+
+kivi_memory kivi_engine_memory(const kivi_engine *engine) { return ki_mem_report(&engine->mem); }
+
+double kivi_engine_bits(const kivi_engine *engine) {
+    return kivi_kv_bits(&engine->info.kv, engine->info.head_dim);
+}
+
+void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint64_t *n_saturated) {
+    if (n_nonfinite) *n_nonfinite = atomic_load(&engine->cache->n_nonfinite);
+    if (n_saturated) *n_saturated = atomic_load(&engine->cache->n_saturated);
+}
+
+kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine, const kivi_kv_options *kv,
+                             uint32_t ctx_tokens, kivi_error *err) {
+    const ki_config *c = &engine->model->config;
+    kivi_cache_geometry g = {.n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
+                             .head_dim = c->head_dim, .kv = *kv};
+    ki_layout layout;
+    KI_TRY(ki_layout_init(&layout, &g, err));
+    if (!ki_layout_plan(out, &layout, ((uint64_t)ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS, 1))
+        return KI_FAIL(err, ARG, "plan: %u tokens are too many", ctx_tokens);
+    kivi_memory held = kivi_engine_memory(engine);
+    out->weights = held.weights;
+    out->activations = held.activations;
+    out->workspace = held.workspace;
+    out->other = held.other;
+    if (n_bits_out) *n_bits_out = kivi_kv_bits(&layout.kv, layout.head_dim);
+    return KIVI_OK;
+}

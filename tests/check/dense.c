@@ -1,0 +1,367 @@
+/* Matrix products against doubles, and the small steps between them; every instruction set gives the bytes of scalar. */
+#include "check.h"
+
+static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32", "f16", "bf16", "q4_0", "q4_1", "q8_0"};
+
+static size_t file_row_bytes(ki_weight type, uint32_t n_cols) {
+    static const size_t per_32[KI_WEIGHT_COUNT] = {128, 64, 64, 18, 20, 34};
+    return n_cols * per_32[type] / 32;
+}
+
+static uint16_t get_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+
+/* Element c of a row as the file format defines it. */
+static double file_value(const uint8_t *row, ki_weight type, uint32_t c) {
+    static const size_t block_bytes[KI_WEIGHT_COUNT] = {0, 0, 0, 18, 20, 34};
+    float f;
+    if (type == KI_WEIGHT_F32) return memcpy(&f, row + (size_t)c * 4, 4), (double)f;
+    if (type == KI_WEIGHT_F16) return (double)ki_f16_to_f32(get_u16(row + (size_t)c * 2));
+    if (type == KI_WEIGHT_BF16) return (double)ki_bf16_to_f32(get_u16(row + (size_t)c * 2));
+    const uint8_t *b = row + c / 32 * block_bytes[type];
+    double d = (double)ki_f16_to_f32(get_u16(b));
+    unsigned i = c % 32;
+    if (type == KI_WEIGHT_Q8_0) return d * (int8_t)b[2 + i];
+    const uint8_t *codes = b + (type == KI_WEIGHT_Q4_1 ? 4 : 2);
+    unsigned code = i < 16 ? codes[i] & 15u : codes[i - 16] >> 4;
+    if (type == KI_WEIGHT_Q4_0) return d * ((double)code - 8);
+    return d * code + (double)ki_f16_to_f32(get_u16(b + 2));
+}
+
+static void random_row(uint8_t *row, ki_weight type, uint32_t n_cols, rng *r) {
+    size_t n = file_row_bytes(type, n_cols), block = type == KI_WEIGHT_Q4_0 ? 18 : type == KI_WEIGHT_Q4_1 ? 20 : 34;
+    for (uint32_t c = 0; c < n_cols && type < KI_WEIGHT_Q4_0; c++) {
+        float x = rng_normal(r);
+        uint16_t h = type == KI_WEIGHT_F16 ? ki_f32_to_f16(x) : (uint16_t)(ki_f32_bits(x) >> 16);
+        if (type == KI_WEIGHT_F32) memcpy(row + (size_t)c * 4, &x, 4);
+        else memcpy(row + (size_t)c * 2, &h, 2);
+    }
+    if (type < KI_WEIGHT_Q4_0) return;
+    for (size_t i = 0; i < n; i++) row[i] = (uint8_t)rng_u64(r);
+    for (size_t b = 0; b < n; b += block) {
+        uint16_t d = ki_f32_to_f16(rng_normal(r) * 0.1f), m = ki_f32_to_f16(rng_normal(r));
+        memcpy(row + b, &d, 2);
+        if (type == KI_WEIGHT_Q4_1) memcpy(row + b + 2, &m, 2);
+    }
+}
+
+typedef struct product {
+    ki_matrix matrix;
+    uint8_t *file;   /* [n_rows] file rows */
+    size_t row_bytes;
+    ki_activations a;
+    size_t n;        /* activation rows */
+    float *x;
+} product;
+
+static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n, rng *r) {
+    size_t n_bytes = 0;
+    *p = (product){.matrix = {.type = type, .n_rows = n_rows, .n_cols = n_cols}, .n = n};
+    p->row_bytes = file_row_bytes(type, n_cols);
+    p->file = check_alloc(p->row_bytes * n_rows);
+    for (uint32_t i = 0; i < n_rows; i++) random_row(p->file + i * p->row_bytes, type, n_cols, r);
+    CHECK(ki_matrix_bytes(&n_bytes, type, n_rows, n_cols) && n_bytes == (n_rows + 15) / 16 * 16 * p->row_bytes,
+          "%zu bytes for %u rows of %zu", n_bytes, n_rows, p->row_bytes);
+    p->matrix.tiles = check_alloc(n_bytes);
+    uint32_t n_tiles = (n_rows + 15) / 16, half = n_tiles / 2;
+    ki_matrix_pack(&p->matrix, p->file, half, n_tiles); /* in parts, as worker threads do */
+    ki_matrix_pack(&p->matrix, p->file, 0, half);
+    p->x = check_alloc(n * n_cols * 4);
+    for (size_t i = 0; i < n * n_cols; i++) p->x[i] = rng_normal(r) * (i % 97 == 5 ? 30 : 1);
+    for (uint32_t c = 0; c < n_cols && c < 32; c++) p->x[c] = n > 2 ? 0 : p->x[c]; /* a block of zeros */
+    p->a = (ki_activations){.n_cols = n_cols, .x = p->x};
+    p->a.codes = check_alloc(n * n_cols);
+    p->a.scales = check_alloc(n * (n_cols / 32 + 1) * 4);
+    p->a.sums = check_alloc(n * (n_cols / 32 + 1) * 4);
+}
+
+static void product_deinit(product *p) {
+    free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.codes), free(p->a.scales), free(p->a.sums);
+}
+
+static void matrix_rows(ki_weight type) {
+    if (!check_case("dense/row/%s", weight_names[type])) return;
+    rng r = check_rng();
+    for (uint32_t n_rows = 1; n_rows <= 53; n_rows += 13) {
+        uint32_t n_cols = type < KI_WEIGHT_Q4_0 ? 80 : 96;
+        product p;
+        product_init(&p, type, n_rows, n_cols, 1, &r);
+        float out[96];
+        for (uint32_t i = 0; i < n_rows; i++) {
+            ki_matrix_row(out, &p.matrix, i);
+            for (uint32_t c = 0; c < n_cols; c++) {
+                double want = file_value(p.file + i * p.row_bytes, type, c);
+                /* d c is exact in float32 (11 + 8 bits); Q4_1 rounds its sum once */
+                CHECK((double)out[c] == (double)(float)want, "row %u of %u, column %u: %g, not %g", i, n_rows, c,
+                      (double)out[c], want);
+            }
+        }
+        product_deinit(&p);
+    }
+    size_t n_bytes;
+    CHECK(ki_weight_is_quantized(type) == (type >= KI_WEIGHT_Q4_0), "is_quantized");
+    CHECK(!ki_matrix_bytes(&n_bytes, type, UINT32_MAX, UINT32_MAX / 64 * 64) || n_bytes > SIZE_MAX / 64, "overflow");
+    check_end();
+}
+
+static void check_activations(const product *p) {
+    size_t n_blocks = p->a.n_cols / 32;
+    for (size_t b = 0; b < p->n * n_blocks; b++) {
+        int32_t sum = 0;
+        double scale = (double)p->a.scales[b], largest = 0;
+        for (size_t i = b * 32; i < b * 32 + 32; i++) {
+            double x = (double)p->x[i];
+            sum += p->a.codes[i];
+            largest = fabs(x) > largest ? fabs(x) : largest;
+            /* x 127 / largest in three roundings: below 127 2^-22 of a step beside the half */
+            CHECK(fabs(x - p->a.codes[i] * scale) <= scale * (0.5 + 127 * 0x1p-22) && p->a.codes[i] >= -127,
+                  "activation %g becomes %d x %g", x, p->a.codes[i], scale);
+        }
+        CHECK(sum == p->a.sums[b], "sum of block %zu", b);
+        CHECK(fabs(scale * 127 - largest) <= largest * 0x1p-22, "scale of block %zu", b);
+    }
+}
+
+/* One output and its tolerance. Plain types: one chain of n_cols fused steps, each rounds a partial sum of at most
+ * sum |w x| by 2^-24. Quantized types: per block a conversion, d dx, and one or two fused steps: 4 roundings a block
+ * (the integer part is exact), of at most sum |terms|, where Q4_1's two parts count apart. */
+static double reference(double *tolerance, const product *p, size_t row, uint32_t matrix_row) {
+    const uint8_t *file = p->file + matrix_row * p->row_bytes;
+    ki_weight type = p->matrix.type;
+    double sum = 0, size = 0;
+    for (uint32_t c = 0; c < p->a.n_cols; c++) {
+        size_t at = row * p->a.n_cols + c;
+        double w = file_value(file, type, c), x = (double)p->x[at];
+        if (ki_weight_is_quantized(type)) x = p->a.codes[at] * (double)p->a.scales[at / 32];
+        sum += w * x;
+        size += fabs(w * x);
+        if (type == KI_WEIGHT_Q4_1) {
+            double m = (double)ki_f16_to_f32(get_u16(file + c / 32 * 20 + 2));
+            size += fabs(m * x) + fabs((w - m) * x);
+        }
+        if (type == KI_WEIGHT_Q4_0) size += fabs(w * x);
+    }
+    double steps = ki_weight_is_quantized(type) ? p->a.n_cols / 32 * 4.0 : p->a.n_cols;
+    *tolerance = (steps + 2) * 0x1p-24 * size + 1e-30;
+    return sum;
+}
+
+static void matmul_one(ki_isa isa, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n, rng *r) {
+    product p;
+    product_init(&p, type, n_rows, n_cols, n, r);
+    uint32_t n_tiles = (n_rows + 15) / 16;
+    size_t stride = n_tiles * 16 + 16, n_out = stride * n;
+    float *out = check_alloc(n_out * 4), *want = check_alloc(n_out * 4);
+    const ki_dense_kernels *kernels = &ki_kernels_get(isa)->dense;
+    const ki_dense_kernels *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    memset(out, 0x7e, n_out * 4);
+    memset(want, 0x7e, n_out * 4);
+    for (size_t i = 0; ki_weight_is_quantized(type) && i < n; i++) scalar->quantize_row(&p.a, i);
+    if (ki_weight_is_quantized(type)) check_activations(&p);
+    scalar->matmul(want, stride, &p.matrix, 0, n_tiles, &p.a, n);
+    memset(p.a.codes, 0, n * n_cols);
+    for (size_t i = 0; ki_weight_is_quantized(type) && i < n; i++) kernels->quantize_row(&p.a, i);
+    kernels->matmul(out, stride, &p.matrix, n_tiles / 2, n_tiles, &p.a, n);
+    kernels->matmul(out, stride, &p.matrix, 0, n_tiles / 2, &p.a, n);
+    CHECK(!memcmp(out, want, n_out * 4), "%ux%u by %zu: bytes differ from scalar", n_rows, n_cols, n);
+    for (size_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < n_tiles * 16; j++) {
+            double tolerance = 0, expected = j < n_rows ? reference(&tolerance, &p, i, j) : 0;
+            double got = (double)out[i * stride + j];
+            CHECK(fabs(got - expected) <= tolerance, "%ux%u by %zu: [%zu][%u] is %g, expected %g +- %g", n_rows,
+                  n_cols, n, i, j, got, expected, tolerance);
+        }
+    free(out), free(want);
+    product_deinit(&p);
+}
+
+static void matmul(ki_isa isa, ki_weight type) {
+    if (!check_case_isa(isa, "dense/matmul/%s", weight_names[type])) return;
+    static const size_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33};
+    rng r = check_rng();
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        matmul_one(isa, type, 37, 96, rows[i], &r);
+        matmul_one(isa, type, 16, 32, rows[i], &r);
+    }
+    matmul_one(isa, type, 1, 320, 1, &r);
+    matmul_one(isa, type, 50, 576, 2, &r);
+    if (type < KI_WEIGHT_Q4_0) matmul_one(isa, type, 20, 48, 3, &r);
+    check_end();
+}
+
+/* ---- small steps ---- */
+
+typedef struct vectors {
+    float x[2048], y[2048], z[2048], got[2048], want[2048];
+} vectors;
+static vectors v;
+
+static void fill(rng *r, float size) {
+    for (size_t i = 0; i < 2048; i++) {
+        v.x[i] = rng_normal(r) * size;
+        v.y[i] = rng_normal(r) * size;
+        v.z[i] = rng_normal(r);
+    }
+}
+
+static void same(const char *what, size_t n) {
+    CHECK(!memcmp(v.got, v.want, n * 4), "%s: bytes differ from scalar at n = %zu", what, n);
+}
+
+static void norm(ki_isa isa) {
+    if (!check_case_isa(isa, "dense/rms-norm")) return;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    rng r = check_rng();
+    for (uint32_t n = 16; n <= 2048; n += n < 128 ? 16 : 480) {
+        fill(&r, n % 32 ? 1e-3f : 3);
+        k->rms_norm(v.got, v.x, v.y, n, 1e-5f);
+        scalar->rms_norm(v.want, v.x, v.y, n, 1e-5f);
+        same("rms_norm", n);
+        double squares = 0;
+        for (uint32_t i = 0; i < n; i++) squares += (double)v.x[i] * (double)v.x[i];
+        double factor = 1 / sqrt(squares / n + 1e-5);
+        /* a sum of positives of n / 16 + 4 steps (half of it after the root), then about 6 roundings */
+        double relative = (n / 32 + 10) * 0x1p-24;
+        for (uint32_t i = 0; i < n; i++) {
+            double want = (double)v.x[i] * factor * (double)v.y[i];
+            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * relative, "[%u] of %u: %g, not %g", i, n,
+                  (double)v.got[i], want);
+        }
+        memcpy(v.got, v.x, n * 4); /* in place */
+        k->rms_norm(v.got, v.got, v.y, n, 1e-5f);
+        same("rms_norm in place", n);
+    }
+    check_end();
+}
+
+static void rope(ki_isa isa) {
+    if (!check_case_isa(isa, "dense/rope")) return;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
+    rng r = check_rng();
+    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+        uint32_t n = dims[d], half = n / 2;
+        fill(&r, 2);
+        for (uint32_t j = 0; j < half; j++) {
+            float angle = rng_normal(&r) * 100;
+            v.y[j] = cosf(angle), v.z[j] = sinf(angle);
+        }
+        memcpy(v.got, v.x, n * 4);
+        memcpy(v.want, v.x, n * 4);
+        v.got[n] = v.want[n] = 77;
+        k->rope(v.got, v.y, v.z, n);
+        scalar->rope(v.want, v.y, v.z, n);
+        same("rope", n + 1);
+        for (uint32_t j = 0; j < half; j++) { /* three roundings of at most |a| + |b| */
+            double a = (double)v.x[j], b = (double)v.x[half + j], c = (double)v.y[j], s = (double)v.z[j];
+            double tolerance = 3 * 0x1p-24 * (fabs(a) + fabs(b));
+            CHECK(fabs((double)v.got[j] - (a * c - b * s)) <= tolerance, "D = %u, %u", n, j);
+            CHECK(fabs((double)v.got[half + j] - (b * c + a * s)) <= tolerance, "D = %u, %u", n, half + j);
+        }
+    }
+    check_end();
+}
+
+static void elementwise(ki_isa isa) {
+    if (!check_case_isa(isa, "dense/elementwise")) return;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    rng r = check_rng();
+    for (uint32_t n = 16; n <= 2048; n += n < 64 ? 16 : 496) {
+        fill(&r, 8);
+        v.x[0] = -100, v.x[1] = 100, v.x[2] = 0, v.x[3] = -88.5f;
+        k->silu_mul(v.got, v.x, v.z, n);
+        scalar->silu_mul(v.want, v.x, v.z, n);
+        same("silu_mul", n);
+        for (uint32_t i = 0; i < n; i++) { /* e^-x to 4 ulp, then a sum, a quotient, a product */
+            double g = (double)v.x[i], want = g / (1 + exp(-g)) * (double)v.z[i];
+            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * 8 * 0x1p-23 + 1e-35, "silu(%g) %g, not %g", g,
+                  (double)v.got[i], want);
+        }
+        memcpy(v.got, v.x, n * 4);
+        k->add(v.got, v.y, n);
+        for (uint32_t i = 0; i < n; i++) v.want[i] = v.x[i] + v.y[i];
+        same("add", n);
+        k->scale(v.got, v.x, 0.3f, n);
+        for (uint32_t i = 0; i < n; i++) v.want[i] = v.x[i] * 0.3f;
+        same("scale", n);
+    }
+    check_end();
+}
+
+/* ---- the shared exponential ---- */
+
+/* Units in the last place of want that got is away. */
+static double ulps(float got, double want) {
+    int exponent;
+    frexp(want, &exponent);
+    return fabs((double)got - want) / ldexp(1, exponent - 24);
+}
+
+/* Taylor's rest r^7 / 5040 at r = -ln 2 / 2 is 1.2e-7 of 0.707: 2 ulp; the steps near the end of Horner's rule and r's
+ * own rounding add below 1.5. */
+#define EXP_ULPS 3.5
+
+static void expect_exp(const float *x, const float *e, double *worst) {
+    for (int i = 0; i < 16; i++) {
+        double u = ulps(e[i], exp((double)x[i]));
+        *worst = u > *worst ? u : *worst;
+        CHECK(u <= EXP_ULPS, "e^%a: %a, %.2f ulp away", (double)x[i], (double)e[i], u);
+    }
+}
+
+static void exponential(ki_isa isa) {
+    if (!check_case_isa(isa, "dense/exp")) return;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    rng r = check_rng();
+    float x[16], got[16], want[16];
+    double worst = 0;
+    for (int round = 0; round < (check_opt.thorough ? 2000000 : 50000); round++) {
+        for (int i = 0; i < 16; i++) {
+            x[i] = (float)(rng_unit(&r) * 175 - 87);
+            if (round % 4 == 1) x[i] = rng_normal(&r);
+            if (round % 4 == 2) x[i] = ldexpf(rng_normal(&r), -(int)rng_below(&r, 40));
+            if (round % 4 == 3) x[i] = ((float)i - 8 + 0.5f * (float)rng_below(&r, 3)) * 0.6931472f;
+            if (x[i] <= -87 || x[i] > 88) x[i] = 1;
+        }
+        k->exp(got, x, 16);
+        scalar->exp(want, x, 16);
+        CHECK(!memcmp(got, want, sizeof got), "bytes differ from scalar");
+        expect_exp(x, got, &worst);
+    }
+    static const float edges[16] = {0, -0.0f, -INFINITY, -87, -87.0001f, -88, -1000, -1e30f, -3e38f, 88, 89, 1e30f,
+                                    INFINITY, 1, -1, -86.999f};
+    k->exp(got, edges, 16);
+    scalar->exp(want, edges, 16);
+    CHECK(!memcmp(got, want, sizeof got), "edges differ from scalar");
+    CHECK(got[0] == 1 && got[1] == 1, "e^0 is %a and %a", (double)got[0], (double)got[1]);
+    for (int i = 2; i <= 8; i++) CHECK(got[i] == 0 && !signbit(got[i]), "e^%g is %g", (double)edges[i], (double)got[i]);
+    CHECK(got[10] == got[9] && got[11] == got[9] && got[12] == got[9] && isfinite(got[9]), "above 88");
+    /* monotone over runs of neighbours on both sides of 0 */
+    for (int side = 0; side < 2; side++)
+        for (int e = -30; e <= -1; e++) {
+            uint32_t bits = ki_f32_bits(ldexpf(side ? -1 : 1, e));
+            float last = side ? 2.0f : 0.0f;
+            for (uint32_t i = 0; i < 512; i++) {
+                for (uint32_t j = 0; j < 16; j++) x[j] = ki_f32_from_bits(bits + i * 16 + j);
+                k->exp(got, x, 16);
+                for (int j = 0; j < 16; j++) {
+                    CHECK(side ? got[j] <= last : got[j] >= last, "not monotone at %a", (double)x[j]);
+                    last = got[j];
+                }
+            }
+        }
+    check_note("worst %.2f ulp", worst);
+    check_end();
+}
+
+void check_dense(void) {
+    for (int t = 0; t < KI_WEIGHT_COUNT; t++) {
+        matrix_rows((ki_weight)t);
+        for (int i = 0; i < KI_ISA_COUNT; i++) matmul((ki_isa)i, (ki_weight)t);
+    }
+    for (int i = 0; i < KI_ISA_COUNT; i++) {
+        norm((ki_isa)i);
+        rope((ki_isa)i);
+        elementwise((ki_isa)i);
+        exponential((ki_isa)i);
+    }
+}
