@@ -121,6 +121,8 @@ typedef struct kivi_engine_options {
     uint32_t max_sessions;   /* pages are made for this many sessions of ctx_tokens; 0: one */
     uint32_t step_rows;      /* most rows in one step; 0: 512 */
     bool all_logits;         /* keep logits of every row of a step, not of the last row of each item */
+    const char *rope_type;   /* "bf16", "f16": round the rotary frequencies so, as a checkpoint converted as a whole
+                              * (model.to(dtype)) has them; NULL: float32, as models are served */
     const char *disable;     /* instruction sets not to use ("avx512,avx2"); NULL: none */
     uint64_t fail_after;     /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */

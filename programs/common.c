@@ -88,6 +88,7 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv, void (*a
     eo.model_path = path;
     eo.n_threads = o->threads;
     eo.ctx_tokens = o->ctx;
+    eo.rope_type = o->rope_type;
     eo.disable = getenv("KIVI_DISABLE");
     if (adjust) adjust(&eo, user);
     return kivi_engine_create(engine, &eo, &err) ? fail_with(&err) : EXIT_OK;

@@ -55,6 +55,7 @@ static const option table[] = {
     {"rule", "", TEXT, CMD_ALL, AT(rule), 0, "RULE", "paper, stream or span:N (paper)", 0, 0},
     {"threads", "-t", UINT, CMD_ALL, AT(threads), 0, "N", "threads (one for each core)", 1, 1024},
     {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N", "longest context (the model's)", 1, 1e8},
+    {"rope-freq", "", TEXT, CMD_LOGITS, AT(rope_type), 0, "TYPE", "round rotary frequencies to f16 or bf16 (f32)", 0, 0},
     {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV", "auto or cpu (auto)", 0, 0},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };

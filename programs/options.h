@@ -21,7 +21,7 @@ typedef struct options {
     enum command command;
     const char *model;
     const char *prompt, *file, *tokens, *out, *stats, *device, *format;
-    const char *kv, *rule, *type_k, *type_v;
+    const char *kv, *rule, *type_k, *type_v, *rope_type;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;

@@ -117,6 +117,11 @@ static inline uint16_t ki_f32_to_f16(float x) {
     return (uint16_t)(sign | (q + (rest > 0x1000 || (rest == 0x1000 && (q & 1)))));
 }
 
+/* Round half to even; not for NaN. */
+static inline uint16_t ki_f32_to_bf16(float x) {
+    uint32_t u = ki_f32_bits(x);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
 static inline float ki_bf16_to_f32(uint16_t h) { return ki_f32_from_bits((uint32_t)h << 16); }
 
 #endif

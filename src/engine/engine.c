@@ -80,10 +80,20 @@ static void fill_defaults(kivi_engine_options *o, const ki_config *c) {
     if (!o->step_rows) o->step_rows = DEFAULT_STEP_ROWS;
 }
 
+static kivi_status rope_type_of(ki_weight *out, const char *name, kivi_error *err) {
+    *out = KI_WEIGHT_F32;
+    if (!name || !strcmp(name, "f32")) return KIVI_OK;
+    *out = !strcmp(name, "f16") ? KI_WEIGHT_F16 : KI_WEIGHT_BF16;
+    if (*out == KI_WEIGHT_F16 || !strcmp(name, "bf16")) return KIVI_OK;
+    return KI_FAIL(err, ARG, "engine: rope_type '%s', expected f32, bf16 or f16", name);
+}
+
 static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *err) {
     unsigned n_threads = e->options.n_threads ? e->options.n_threads : ki_cpu_count();
+    ki_weight rope_type;
+    KI_TRY(rope_type_of(&rope_type, e->options.rope_type, err));
     KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
-    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, err));
+    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, rope_type, err));
     fill_defaults(&e->options, &e->model->config);
     KI_TRY(ki_engine_load_vocab(e, file, err));
     KI_TRY(make_memory(e, err));
@@ -110,7 +120,7 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     ki_file_close(&file);
     ki_fpu_leave(fpu);
     e->options.model_path = NULL; /* the caller's string need not outlive this call */
-    e->options.disable = NULL;
+    e->options.disable = e->options.rope_type = NULL;
     if (status != KIVI_OK) kivi_engine_destroy(&e);
     *out = e;
     return status;

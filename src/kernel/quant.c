@@ -18,7 +18,7 @@ static void quantize_group(uint8_t *codes, uint16_t *scale, uint16_t *zero, cons
     }
     min += 0.0f; /* -0 becomes +0 */
     *zero = ki_f32_to_f16(min);
-    *scale = f16_up((max - min) / levels);
+    *scale = f16_up((max - min + 0.0f) / levels); /* and a maximum of -0 gives no scale of -0 */
     float s = ki_f16_to_f32(*scale);
     for (unsigned i = 0; i < group; i++) {
         float q = s == 0 ? 0 : rintf((ki_f16_to_f32(x[i]) - min) / s);

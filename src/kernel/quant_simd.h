@@ -14,7 +14,7 @@ static void quantize_lanes(uint8_t *codes, uint16_t *scale, uint16_t *zero, cons
     float min = 0.0f - vf_max(vf_sub(vf_set(0.0f), low)) + 0.0f, max = vf_max(high);
     *zero = ki_f32_to_f16(min);
     uint16_t up[16];
-    vf_store_f16_up(up, vf_div(vf_set(max - min), levels));
+    vf_store_f16_up(up, vf_div(vf_set(max - min + 0.0f), levels));
     *scale = up[0];
     float s = ki_f16_to_f32(*scale);
     if (s == 0) {

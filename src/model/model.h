@@ -40,7 +40,9 @@ typedef struct ki_model {
 } ki_model;
 
 /* Reads and repacks all weights, spread over the workers. */
-kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers, kivi_error *err);
+/* rope_type: the rotary frequencies are rounded to it (F32: not at all). */
+kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers, ki_weight rope_type,
+                          kivi_error *err);
 void ki_model_destroy(ki_model **model);
 
 /* Memory of a step of at most n_rows rows and n_logit_rows rows of logits; made once. */

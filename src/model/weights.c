@@ -9,6 +9,7 @@ typedef struct loader {
     ki_model *model;
     const ki_file *file;
     ki_workers *workers;
+    ki_weight rope_type;
     kivi_error *err;
     uint64_t type_bytes[KI_DTYPE_COUNT];
 } loader;
@@ -128,6 +129,12 @@ static double llama3_freq(const ki_config *c, double freq) {
     return (1 - smooth) * freq / c->rope_factor + smooth * freq;
 }
 
+static float round_to(float x, ki_weight type) {
+    if (type == KI_WEIGHT_F16) return ki_f16_to_f32(ki_f32_to_f16(x));
+    if (type == KI_WEIGHT_BF16) return ki_bf16_to_f32(ki_f32_to_bf16(x));
+    return x;
+}
+
 static kivi_status make_rope(loader *l) {
     ki_model *m = l->model;
     const ki_config *c = &m->config;
@@ -141,7 +148,7 @@ static kivi_status make_rope(loader *l) {
         double freq = 1.0 / pow(c->rope_theta, 2.0 * j / c->head_dim);
         if (c->rope_scaling == KI_ROPE_LINEAR) freq /= c->rope_factor;
         if (c->rope_scaling == KI_ROPE_LLAMA3) freq = llama3_freq(c, freq);
-        m->rope_freq[j] = (float)(divisors ? freq / (double)divisors[j] : freq);
+        m->rope_freq[j] = round_to((float)(divisors ? freq / (double)divisors[j] : freq), l->rope_type);
     }
     ki_free(m->mem, divisors);
     return status;
@@ -201,11 +208,12 @@ static kivi_status load_all(loader *l) {
     return make_rope(l);
 }
 
-kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers, kivi_error *err) {
+kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers, ki_weight rope_type,
+                          kivi_error *err) {
     void *p;
     *out = NULL;
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(ki_model), err));
-    loader l = {.model = p, .file = file, .workers = workers, .err = err};
+    loader l = {.model = p, .file = file, .workers = workers, .rope_type = rope_type, .err = err};
     l.model->mem = mem;
     kivi_status status = ki_file_check_size(file, err);
     if (status == KIVI_OK) status = load_all(&l);
