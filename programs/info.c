@@ -11,7 +11,8 @@ typedef struct plan {
     double bits;
 } plan;
 
-static int make_plans(plan *plans, uint32_t *n, const options *o, const kivi_engine *engine, uint32_t ctx) {
+static int make_plans(plan *plans, uint32_t *n, const options *o, const kivi_engine *engine,
+                      uint32_t ctx) {
     const char *kinds = o->kv ? o->kv : all_kinds;
     kivi_error err = {0};
     for (*n = 0; options_list_item(plans[*n].kv, sizeof plans->kv, kinds, *n);) {
@@ -26,7 +27,9 @@ static int make_plans(plan *plans, uint32_t *n, const options *o, const kivi_eng
     return EXIT_OK;
 }
 
-static double bytes_per_token(const plan *p) { return (double)(p->page.kv_codes + p->page.kv_scales) / 128.0; }
+static double bytes_per_token(const plan *p) {
+    return (double)(p->page.kv_codes + p->page.kv_scales) / 128.0;
+}
 
 static void print_json_text(const char *text) {
     putchar('"');
@@ -41,12 +44,15 @@ static void print_json_text(const char *text) {
 static void print_json(const kivi_engine_info *i, const plan *plans, uint32_t n, uint32_t ctx) {
     printf("{\"model\": {\"name\": ");
     print_json_text(i->model_name);
-    printf(", \"architecture\": \"%s\", \"weight_type\": \"%s\", \"n_params\": %llu, \"n_layers\": %u, \"n_embd\": %u, "
-           "\"n_heads\": %u, \"n_kv_heads\": %u, \"head_dim\": %u, \"n_vocab\": %u, \"ctx\": %u},\n \"memory_plan\": [",
-           i->architecture, i->weight_type, (unsigned long long)i->n_params, i->n_layers, i->n_embd, i->n_heads,
-           i->n_kv_heads, i->head_dim, i->n_vocab, i->ctx_tokens);
+    printf(", \"architecture\": \"%s\", \"weight_type\": \"%s\", \"n_params\": %llu, \"n_layers\": "
+           "%u, \"n_embd\": %u, "
+           "\"n_heads\": %u, \"n_kv_heads\": %u, \"head_dim\": %u, \"n_vocab\": %u, \"ctx\": "
+           "%u},\n \"memory_plan\": [",
+           i->architecture, i->weight_type, (unsigned long long)i->n_params, i->n_layers, i->n_embd,
+           i->n_heads, i->n_kv_heads, i->head_dim, i->n_vocab, i->ctx_tokens);
     for (uint32_t k = 0; k < n; k++) {
-        printf("%s\n  {\"kv\": \"%s\", \"ctx\": %u, \"bits\": %.4g, \"bytes_per_token\": %.10g, \"bytes\": ",
+        printf("%s\n  {\"kv\": \"%s\", \"ctx\": %u, \"bits\": %.4g, \"bytes_per_token\": %.10g, "
+               "\"bytes\": ",
                k ? "," : "", plans[k].kv, ctx, plans[k].bits, bytes_per_token(&plans[k]));
         print_memory_json(stdout, &plans[k].bytes);
         putchar('}');
@@ -57,10 +63,14 @@ static void print_json(const kivi_engine_info *i, const plan *plans, uint32_t n,
 static void print_text(const kivi_engine_info *i, const plan *plans, uint32_t n, uint32_t ctx) {
     kivi_memory columns[MAX_LIST];
     const char *names[MAX_LIST];
-    printf("%s: %s, %.1f M parameters, %s\n", i->model_name, i->architecture, (double)i->n_params / 1e6, i->weight_type);
-    printf("%u layers, width %u, %u heads over %u KV heads of %u, vocabulary %u, trained for %u tokens\n", i->n_layers,
-           i->n_embd, i->n_heads, i->n_kv_heads, i->head_dim, i->n_vocab, i->ctx_tokens);
-    printf("kernels %s, %u threads\n\nmemory plan for one sequence of %u tokens\n", i->isa, i->n_threads, ctx);
+    printf("%s: %s, %.1f M parameters, %s\n", i->model_name, i->architecture,
+           (double)i->n_params / 1e6, i->weight_type);
+    printf("%u layers, width %u, %u heads over %u KV heads of %u, vocabulary %u, trained for %u "
+           "tokens\n",
+           i->n_layers, i->n_embd, i->n_heads, i->n_kv_heads, i->head_dim, i->n_vocab,
+           i->ctx_tokens);
+    printf("kernels %s, %u threads\n\nmemory plan for one sequence of %u tokens\n", i->isa,
+           i->n_threads, ctx);
     for (uint32_t k = 0; k < n; k++) columns[k] = plans[k].bytes, names[k] = plans[k].kv;
     print_memory_table(stdout, columns, names, n);
     printf("  %-13s", "bits/element");

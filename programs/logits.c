@@ -1,4 +1,5 @@
-/* logits: feeds token ids, the first as a prompt and the rest one by one, and writes what the model says of each. */
+/* logits: feeds token ids, the first as a prompt and the rest one by one, and writes what the model
+ * says of each. */
 #include "commands.h"
 
 #include <errno.h>
@@ -29,12 +30,15 @@ static int read_tokens(int32_t **out, size_t *n, const char *path) {
     return ok ? EXIT_OK : usage_error("%s: expected a JSON array of token ids", path);
 }
 
-/* The .npy header of version 1.0 is 128 bytes here: magic, length, a Python dictionary padded with blanks. */
+/* The .npy header of version 1.0 is 128 bytes here: magic, length, a Python dictionary padded with
+ * blanks. */
 static bool write_header(FILE *file, size_t n_rows, uint32_t n_vocab) {
     char header[129];
     memset(header, ' ', 128);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
-    int n = snprintf(header + 10, 118, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %u), }", n_rows, n_vocab);
+    int n =
+        snprintf(header + 10, 118, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %u), }",
+                 n_rows, n_vocab);
     header[10 + n] = ' ';
     header[127] = '\n';
     return fwrite(header, 1, 128, file) == 128;
@@ -55,7 +59,8 @@ static int step(job *j, const int32_t *tokens, uint32_t n) {
     if (kivi_engine_step(j->engine, &item, 1, &j->err)) return fail_with(&j->err);
     if (item.status) return fail_with(&item.error);
     for (uint32_t r = 0; r < n; r++)
-        if (fwrite(kivi_session_logits(j->session, r), sizeof(float), n_vocab, j->file) != n_vocab) {
+        if (fwrite(kivi_session_logits(j->session, r), sizeof(float), n_vocab, j->file) !=
+            n_vocab) {
             fprintf(stderr, "kivi: error: %s: %s\n", j->path, strerror(errno));
             return EXIT_IO;
         }
@@ -68,7 +73,8 @@ static int feed(job *j, const options *o, const int32_t *tokens, size_t n_tokens
     if (n_prompt > n_tokens)
         return usage_error("--prompt %zu, but %s holds %zu ids", n_prompt, o->tokens, n_tokens);
     if (kivi_session_create(&j->session, j->engine, &j->err)) return fail_with(&j->err);
-    if (n_prompt && kivi_session_begin_prompt(j->session, n_prompt, &j->err)) return fail_with(&j->err);
+    if (n_prompt && kivi_session_begin_prompt(j->session, n_prompt, &j->err))
+        return fail_with(&j->err);
     while (at < n_tokens) {
         size_t left = at < n_prompt ? n_prompt - at : 1;
         uint32_t n = (uint32_t)(left < chunk ? left : chunk);
@@ -89,14 +95,16 @@ int command_logits(const options *o) {
     job j = {.path = o->out};
     int32_t *tokens = NULL;
     size_t n_tokens = 0;
-    if (!o->tokens || !o->out) return usage_error("logits needs --tokens FILE.json and --out FILE.npy");
+    if (!o->tokens || !o->out)
+        return usage_error("logits needs --tokens FILE.json and --out FILE.npy");
     int code = read_tokens(&tokens, &n_tokens, o->tokens);
     if (!code) code = open_engine(&j.engine, o, o->kv ? o->kv : "kivi2", keep_all, (void *)o);
     if (!code && !(j.file = fopen(o->out, "wb"))) {
         fprintf(stderr, "kivi: error: %s: %s\n", o->out, strerror(errno));
         code = EXIT_IO;
     }
-    if (!code && !write_header(j.file, n_tokens, kivi_engine_info_get(j.engine)->n_vocab)) code = EXIT_IO;
+    if (!code && !write_header(j.file, n_tokens, kivi_engine_info_get(j.engine)->n_vocab))
+        code = EXIT_IO;
     if (!code) code = feed(&j, o, tokens, n_tokens);
     if (j.file && fclose(j.file) && !code) {
         fprintf(stderr, "kivi: error: %s: %s\n", o->out, strerror(errno));

@@ -10,8 +10,8 @@
 enum kind { TEXT, UINT, UINT64, REAL, LIST, FLAG };
 
 typedef struct option {
-    const char *name;     /* long, without the dashes; also KIVI_<NAME> */
-    const char *shorts;   /* other spellings, with their dashes, separated by blanks */
+    const char *name;   /* long, without the dashes; also KIVI_<NAME> */
+    const char *shorts; /* other spellings, with their dashes, separated by blanks */
     enum kind kind;
     unsigned commands;
     size_t offset, given; /* into options; given: offset of a bool, 0 for none */
@@ -23,44 +23,69 @@ typedef struct option {
 static const option table[] = {
     {"prompt", "-p", TEXT, CMD_RUN, AT(prompt), 0, "TEXT", "the prompt", 0, 0},
     {"file", "-f", TEXT, CMD_RUN, AT(file), 0, "FILE", "read the prompt from FILE", 0, 0},
-    {"n-predict", "-n --predict --max-tokens", UINT, CMD_RUN, AT(n_predict), 0, "N", "tokens to generate (128)", 0, 1e9},
+    {"n-predict", "-n --predict --max-tokens", UINT, CMD_RUN, AT(n_predict), 0, "N",
+     "tokens to generate (128)", 0, 1e9},
     {"ignore-eos", "", FLAG, CMD_RUN, AT(ignore_eos), 0, NULL, "go on after the end token", 0, 0},
-    {"temp", "--temperature", REAL, CMD_RUN, AT(temp), 0, "T", "temperature (0.8); 0 is greedy", 0, 100},
+    {"temp", "--temperature", REAL, CMD_RUN, AT(temp), 0, "T", "temperature (0.8); 0 is greedy", 0,
+     100},
     {"top-k", "", UINT, CMD_RUN, AT(top_k), 0, "K", "keep the K best tokens (40; 0: all)", 0, 1e9},
-    {"top-p", "", REAL, CMD_RUN, AT(top_p), 0, "P", "keep the best tokens up to probability P (0.95)", 1e-9, 1},
-    {"min-p", "", REAL, CMD_RUN, AT(min_p), 0, "P", "drop tokens below P times the best one (0.05)", 0, 1},
-    {"repeat-penalty", "", REAL, CMD_RUN, AT(repeat_penalty), 0, "X", "weaken recent tokens (1.1; 1: off)", 0.01, 100},
-    {"repeat-last-n", "", UINT, CMD_RUN, AT(repeat_tokens), 0, "N", "how many recent tokens (64)", 0, 1e9},
-    {"seed", "-s", UINT64, CMD_RUN, AT(seed), 0, "N", "the same seed draws the same text (0)", 0, 1.8e19},
+    {"top-p", "", REAL, CMD_RUN, AT(top_p), 0, "P",
+     "keep the best tokens up to probability P (0.95)", 1e-9, 1},
+    {"min-p", "", REAL, CMD_RUN, AT(min_p), 0, "P", "drop tokens below P times the best one (0.05)",
+     0, 1},
+    {"repeat-penalty", "", REAL, CMD_RUN, AT(repeat_penalty), 0, "X",
+     "weaken recent tokens (1.1; 1: off)", 0.01, 100},
+    {"repeat-last-n", "", UINT, CMD_RUN, AT(repeat_tokens), 0, "N", "how many recent tokens (64)",
+     0, 1e9},
+    {"seed", "-s", UINT64, CMD_RUN, AT(seed), 0, "N", "the same seed draws the same text (0)", 0,
+     1.8e19},
     {"stats", "", TEXT, CMD_RUN, AT(stats), 0, "FORM", "text, json or none (text)", 0, 0},
     {"json", "", FLAG, CMD_INFO, AT(json), 0, NULL, "print JSON", 0, 0},
     {"tokens", "", TEXT, CMD_LOGITS, AT(tokens), 0, "FILE", "JSON array of token ids", 0, 0},
-    {"prompt", "", UINT, CMD_LOGITS, AT(n_prompt), AT(n_prompt_given), "N", "the first N ids are a prompt (all)", 0, 1e9},
-    {"prompt-chunk", "", UINT, CMD_LOGITS, AT(prompt_chunk), 0, "N", "rows of a prompt step (512)", 1, 65536},
+    {"prompt", "", UINT, CMD_LOGITS, AT(n_prompt), AT(n_prompt_given), "N",
+     "the first N ids are a prompt (all)", 0, 1e9},
+    {"prompt-chunk", "", UINT, CMD_LOGITS, AT(prompt_chunk), 0, "N", "rows of a prompt step (512)",
+     1, 65536},
     {"out", "-o", TEXT, CMD_LOGITS, AT(out), 0, "FILE", "write float32 [T][V] as .npy", 0, 0},
-    {"n-prompt", "-p", LIST, CMD_BENCH, AT(bench_prompt), 0, "N,..", "prompt lengths to time (512)", 0, 1e7},
-    {"n-gen", "-n", LIST, CMD_BENCH, AT(bench_gen), 0, "N,..", "generated tokens to time (128)", 0, 1e7},
-    {"n-depth", "-d --depth", LIST, CMD_BENCH, AT(bench_depth), 0, "N,..", "tokens in the cache before (0)", 0, 1e7},
+    {"n-prompt", "-p", LIST, CMD_BENCH, AT(bench_prompt), 0, "N,..", "prompt lengths to time (512)",
+     0, 1e7},
+    {"n-gen", "-n", LIST, CMD_BENCH, AT(bench_gen), 0, "N,..", "generated tokens to time (128)", 0,
+     1e7},
+    {"n-depth", "-d --depth", LIST, CMD_BENCH, AT(bench_depth), 0, "N,..",
+     "tokens in the cache before (0)", 0, 1e7},
     {"n-batch", "-b", LIST, CMD_BENCH, AT(bench_batch), 0, "N,..", "sequences at once (1)", 1, 256},
     {"repetitions", "-r", UINT, CMD_BENCH, AT(repeats), 0, "N", "timed repetitions (5)", 1, 1000},
     {"output", "-o", TEXT, CMD_BENCH, AT(format), 0, "FORM", "md, csv, json or jsonl (md)", 0, 0},
-    {"kv", "--kv-cache-dtype", TEXT, CMD_ALL, AT(kv), 0, "KIND", "cache: f16 kivi8 kivi4 k4v2 kivi2 (kivi2)", 0, 0},
-    {"k-bits", "--kv-bits-k", UINT, CMD_ALL, AT(k_bits), 0, "B", "bits of keys: 2, 4, 8, 16", 2, 16},
-    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B", "bits of values: 2, 4, 8, 16", 2, 16},
-    {"cache-type-k", "-ctk", TEXT, CMD_ALL, AT(type_k), 0, "TYPE", "keys as in llama.cpp: f16 q8_0 q4_0 q4_1", 0, 0},
+    {"kv", "--kv-cache-dtype", TEXT, CMD_ALL, AT(kv), 0, "KIND",
+     "cache: f16 kivi8 kivi4 k4v2 kivi2 (kivi2)", 0, 0},
+    {"k-bits", "--kv-bits-k", UINT, CMD_ALL, AT(k_bits), 0, "B", "bits of keys: 2, 4, 8, 16", 2,
+     16},
+    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B", "bits of values: 2, 4, 8, 16", 2,
+     16},
+    {"cache-type-k", "-ctk", TEXT, CMD_ALL, AT(type_k), 0, "TYPE",
+     "keys as in llama.cpp: f16 q8_0 q4_0 q4_1", 0, 0},
     {"cache-type-v", "-ctv", TEXT, CMD_ALL, AT(type_v), 0, "TYPE", "values as in llama.cpp", 0, 0},
-    {"group", "--kv-group", UINT, CMD_ALL, AT(group), 0, "G", "values a scale is shared by (32)", 1, 4096},
-    {"residual", "--kv-residual", UINT, CMD_ALL, AT(residual), 0, "R", "newest tokens kept in 16 bit (128)", 1, 1e6},
-    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S", "first tokens kept in 16 bit (0)", 0, 1e6},
+    {"group", "--kv-group", UINT, CMD_ALL, AT(group), 0, "G", "values a scale is shared by (32)", 1,
+     4096},
+    {"residual", "--kv-residual", UINT, CMD_ALL, AT(residual), 0, "R",
+     "newest tokens kept in 16 bit (128)", 1, 1e6},
+    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S", "first tokens kept in 16 bit (0)",
+     0, 1e6},
     {"rule", "", TEXT, CMD_ALL, AT(rule), 0, "RULE", "paper, stream or span:N (paper)", 0, 0},
     {"threads", "-t", UINT, CMD_ALL, AT(threads), 0, "N", "threads (one for each core)", 1, 1024},
-    {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N", "longest context (the model's)", 1, 1e8},
-    {"rope-freq", "", TEXT, CMD_LOGITS, AT(rope_type), 0, "TYPE", "round rotary frequencies to f16 or bf16 (f32)", 0, 0},
+    {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N",
+     "longest context (the model's)", 1, 1e8},
+    {"rope-freq", "", TEXT, CMD_LOGITS, AT(rope_type), 0, "TYPE",
+     "round rotary frequencies to f16 or bf16 (f32)", 0, 0},
     {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV", "auto or cpu (auto)", 0, 0},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
-static const struct { const char *name; unsigned command; const char *help; } commands[] = {
+static const struct {
+    const char *name;
+    unsigned command;
+    const char *help;
+} commands[] = {
     {"run", CMD_RUN, "generate text from a prompt"},
     {"info", CMD_INFO, "what a model is, and the memory each cache kind takes"},
     {"logits", CMD_LOGITS, "logits of given token ids, as a .npy file"},
@@ -98,25 +123,32 @@ int fail_with(const kivi_error *err) {
 
 void options_help(FILE *out, unsigned command) {
     if (!command) {
-        fputs("kivi: language models with a 2-bit key/value cache\n\nusage: kivi COMMAND MODEL [options]\n\n", out);
+        fputs("kivi: language models with a 2-bit key/value cache\n\nusage: kivi COMMAND MODEL "
+              "[options]\n\n",
+              out);
         for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
             fprintf(out, "  %-8s %s\n", commands[i].name, commands[i].help);
-        fputs("\nMODEL is a GGUF file, a Hugging Face folder, or smollm2. kivi COMMAND --help lists options.\n", out);
+        fputs("\nMODEL is a GGUF file, a Hugging Face folder, or smollm2. kivi COMMAND --help "
+              "lists options.\n",
+              out);
         return;
     }
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (commands[i].command == command)
-            fprintf(out, "usage: kivi %s MODEL [options]    %s\n\n", commands[i].name, commands[i].help);
+            fprintf(out, "usage: kivi %s MODEL [options]    %s\n\n", commands[i].name,
+                    commands[i].help);
     for (size_t i = 0; i < N_OPTIONS; i++) {
         const option *o = &table[i];
         char left[96];
         if (!(o->commands & command)) continue;
-        snprintf(left, sizeof left, "--%s%s%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "",
-                 o->shorts[0] ? "  " : "", o->shorts);
+        snprintf(left, sizeof left, "--%s%s%s%s%s", o->name, o->value ? " " : "",
+                 o->value ? o->value : "", o->shorts[0] ? "  " : "", o->shorts);
         fprintf(out, "  %-44s %s\n", left, o->help);
     }
-    fputs("\nEvery option also has an environment name, such as KIVI_THREADS; the command line wins.\n"
-          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out.\n", out);
+    fputs("\nEvery option also has an environment name, such as KIVI_THREADS; the command line "
+          "wins.\n"
+          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out.\n",
+          out);
 }
 
 /* ---- values ---- */
@@ -154,20 +186,25 @@ static int set_value(options *o, const option *opt, const char *text, const char
     bool ok = true;
     switch (opt->kind) {
     case TEXT: memcpy(at, &text, sizeof text); break;
-    case FLAG: *(bool *)at = strcmp(text, "0") && strcmp(text, "off") && strcmp(text, "false"); break;
+    case FLAG:
+        *(bool *)at = strcmp(text, "0") && strcmp(text, "off") && strcmp(text, "false");
+        break;
     case UINT:
-        if ((ok = read_uint(&whole, text, opt->min, opt->max))) *(uint32_t *)(void *)at = (uint32_t)whole;
+        if ((ok = read_uint(&whole, text, opt->min, opt->max)))
+            *(uint32_t *)(void *)at = (uint32_t)whole;
         break;
     case UINT64:
         if ((ok = read_uint(&whole, text, opt->min, opt->max))) memcpy(at, &whole, sizeof whole);
         break;
     case REAL:
-        if ((ok = read_real(&real, text) && real >= opt->min && real <= opt->max)) memcpy(at, &real, sizeof real);
+        if ((ok = read_real(&real, text) && real >= opt->min && real <= opt->max))
+            memcpy(at, &real, sizeof real);
         break;
     case LIST: ok = read_list((list *)(void *)at, text, opt->min, opt->max); break;
     }
-    if (!ok) return usage_error("%s: '%s', expected a number from %g to %g%s", where, text, opt->min, opt->max,
-                                opt->kind == LIST ? " or a list of them" : "");
+    if (!ok)
+        return usage_error("%s: '%s', expected a number from %g to %g%s", where, text, opt->min,
+                           opt->max, opt->kind == LIST ? " or a list of them" : "");
     if (opt->given) *((bool *)o + opt->given) = true;
     return EXIT_OK;
 }
@@ -175,7 +212,9 @@ static int set_value(options *o, const option *opt, const char *text, const char
 /* ---- the command line ---- */
 
 static bool spelled(const option *o, const char *word, size_t n) {
-    if (n > 2 && !strncmp(word, "--", 2) && strlen(o->name) == n - 2 && !memcmp(o->name, word + 2, n - 2)) return true;
+    if (n > 2 && !strncmp(word, "--", 2) && strlen(o->name) == n - 2 &&
+        !memcmp(o->name, word + 2, n - 2))
+        return true;
     for (const char *p = o->shorts; *p;) {
         size_t length = strcspn(p, " ");
         if (length == n && !memcmp(p, word, n)) return true;
@@ -214,7 +253,8 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
             return EXIT_OK;
         }
         if (word[0] != '-' || !word[1]) {
-            if (o->model && strcmp(word, o->model)) return usage_error("'%s': the model is '%s' already", word, o->model);
+            if (o->model && strcmp(word, o->model))
+                return usage_error("'%s': the model is '%s' already", word, o->model);
             o->model = word;
             continue;
         }
@@ -223,11 +263,17 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
             o->model = argv[i];
             continue;
         }
-        if (!strncmp(word, "--dummy-weights", 15)) return usage_error("--dummy-weights is not built yet");
+        if (!strncmp(word, "--dummy-weights", 15))
+            return usage_error("--dummy-weights is not built yet");
         size_t n = strcspn(word, "=");
         const option *opt = find_option(o->command, word, n);
-        if (!opt) return usage_error("unknown option '%.*s'; kivi COMMAND --help lists them", (int)n, word);
-        const char *value = word[n] == '=' ? word + n + 1 : opt->kind == FLAG ? "1" : i + 1 < argc ? argv[++i] : NULL;
+        if (!opt)
+            return usage_error("unknown option '%.*s'; kivi COMMAND --help lists them", (int)n,
+                               word);
+        const char *value = word[n] == '='      ? word + n + 1
+                            : opt->kind == FLAG ? "1"
+                            : i + 1 < argc      ? argv[++i]
+                                                : NULL;
         if (!value) return usage_error("%s needs a value: %s", word, opt->help);
         int code = set_value(o, opt, value, word);
         if (code) return code;
@@ -247,22 +293,35 @@ static int find_command(options *o, const char *name) {
 }
 
 static int check(const options *o) {
-    if (!o->model) return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
+    if (!o->model)
+        return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
     if (o->device && strcmp(o->device, "auto") && strcmp(o->device, "cpu")) {
-        fprintf(stderr, "kivi: error: device '%s' is not there: this build has only cpu\n", o->device);
+        fprintf(stderr, "kivi: error: device '%s' is not there: this build has only cpu\n",
+                o->device);
         return EXIT_MEMORY;
     }
-    if (o->stats && strcmp(o->stats, "text") && strcmp(o->stats, "json") && strcmp(o->stats, "none"))
+    if (o->stats && strcmp(o->stats, "text") && strcmp(o->stats, "json") &&
+        strcmp(o->stats, "none"))
         return usage_error("--stats: '%s', expected text, json or none", o->stats);
     return EXIT_OK;
 }
 
 int options_parse(options *o, int argc, char **argv, bool *done) {
-    *o = (options){.n_predict = 128, .temp = 0.8, .top_k = 40, .top_p = 0.95, .min_p = 0.05, .repeat_penalty = 1.1,
-                   .repeat_tokens = 64, .repeats = 5, .bench_prompt = {{512}, 1}, .bench_gen = {{128}, 1},
-                   .bench_depth = {{0}, 1}, .bench_batch = {{1}, 1}};
+    *o = (options){.n_predict = 128,
+                   .temp = 0.8,
+                   .top_k = 40,
+                   .top_p = 0.95,
+                   .min_p = 0.05,
+                   .repeat_penalty = 1.1,
+                   .repeat_tokens = 64,
+                   .repeats = 5,
+                   .bench_prompt = {{512}, 1},
+                   .bench_gen = {{128}, 1},
+                   .bench_depth = {{0}, 1},
+                   .bench_batch = {{1}, 1}};
     *done = false;
-    if (argc == 0 || !strcmp(argv[0], "--help") || !strcmp(argv[0], "-h") || !strcmp(argv[0], "help")) {
+    if (argc == 0 || !strcmp(argv[0], "--help") || !strcmp(argv[0], "-h") ||
+        !strcmp(argv[0], "help")) {
         options_help(argc ? stdout : stderr, 0);
         *done = true;
         return argc ? EXIT_OK : EXIT_USAGE;
@@ -294,7 +353,10 @@ bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i)
 }
 
 static int kind_by_name(kivi_kv_options *out, const char *name) {
-    static const struct { const char *name; uint32_t k, v; } kinds[] = {
+    static const struct {
+        const char *name;
+        uint32_t k, v;
+    } kinds[] = {
         {"f16", 16, 16}, {"kivi8", 8, 8}, {"kivi4", 4, 4}, {"k4v2", 4, 2}, {"kivi2", 2, 2}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         if (!strcmp(kinds[i].name, name)) {
@@ -308,14 +370,17 @@ static int kind_by_name(kivi_kv_options *out, const char *name) {
 }
 
 static int bits_by_type(uint32_t *bits, const char *name, const char *where) {
-    static const struct { const char *name; uint32_t bits; } types[] = {
-        {"f16", 16}, {"q8_0", 8}, {"q4_0", 4}, {"q4_1", 4}, {"iq4_nl", 4}};
+    static const struct {
+        const char *name;
+        uint32_t bits;
+    } types[] = {{"f16", 16}, {"q8_0", 8}, {"q4_0", 4}, {"q4_1", 4}, {"iq4_nl", 4}};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (!strcmp(types[i].name, name)) {
             *bits = types[i].bits;
             return EXIT_OK;
         }
-    return usage_error("%s: '%s', expected f16, q8_0, q4_0, q4_1 or iq4_nl (kept in kivi's layout of as many bits)",
+    return usage_error("%s: '%s', expected f16, q8_0, q4_0, q4_1 or iq4_nl (kept in kivi's layout "
+                       "of as many bits)",
                        where, name);
 }
 

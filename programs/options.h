@@ -1,4 +1,5 @@
-/* options.h: the one table of command-line options. It makes the parser, --help and the KIVI_* environment. */
+/* options.h: the one table of command-line options. It makes the parser, --help and the KIVI_*
+ * environment. */
 #ifndef OPTIONS_H
 #define OPTIONS_H
 #include "kivi.h"
@@ -32,8 +33,9 @@ typedef struct options {
     bool json, ignore_eos;
 } options;
 
-/* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on, or the exit code
- * (help was printed, or an error). *done is set when there is nothing more to do. */
+/* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on,
+ * or the exit code (help was printed, or an error). *done is set when there is nothing more to do.
+ */
 int options_parse(options *o, int argc, char **argv, bool *done);
 void options_help(FILE *out, unsigned command);
 

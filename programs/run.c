@@ -1,4 +1,5 @@
-/* run: generates text from a prompt. Text goes to standard output, everything else to standard error. */
+/* run: generates text from a prompt. Text goes to standard output, everything else to standard
+ * error. */
 #include "commands.h"
 
 #include <errno.h>
@@ -42,12 +43,14 @@ static int read_prompt(char **text, size_t *n_bytes, const options *o) {
 static int tokenize(generation *g, const char *text, size_t n_bytes) {
     unsigned flags = KIVI_TEXT_ADD_BOS | KIVI_TEXT_SPECIAL;
     g->err = (kivi_error){0};
-    kivi_status status = kivi_tokenize(g->engine, text, n_bytes, flags, NULL, 0, &g->n_prompt, &g->err);
+    kivi_status status =
+        kivi_tokenize(g->engine, text, n_bytes, flags, NULL, 0, &g->n_prompt, &g->err);
     if (status && !(status == KIVI_ARG && g->n_prompt)) return fail_with(&g->err);
     if (g->n_prompt == 0) return usage_error("the prompt is empty");
     g->prompt = malloc(g->n_prompt * sizeof *g->prompt);
     if (!g->prompt) return EXIT_MEMORY;
-    if (kivi_tokenize(g->engine, text, n_bytes, flags, g->prompt, g->n_prompt, &g->n_prompt, &g->err))
+    if (kivi_tokenize(g->engine, text, n_bytes, flags, g->prompt, g->n_prompt, &g->n_prompt,
+                      &g->err))
         return fail_with(&g->err);
     return EXIT_OK;
 }
@@ -55,7 +58,9 @@ static int tokenize(generation *g, const char *text, size_t n_bytes) {
 static void progress(size_t done, size_t all, double seconds) {
     if (!isatty(STDERR_FILENO)) return;
     if (done == all) fputs("\r\033[K", stderr);
-    else fprintf(stderr, "\rprompt %zu/%zu tokens, %.0f tokens/s\033[K", done, all, (double)done / (seconds + 1e-9));
+    else
+        fprintf(stderr, "\rprompt %zu/%zu tokens, %.0f tokens/s\033[K", done, all,
+                (double)done / (seconds + 1e-9));
     fflush(stderr);
 }
 
@@ -65,7 +70,8 @@ static int feed_prompt(generation *g) {
     if (kivi_session_begin_prompt(g->session, g->n_prompt, &g->err)) return fail_with(&g->err);
     for (size_t done = 0; done < g->n_prompt && !interrupted;) {
         size_t n = g->n_prompt - done < chunk ? g->n_prompt - done : chunk;
-        kivi_step_item item = {.session = g->session, .tokens = g->prompt + done, .n_tokens = (uint32_t)n};
+        kivi_step_item item = {
+            .session = g->session, .tokens = g->prompt + done, .n_tokens = (uint32_t)n};
         progress(done, g->n_prompt, now_seconds() - start);
         if (kivi_engine_step(g->engine, &item, 1, &g->err)) return fail_with(&g->err);
         if (item.status) return fail_with(&item.error);
@@ -97,14 +103,18 @@ static int generate(generation *g) {
         char piece[256];
         if (kivi_sampler_next(&id, g->sampler, g->session, &g->err)) return fail_with(&g->err);
         if (id == info->eos_id && !g->o->ignore_eos) break;
-        size_t n = kivi_token_is_control(g->engine, id) ? 0 : kivi_token_bytes(g->engine, id, piece, sizeof piece);
+        size_t n = kivi_token_is_control(g->engine, id)
+                       ? 0
+                       : kivi_token_bytes(g->engine, id, piece, sizeof piece);
         if (n && !put_text(&utf8, piece, n)) return write_failed();
         g->n_generated++;
         if (kivi_session_length(g->session) == info->ctx_tokens) break; /* the context is full */
         if (kivi_session_decode(g->session, id, &g->err)) return fail_with(&g->err);
     }
     g->gen_seconds = now_seconds() - start;
-    return put_text(&utf8, NULL, 0) && fputc('\n', stdout) != EOF && !fflush(stdout) ? EXIT_OK : write_failed();
+    return put_text(&utf8, NULL, 0) && fputc('\n', stdout) != EOF && !fflush(stdout)
+               ? EXIT_OK
+               : write_failed();
 }
 
 static double rate(double n, double seconds) { return seconds > 0 ? n / seconds : 0; }
@@ -115,17 +125,23 @@ static void print_stats_text(const generation *g, const kivi_memory *memory) {
     kivi_kv_options f16 = {.k_bits = 16, .v_bits = 16};
     const kivi_engine_info *i = kivi_engine_info_get(g->engine);
     double bits[2] = {kivi_engine_bits(g->engine)};
-    fprintf(stderr, "\nprompt     %6zu tokens %9.1f tokens/s\n", g->n_prompt, rate((double)g->n_prompt, g->prompt_seconds));
-    fprintf(stderr, "generation %6u tokens %9.1f tokens/s    %s, %u threads, %s\n\n", g->n_generated,
-            rate(g->n_generated, g->gen_seconds), i->model_name, i->n_threads, i->isa);
-    uint32_t n = kivi_engine_plan(&columns[1], &bits[1], g->engine, &f16, i->ctx_tokens, NULL) ? 1 : 2;
+    fprintf(stderr, "\nprompt     %6zu tokens %9.1f tokens/s\n", g->n_prompt,
+            rate((double)g->n_prompt, g->prompt_seconds));
+    fprintf(stderr, "generation %6u tokens %9.1f tokens/s    %s, %u threads, %s\n\n",
+            g->n_generated, rate(g->n_generated, g->gen_seconds), i->model_name, i->n_threads,
+            i->isa);
+    uint32_t n =
+        kivi_engine_plan(&columns[1], &bits[1], g->engine, &f16, i->ctx_tokens, NULL) ? 1 : 2;
     print_memory_table(stderr, columns, names, n);
-    fprintf(stderr, "  for a context of %u tokens; the cache takes %.2f bits an element, f16 takes 16\n", i->ctx_tokens,
-            bits[0]);
+    fprintf(stderr,
+            "  for a context of %u tokens; the cache takes %.2f bits an element, f16 takes 16\n",
+            i->ctx_tokens, bits[0]);
 }
 
 static void print_stats_json(const generation *g, const kivi_memory *memory) {
-    fprintf(stderr, "{\"prompt_tokens\": %zu, \"prompt_tps\": %.2f, \"gen_tokens\": %u, \"gen_tps\": %.2f, \"bytes\": ",
+    fprintf(stderr,
+            "{\"prompt_tokens\": %zu, \"prompt_tps\": %.2f, \"gen_tokens\": %u, \"gen_tps\": %.2f, "
+            "\"bytes\": ",
             g->n_prompt, rate((double)g->n_prompt, g->prompt_seconds), g->n_generated,
             rate(g->n_generated, g->gen_seconds));
     print_memory_json(stderr, memory);
@@ -141,9 +157,13 @@ static void print_stats(const generation *g) {
 
 static int prepare(generation *g) {
     const options *o = g->o;
-    kivi_sampler_options so = {.temperature = (float)o->temp, .top_k = o->top_k, .top_p = (float)o->top_p,
-                               .min_p = (float)o->min_p, .repeat_penalty = (float)o->repeat_penalty,
-                               .repeat_tokens = o->repeat_tokens, .seed = o->seed};
+    kivi_sampler_options so = {.temperature = (float)o->temp,
+                               .top_k = o->top_k,
+                               .top_p = (float)o->top_p,
+                               .min_p = (float)o->min_p,
+                               .repeat_penalty = (float)o->repeat_penalty,
+                               .repeat_tokens = o->repeat_tokens,
+                               .seed = o->seed};
     if (o->temp == 0) so.repeat_penalty = 1; /* greedy is the model's own choice */
     if (kivi_session_create(&g->session, g->engine, &g->err)) return fail_with(&g->err);
     if (kivi_sampler_create(&g->sampler, g->engine, &so, &g->err)) return fail_with(&g->err);
@@ -154,7 +174,8 @@ int command_run(const options *o) {
     generation g = {.o = o};
     char *text = NULL;
     size_t n_bytes = 0;
-    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = (int)SA_RESETHAND}; /* a second one kills */
+    struct sigaction action = {.sa_handler = on_interrupt,
+                               .sa_flags = (int)SA_RESETHAND}; /* a second one kills */
     int code = read_prompt(&text, &n_bytes, o);
     if (!code) code = open_engine(&g.engine, o, o->kv ? o->kv : "kivi2", NULL, NULL);
     if (!code) code = tokenize(&g, text, n_bytes);

@@ -24,7 +24,9 @@ static bool status_known(kivi_status status) {
     return (unsigned)status < sizeof status_names / sizeof *status_names;
 }
 
-const char *kivi_status_name(kivi_status status) { return status_known(status) ? status_names[status] : "?"; }
+const char *kivi_status_name(kivi_status status) {
+    return status_known(status) ? status_names[status] : "?";
+}
 
 const char *kivi_status_text(kivi_status status) {
     return status_known(status) ? status_texts[status] : "unknown status";
@@ -40,8 +42,9 @@ kivi_status ki_fail(kivi_error *err, kivi_status status, const char *format, ...
     return status;
 }
 
-/* A block is  | header 64 bytes | n_bytes | 64 bytes of slack |  so that vector loads may run past the end.
- * Large blocks are mapped: their zeros cost no memory until they are touched, and freeing gives it back at once. */
+/* A block is  | header 64 bytes | n_bytes | 64 bytes of slack |  so that vector loads may run past
+ * the end. Large blocks are mapped: their zeros cost no memory until they are touched, and freeing
+ * gives it back at once. */
 typedef struct block_header {
     size_t n_bytes, mapped_bytes; /* mapped_bytes 0: from the heap */
     ki_tag tag;
@@ -50,7 +53,8 @@ enum { HEADER_BYTES = 64, SLACK_BYTES = 64, MAP_FROM_BYTES = 256 * 1024 };
 
 static char *raw_alloc(size_t total_bytes) {
     if (total_bytes >= MAP_FROM_BYTES) {
-        void *p = mmap(NULL, total_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void *p =
+            mmap(NULL, total_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         return p == MAP_FAILED ? NULL : p;
     }
     char *p = aligned_alloc(64, total_bytes);
@@ -86,22 +90,28 @@ static bool must_fail(ki_mem *mem) {
 kivi_status ki_alloc(void **out, ki_mem *mem, ki_tag tag, size_t n_bytes, kivi_error *err) {
     *out = NULL;
     size_t total;
-    bool fits = ki_add(&total, n_bytes, HEADER_BYTES + SLACK_BYTES) && ki_round_up(&total, total, 64);
+    bool fits =
+        ki_add(&total, n_bytes, HEADER_BYTES + SLACK_BYTES) && ki_round_up(&total, total, 64);
     char *base = fits && !must_fail(mem) ? raw_alloc(total) : NULL;
-    if (!base) return KI_FAIL(err, NOMEM, "memory: %zu bytes for %s could not be had", n_bytes, ki_tag_names[tag]);
+    if (!base)
+        return KI_FAIL(err, NOMEM, "memory: %zu bytes for %s could not be had", n_bytes,
+                       ki_tag_names[tag]);
     size_t mapped_bytes = total >= MAP_FROM_BYTES ? total : 0;
-    *(block_header *)base = (block_header){.n_bytes = n_bytes, .mapped_bytes = mapped_bytes, .tag = tag};
+    *(block_header *)base =
+        (block_header){.n_bytes = n_bytes, .mapped_bytes = mapped_bytes, .tag = tag};
     ki_mem_count(mem, tag, (int64_t)n_bytes);
     atomic_fetch_add(&mem->n_blocks, 1);
     *out = base + HEADER_BYTES;
     return KIVI_OK;
 }
 
-kivi_status ki_alloc_array(void **out, ki_mem *mem, ki_tag tag, size_t count, size_t item_bytes, kivi_error *err) {
+kivi_status ki_alloc_array(void **out, ki_mem *mem, ki_tag tag, size_t count, size_t item_bytes,
+                           kivi_error *err) {
     size_t n_bytes;
     *out = NULL;
     if (!ki_mul(&n_bytes, count, item_bytes))
-        return KI_FAIL(err, NOMEM, "memory: %zu items of %zu bytes for %s overflow", count, item_bytes, ki_tag_names[tag]);
+        return KI_FAIL(err, NOMEM, "memory: %zu items of %zu bytes for %s overflow", count,
+                       item_bytes, ki_tag_names[tag]);
     return ki_alloc(out, mem, tag, n_bytes, err);
 }
 
@@ -127,7 +137,8 @@ void ki_buf_deinit(ki_buf *buf) {
 kivi_status ki_buf_append(ki_buf *buf, const void *bytes, size_t n_bytes, kivi_error *err) {
     size_t need;
     if (!ki_add(&need, buf->n_bytes, n_bytes) || need > buf->max_bytes)
-        return KI_FAIL(err, NOMEM, "buffer: %zu bytes more exceed its limit of %zu", n_bytes, buf->max_bytes);
+        return KI_FAIL(err, NOMEM, "buffer: %zu bytes more exceed its limit of %zu", n_bytes,
+                       buf->max_bytes);
     if (need > buf->cap_bytes) {
         size_t cap = KI_MIN(KI_MAX(need, KI_MAX(buf->cap_bytes * 2, (size_t)256)), buf->max_bytes);
         void *bigger;

@@ -1,12 +1,21 @@
-/* base.h: what every folder needs. Status and error helpers, the tagged allocator, checked sizes, bounded buffers,
- * float16 conversion. Nothing here prints, exits or keeps global state. */
+/* base.h: what every folder needs. Status and error helpers, the tagged allocator, checked sizes,
+ * bounded buffers, float16 conversion. Nothing here prints, exits or keeps global state. */
 #ifndef KI_BASE_H
 #define KI_BASE_H
 #include "kivi.h"
 
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <string.h>
+
+/* Counters that several threads add to. C++ only sees their size. */
+#ifdef __cplusplus
+typedef uint64_t ki_counter;
+typedef int64_t ki_countdown;
+#else
+#include <stdatomic.h>
+typedef _Atomic uint64_t ki_counter;
+typedef _Atomic int64_t ki_countdown;
+#endif
 
 /* ---- errors ---- */
 
@@ -19,7 +28,8 @@ kivi_status ki_fail(kivi_error *err, kivi_status status, const char *format, ...
         kivi_status ki_try_status = (call);                                                        \
         if (ki_try_status != KIVI_OK) return ki_try_status;                                        \
     } while (0)
-/* The same inside a function that owns things and ends at `fail:`, with a local `kivi_status status`. */
+/* The same inside a function that owns things and ends at `fail:`, with a local `kivi_status
+ * status`. */
 #define KI_TRY_GOTO(call)                                                                          \
     do {                                                                                           \
         if ((status = (call)) != KIVI_OK) goto fail;                                               \
@@ -39,25 +49,34 @@ extern const char *const ki_tag_names[KI_TAG_COUNT];
 
 /* One per engine or cache pool; blocks remember their tag and size, so the sums always add up. */
 typedef struct ki_mem {
-    _Atomic uint64_t bytes[KI_TAG_COUNT];
-    _Atomic uint64_t n_blocks;      /* blocks handed out and not yet freed */
-    _Atomic int64_t fail_countdown; /* tests: the allocation that makes it 0 fails, and all after it; < 0: off */
+    ki_counter bytes[KI_TAG_COUNT];
+    ki_counter n_blocks; /* blocks handed out and not yet freed */
+    ki_countdown
+        fail_countdown; /* tests: the allocation that makes it 0 fails, and all after; < 0: off */
 } ki_mem;
 
 void ki_mem_init(ki_mem *mem);
 kivi_memory ki_mem_report(const ki_mem *mem);
-/* Zeroed memory aligned to 64 bytes, with 64 readable bytes behind it; NULL err allowed. n_bytes 0 is legal. */
+/* Zeroed memory aligned to 64 bytes, with 64 readable bytes behind it; NULL err allowed. n_bytes 0
+ * is legal. */
 kivi_status ki_alloc(void **out, ki_mem *mem, ki_tag tag, size_t n_bytes, kivi_error *err);
 /* count * item_bytes, checked. */
-kivi_status ki_alloc_array(void **out, ki_mem *mem, ki_tag tag, size_t count, size_t item_bytes, kivi_error *err);
+kivi_status ki_alloc_array(void **out, ki_mem *mem, ki_tag tag, size_t count, size_t item_bytes,
+                           kivi_error *err);
 void ki_free(ki_mem *mem, void *block); /* NULL allowed */
-/* Files that are mapped rather than allocated are counted too, so that `weights` is what the process really holds. */
+/* Files that are mapped rather than allocated are counted too, so that `weights` is what the
+ * process really holds. */
 void ki_mem_count(ki_mem *mem, ki_tag tag, int64_t n_bytes);
 
-/* ---- checked sizes: every product, sum and rounding of a number that came from a file goes through these ---- */
+/* ---- checked sizes: every product, sum and rounding of a number that came from a file goes
+ * through these ---- */
 
-static inline bool ki_mul(size_t *out, size_t a, size_t b) { return !__builtin_mul_overflow(a, b, out); }
-static inline bool ki_add(size_t *out, size_t a, size_t b) { return !__builtin_add_overflow(a, b, out); }
+static inline bool ki_mul(size_t *out, size_t a, size_t b) {
+    return !__builtin_mul_overflow(a, b, out);
+}
+static inline bool ki_add(size_t *out, size_t a, size_t b) {
+    return !__builtin_add_overflow(a, b, out);
+}
 /* Rounds n up to a multiple of unit (>= 1). */
 static inline bool ki_round_up(size_t *out, size_t n, size_t unit) {
     size_t rest = n % unit;

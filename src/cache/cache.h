@@ -61,7 +61,7 @@ struct kivi_cache {
     bool owns_workers;
     uint32_t max_step_rows;
     ki_attn_work *work;
-    _Atomic uint64_t n_saturated, n_nonfinite;
+    ki_counter n_saturated, n_nonfinite;
 };
 
 typedef struct ki_store {

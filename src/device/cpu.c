@@ -11,7 +11,8 @@ const char *const ki_isa_names[KI_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx
 bool ki_isa_available(ki_isa isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     switch (isa) {
@@ -32,8 +33,10 @@ static kivi_status isa_by_name(ki_isa *out, const char *name, size_t n_bytes, ki
             *out = (ki_isa)i;
             return KIVI_OK;
         }
-    return KI_FAIL(err, ARG, "KIVI_DISABLE: unknown instruction set '%.*s', expected avx2, avx512 or avx512vnni",
-                   (int)KI_MIN(n_bytes, (size_t)64), name);
+    return KI_FAIL(
+        err, ARG,
+        "KIVI_DISABLE: unknown instruction set '%.*s', expected avx2, avx512 or avx512vnni",
+        (int)KI_MIN(n_bytes, (size_t)64), name);
 }
 
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err) {
@@ -43,7 +46,8 @@ kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err) {
         if (n) {
             ki_isa isa = KI_ISA_SCALAR;
             KI_TRY(isa_by_name(&isa, p, n, err));
-            if (isa == KI_ISA_SCALAR) return KI_FAIL(err, ARG, "KIVI_DISABLE: scalar cannot be disabled");
+            if (isa == KI_ISA_SCALAR)
+                return KI_FAIL(err, ARG, "KIVI_DISABLE: scalar cannot be disabled");
             richest = KI_MIN(richest, (int)isa - 1);
         }
         p += n + (p[n] == ',');

@@ -3,21 +3,29 @@
 #define KI_DEVICE_H
 #include "base.h"
 
-/* Instruction sets kernels are compiled for, poorest first. A machine offers a set only with all before it that it
- * needs: avx2 means AVX2 + FMA + F16C, avx512 means F + BW + VL + DQ, avx512vnni adds VNNI. */
-typedef enum ki_isa { KI_ISA_SCALAR, KI_ISA_AVX2, KI_ISA_AVX512, KI_ISA_AVX512VNNI, KI_ISA_COUNT } ki_isa;
+/* Instruction sets kernels are compiled for, poorest first. A machine offers a set only with all
+ * before it that it needs: avx2 means AVX2 + FMA + F16C, avx512 means F + BW + VL + DQ, avx512vnni
+ * adds VNNI. */
+typedef enum ki_isa {
+    KI_ISA_SCALAR,
+    KI_ISA_AVX2,
+    KI_ISA_AVX512,
+    KI_ISA_AVX512VNNI,
+    KI_ISA_COUNT
+} ki_isa;
 extern const char *const ki_isa_names[KI_ISA_COUNT];
 
 bool ki_isa_available(ki_isa isa);
-/* The richest available set that `disabled` does not name ("avx512,avx2", NULL allowed; a disabled set disables the
- * richer ones built on it). ARG names an unknown word. */
+/* The richest available set that `disabled` does not name ("avx512,avx2", NULL allowed; a disabled
+ * set disables the richer ones built on it). ARG names an unknown word. */
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
 
-/* A pool of n_threads - 1 workers; the caller is the last one. Idle workers sleep in the kernel: they look for new
- * work a few microseconds long and then wait on a futex, so a busy machine loses no core to waiting. */
+/* A pool of n_threads - 1 workers; the caller is the last one. Idle workers sleep in the kernel:
+ * they look for new work a few microseconds long and then wait on a futex, so a busy machine loses
+ * no core to waiting. */
 typedef struct ki_workers ki_workers;
-/* One task: index in [0, n_tasks), worker in [0, n_threads). Tasks may run in any order and on any worker, so a
- * result must depend on its index alone. */
+/* One task: index in [0, n_tasks), worker in [0, n_threads). Tasks may run in any order and on any
+ * worker, so a result must depend on its index alone. */
 typedef void (*ki_task_fn)(void *context, size_t index, unsigned worker);
 
 kivi_status ki_workers_create(ki_workers **out, ki_mem *mem, unsigned n_threads, kivi_error *err);
@@ -28,7 +36,8 @@ void ki_workers_run(ki_workers *workers, ki_task_fn fn, void *context, size_t n_
 
 unsigned ki_cpu_count(void); /* processors this process may run on, at least 1 */
 
-/* Floating point must round to nearest and keep subnormals whatever the caller has set: bytes depend on it. */
+/* Floating point must round to nearest and keep subnormals whatever the caller has set: bytes
+ * depend on it. */
 typedef struct ki_fpu {
     uint32_t saved;
 } ki_fpu;

@@ -1,10 +1,11 @@
 /* The worker pool. One generation counter starts a round and one counter of busy workers ends it:
  *
- *   caller   publish fn, n_tasks -> generation++ -> wake sleepers -> take tasks -> wait until n_busy is 0
- *   worker   wait for a new generation -> take tasks (next++) until none is left -> n_busy-- (the last one wakes)
+ *   caller   publish fn, n_tasks -> generation++ -> wake sleepers -> take tasks -> wait until
+ * n_busy is 0 worker   wait for a new generation -> take tasks (next++) until none is left ->
+ * n_busy-- (the last one wakes)
  *
- * Both waits look a bounded number of times before they sleep on a futex: a step has a hundred rounds a few
- * microseconds apart, and a sleep and wake-up costs more than such a gap. */
+ * Both waits look a bounded number of times before they sleep on a futex: a step has a hundred
+ * rounds a few microseconds apart, and a sleep and wake-up costs more than such a gap. */
 #include "device.h"
 
 #include <linux/futex.h>
@@ -12,8 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* About 10 to 40 microseconds of looking: longer than the gap between two rounds of a decode step, and short
- * enough that a machine with other work loses next to nothing. */
+/* About 10 to 40 microseconds of looking: longer than the gap between two rounds of a decode step,
+ * and short enough that a machine with other work loses next to nothing. */
 enum { LOOKS_BEFORE_SLEEP = 1500 };
 
 typedef struct worker {
@@ -30,9 +31,9 @@ struct ki_workers {
     void *context;
     size_t n_tasks;
     bool stopping;
-    _Alignas(64) _Atomic size_t next;          /* the next task to take */
-    _Alignas(64) _Atomic uint32_t generation;  /* rounds started */
-    _Alignas(64) _Atomic uint32_t n_busy;      /* workers still in the round */
+    _Alignas(64) _Atomic size_t next;         /* the next task to take */
+    _Alignas(64) _Atomic uint32_t generation; /* rounds started */
+    _Alignas(64) _Atomic uint32_t n_busy;     /* workers still in the round */
 };
 
 static void look_again(void) {
@@ -74,7 +75,8 @@ static void *worker_main(void *argument) {
         wait_change(&w->generation, seen);
         if (w->stopping) return NULL;
         take_tasks(w, self->index);
-        if (atomic_fetch_sub_explicit(&w->n_busy, 1, memory_order_acq_rel) == 1) wake_all(&w->n_busy);
+        if (atomic_fetch_sub_explicit(&w->n_busy, 1, memory_order_acq_rel) == 1)
+            wake_all(&w->n_busy);
     }
 }
 
@@ -114,9 +116,9 @@ kivi_status ki_workers_create(ki_workers **out, ki_mem *mem, unsigned n_threads,
     for (unsigned i = 1; status == KIVI_OK && i < n_threads; i++) {
         w->workers[i] = (worker){.pool = w, .index = i};
         if (pthread_create(&w->workers[i].thread, NULL, worker_main, &w->workers[i]))
-            status = KI_FAIL(err, NOMEM, "threads: worker %u of %u could not be started", i, n_threads - 1);
-        else
-            w->n_started++;
+            status = KI_FAIL(err, NOMEM, "threads: worker %u of %u could not be started", i,
+                             n_threads - 1);
+        else w->n_started++;
     }
     if (status != KIVI_OK) {
         ki_workers_destroy(&w);

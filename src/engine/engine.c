@@ -15,9 +15,11 @@ kivi_engine_options kivi_engine_defaults(void) {
 static kivi_status check_options(const kivi_engine_options *o, kivi_error *err) {
     if (!o->model_path) return KI_FAIL(err, ARG, "engine: model_path is missing");
     if (o->step_rows > MAX_STEP_ROWS)
-        return KI_FAIL(err, ARG, "engine: %u rows a step, expected at most %d", o->step_rows, MAX_STEP_ROWS);
+        return KI_FAIL(err, ARG, "engine: %u rows a step, expected at most %d", o->step_rows,
+                       MAX_STEP_ROWS);
     if (o->max_sessions > MAX_SESSIONS)
-        return KI_FAIL(err, ARG, "engine: %u sessions, expected at most %d", o->max_sessions, MAX_SESSIONS);
+        return KI_FAIL(err, ARG, "engine: %u sessions, expected at most %d", o->max_sessions,
+                       MAX_SESSIONS);
     return KIVI_OK;
 }
 
@@ -27,9 +29,14 @@ static void fill_info(kivi_engine *e, const ki_file *file) {
     const char *slash = strrchr(ki_file_path(file), '/');
     ki_str name;
     bool found = false;
-    if (ki_file_kind_get(file) == KI_FILE_GGUF) ki_file_str(&name, &found, file, "general.name", NULL);
-    if (found) snprintf(i->model_name, sizeof i->model_name, "%.*s", (int)KI_MIN(name.n_bytes, (size_t)63), name.bytes);
-    else snprintf(i->model_name, sizeof i->model_name, "%.63s", slash && slash[1] ? slash + 1 : ki_file_path(file));
+    if (ki_file_kind_get(file) == KI_FILE_GGUF)
+        ki_file_str(&name, &found, file, "general.name", NULL);
+    if (found)
+        snprintf(i->model_name, sizeof i->model_name, "%.*s", (int)KI_MIN(name.n_bytes, (size_t)63),
+                 name.bytes);
+    else
+        snprintf(i->model_name, sizeof i->model_name, "%.63s",
+                 slash && slash[1] ? slash + 1 : ki_file_path(file));
     snprintf(i->architecture, sizeof i->architecture, "%s", c->architecture);
     snprintf(i->weight_type, sizeof i->weight_type, "%s", e->model->weight_type);
     i->n_params = e->model->n_params;
@@ -49,13 +56,21 @@ static void fill_info(kivi_engine *e, const ki_file *file) {
 static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
     const ki_config *c = &e->model->config;
     kivi_engine_options *o = &e->options;
-    ki_cache_options co = {.mem = &e->mem, .workers = e->workers, .max_sequences = o->max_sessions,
+    ki_cache_options co = {.mem = &e->mem,
+                           .workers = e->workers,
+                           .max_sequences = o->max_sessions,
                            .max_tokens = o->ctx_tokens};
-    uint64_t n_pages = (uint64_t)o->max_sessions * ((o->ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS);
+    uint64_t n_pages =
+        (uint64_t)o->max_sessions * ((o->ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS);
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
-        return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions, o->ctx_tokens);
-    co.geometry = (kivi_cache_geometry){.n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
-                                        .head_dim = c->head_dim, .kv = o->kv, .n_pages = (uint32_t)n_pages,
+        return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
+                       o->ctx_tokens);
+    co.geometry = (kivi_cache_geometry){.n_layers = c->n_layers,
+                                        .n_heads = c->n_heads,
+                                        .n_kv_heads = c->n_kv_heads,
+                                        .head_dim = c->head_dim,
+                                        .kv = o->kv,
+                                        .n_pages = (uint32_t)n_pages,
                                         .max_step_rows = o->step_rows};
     KI_TRY(ki_isa_choose(&co.isa, o->disable, err));
     return ki_cache_create(&e->cache, &co, err);
@@ -66,10 +81,12 @@ static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
     uint32_t n_logit_rows = o->all_logits ? o->step_rows : o->max_sessions;
     void *p;
     KI_TRY(make_cache(e, err));
-    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, n_logit_rows, o->max_sessions, err));
+    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, n_logit_rows,
+                           o->max_sessions, err));
     KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(ki_batch_item), err));
     e->batch = p;
-    KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(kivi_step_item *), err));
+    KI_TRY(
+        ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(kivi_step_item *), err));
     e->owners = p;
     return KIVI_OK;
 }
@@ -102,7 +119,8 @@ static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *
     return KIVI_OK;
 }
 
-kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *options, kivi_error *err) {
+kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *options,
+                               kivi_error *err) {
     ki_mem first;
     void *p;
     *out = NULL;
@@ -155,14 +173,18 @@ void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint
     if (n_saturated) *n_saturated = atomic_load(&engine->cache->n_saturated);
 }
 
-kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine, const kivi_kv_options *kv,
-                             uint32_t ctx_tokens, kivi_error *err) {
+kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine,
+                             const kivi_kv_options *kv, uint32_t ctx_tokens, kivi_error *err) {
     const ki_config *c = &engine->model->config;
-    kivi_cache_geometry g = {.n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads,
-                             .head_dim = c->head_dim, .kv = *kv};
+    kivi_cache_geometry g = {.n_layers = c->n_layers,
+                             .n_heads = c->n_heads,
+                             .n_kv_heads = c->n_kv_heads,
+                             .head_dim = c->head_dim,
+                             .kv = *kv};
     ki_layout layout;
     KI_TRY(ki_layout_init(&layout, &g, err));
-    if (!ki_layout_plan(out, &layout, ((uint64_t)ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS, 1))
+    if (!ki_layout_plan(out, &layout, ((uint64_t)ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
+                        1))
         return KI_FAIL(err, ARG, "plan: %u tokens are too many", ctx_tokens);
     kivi_memory held = kivi_engine_memory(engine);
     out->weights = held.weights;

@@ -10,13 +10,13 @@ struct kivi_engine {
     ki_mem mem;
     ki_workers *workers;
     ki_model *model;
-    ki_vocab *vocab; /* NULL: the file has none that is known; token ids still work */
+    ki_vocab *vocab;       /* NULL: the file has none that is known; token ids still work */
     char vocab_fault[200]; /* why */
     kivi_cache *cache;
     ki_arena *arena;
     kivi_engine_options options;
     kivi_engine_info info;
-    ki_batch_item *batch;  /* [max_sessions] */
+    ki_batch_item *batch;    /* [max_sessions] */
     kivi_step_item **owners; /* [max_sessions]: the caller's item of each batch item */
     uint64_t fingerprint;
 };
@@ -29,8 +29,8 @@ typedef struct ki_run {
 struct kivi_session {
     kivi_engine *engine;
     kivi_seq *seq;
-    int32_t *history;   /* [ctx_tokens] */
-    ki_buf runs;        /* of ki_run */
+    int32_t *history;    /* [ctx_tokens] */
+    ki_buf runs;         /* of ki_run */
     const float *logits; /* rows of the last step, NULL when there are none */
     uint32_t n_logit_rows;
 };

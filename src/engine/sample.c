@@ -1,4 +1,5 @@
-/* sample.c: from logits to one token. Order: repetition penalty, temperature, top-k, top-p, min-p, draw. */
+/* sample.c: from logits to one token. Order: repetition penalty, temperature, top-k, top-p, min-p,
+ * draw. */
 #include "engine.h"
 
 #include <math.h>
@@ -12,40 +13,51 @@ typedef struct candidate {
 struct kivi_sampler {
     ki_mem *mem;
     kivi_sampler_options options;
-    uint64_t state;         /* SplitMix64: one multiply-xor chain, the same everywhere */
-    candidate *candidates;  /* [V] */
-    float *logits;          /* [V] */
+    uint64_t state;        /* SplitMix64: one multiply-xor chain, the same everywhere */
+    candidate *candidates; /* [V] */
+    float *logits;         /* [V] */
     uint32_t n_vocab;
 };
 
 kivi_sampler_options kivi_sampler_defaults(void) {
-    return (kivi_sampler_options){.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f,
-                                  .repeat_penalty = 1.1f, .repeat_tokens = 64};
+    return (kivi_sampler_options){.temperature = 0.8f,
+                                  .top_k = 40,
+                                  .top_p = 0.95f,
+                                  .min_p = 0.05f,
+                                  .repeat_penalty = 1.1f,
+                                  .repeat_tokens = 64};
 }
 
 static kivi_status check(const kivi_sampler_options *o, kivi_error *err) {
     if (!(o->temperature >= 0 && o->temperature <= 100))
-        return KI_FAIL(err, ARG, "sampler: temperature %g, expected 0 to 100", (double)o->temperature);
+        return KI_FAIL(err, ARG, "sampler: temperature %g, expected 0 to 100",
+                       (double)o->temperature);
     if (!(o->top_p > 0 && o->top_p <= 1))
-        return KI_FAIL(err, ARG, "sampler: top-p %g, expected more than 0 and at most 1", (double)o->top_p);
-    if (!(o->min_p >= 0 && o->min_p <= 1)) return KI_FAIL(err, ARG, "sampler: min-p %g, expected 0 to 1", (double)o->min_p);
+        return KI_FAIL(err, ARG, "sampler: top-p %g, expected more than 0 and at most 1",
+                       (double)o->top_p);
+    if (!(o->min_p >= 0 && o->min_p <= 1))
+        return KI_FAIL(err, ARG, "sampler: min-p %g, expected 0 to 1", (double)o->min_p);
     if (!(o->repeat_penalty >= 0.01f && o->repeat_penalty <= 100))
-        return KI_FAIL(err, ARG, "sampler: repetition penalty %g, expected 0.01 to 100", (double)o->repeat_penalty);
+        return KI_FAIL(err, ARG, "sampler: repetition penalty %g, expected 0.01 to 100",
+                       (double)o->repeat_penalty);
     return KIVI_OK;
 }
 
-kivi_status kivi_sampler_create(kivi_sampler **out, const kivi_engine *engine, const kivi_sampler_options *options,
-                                kivi_error *err) {
+kivi_status kivi_sampler_create(kivi_sampler **out, const kivi_engine *engine,
+                                const kivi_sampler_options *options, kivi_error *err) {
     ki_mem *mem = &((kivi_engine *)engine)->mem; /* counting is all that is done to it */
     void *p;
     *out = NULL;
     KI_TRY(check(options, err));
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(kivi_sampler), err));
     kivi_sampler *s = p;
-    *s = (kivi_sampler){.mem = mem, .options = *options, .state = options->seed, .n_vocab = engine->info.n_vocab};
-    kivi_status status = ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(candidate), err);
+    *s = (kivi_sampler){
+        .mem = mem, .options = *options, .state = options->seed, .n_vocab = engine->info.n_vocab};
+    kivi_status status =
+        ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(candidate), err);
     s->candidates = p;
-    if (status == KIVI_OK) status = ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(float), err);
+    if (status == KIVI_OK)
+        status = ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(float), err);
     if (status == KIVI_OK) s->logits = p;
     if (status != KIVI_OK) kivi_sampler_destroy(&s);
     *out = s;
@@ -83,7 +95,9 @@ static void penalize(kivi_sampler *s, const kivi_session *session) {
         bool seen = false;
         for (uint32_t j = 0; j < i && !seen; j++) seen = recent[j] == recent[i];
         float *logit = &s->logits[recent[i]];
-        if (!seen) *logit = *logit > 0 ? *logit / s->options.repeat_penalty : *logit * s->options.repeat_penalty;
+        if (!seen)
+            *logit = *logit > 0 ? *logit / s->options.repeat_penalty
+                                : *logit * s->options.repeat_penalty;
     }
 }
 
@@ -99,7 +113,8 @@ static uint32_t cut(kivi_sampler *s) {
     uint32_t n = o->top_k && o->top_k < s->n_vocab ? o->top_k : s->n_vocab;
     double sum = 0, kept = 0;
     for (uint32_t i = 0; i < n; i++) {
-        s->candidates[i].p = expf((s->candidates[i].logit - s->candidates[0].logit) / o->temperature);
+        s->candidates[i].p =
+            expf((s->candidates[i].logit - s->candidates[0].logit) / o->temperature);
         sum += (double)s->candidates[i].p;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -118,7 +133,8 @@ static int32_t pick(kivi_sampler *s, uint32_t n) {
     return s->candidates[n - 1].id;
 }
 
-kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *session, kivi_error *err) {
+kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *session,
+                              kivi_error *err) {
     uint32_t last = session->n_logit_rows ? session->n_logit_rows - 1 : 0;
     const float *logits = kivi_session_logits(session, last);
     if (!logits) return KI_FAIL(err, ARG, "sampler: the session has no logits yet");
@@ -128,7 +144,8 @@ kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *
         *id = kivi_logits_argmax(s->logits, s->n_vocab);
         return KIVI_OK;
     }
-    for (uint32_t i = 0; i < s->n_vocab; i++) s->candidates[i] = (candidate){.logit = s->logits[i], .id = (int32_t)i};
+    for (uint32_t i = 0; i < s->n_vocab; i++)
+        s->candidates[i] = (candidate){.logit = s->logits[i], .id = (int32_t)i};
     qsort(s->candidates, s->n_vocab, sizeof *s->candidates, by_logit);
     *id = pick(s, cut(s));
     return KIVI_OK;

@@ -1,7 +1,8 @@
 /* session.c: one timeline of tokens, and the step that moves several of them. */
 #include "engine.h"
 
-/* A history of this many prompts can be evaluated again; a chat of more turns than that does not fit any context. */
+/* A history of this many prompts can be evaluated again; a chat of more turns than that does not
+ * fit any context. */
 enum { MAX_RUNS = 1 << 16 };
 
 kivi_status ki_session_new(kivi_session **out, kivi_engine *engine, kivi_error *err) {
@@ -11,8 +12,8 @@ kivi_status ki_session_new(kivi_session **out, kivi_engine *engine, kivi_error *
     kivi_session *s = p;
     s->engine = engine;
     ki_buf_init(&s->runs, &engine->mem, MAX_RUNS * sizeof(ki_run));
-    kivi_status status =
-        ki_alloc_array(&p, &engine->mem, KI_TAG_other, engine->options.ctx_tokens, sizeof(int32_t), err);
+    kivi_status status = ki_alloc_array(&p, &engine->mem, KI_TAG_other, engine->options.ctx_tokens,
+                                        sizeof(int32_t), err);
     s->history = p;
     if (status != KIVI_OK) kivi_session_destroy(&s);
     *out = s;
@@ -52,8 +53,9 @@ kivi_status kivi_session_begin_prompt(kivi_session *session, size_t n_tokens, ki
     uint32_t length = kivi_session_length(session), ctx = session->engine->options.ctx_tokens;
     if (n_tokens == 0) return KI_FAIL(err, ARG, "session: an empty prompt");
     if (n_tokens > ctx - length)
-        return KI_FAIL(err, ARG, "session: a prompt of %zu tokens after %u exceeds the context of %u", n_tokens, length,
-                       ctx);
+        return KI_FAIL(err, ARG,
+                       "session: a prompt of %zu tokens after %u exceeds the context of %u",
+                       n_tokens, length, ctx);
     ki_run run = {length, (uint32_t)n_tokens};
     KI_TRY(kivi_seq_begin_prompt(session->seq, (uint32_t)n_tokens, err));
     kivi_status status = ki_buf_append(&session->runs, &run, sizeof run, err);
@@ -62,10 +64,12 @@ kivi_status kivi_session_begin_prompt(kivi_session *session, size_t n_tokens, ki
 }
 
 /* Rows in steps of at most step_rows. */
-static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_tokens, kivi_error *err) {
+static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_tokens,
+                        kivi_error *err) {
     uint32_t step_rows = session->engine->options.step_rows;
     for (size_t done = 0; done < n_tokens;) {
-        kivi_step_item item = {.session = session, .tokens = tokens + done,
+        kivi_step_item item = {.session = session,
+                               .tokens = tokens + done,
                                .n_tokens = (uint32_t)KI_MIN(n_tokens - done, (size_t)step_rows)};
         KI_TRY(kivi_engine_step(session->engine, &item, 1, err));
         if (item.status != KIVI_OK) {
@@ -77,7 +81,8 @@ static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_t
     return KIVI_OK;
 }
 
-kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens, size_t n_tokens, kivi_error *err) {
+kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens, size_t n_tokens,
+                                kivi_error *err) {
     KI_TRY(kivi_session_begin_prompt(session, n_tokens, err));
     return feed(session, tokens, n_tokens, err);
 }
@@ -92,22 +97,25 @@ static kivi_status check_item(const kivi_engine *e, const kivi_step_item *item, 
     const kivi_session *s = item->session;
     uint32_t length = kivi_session_length(s), ctx = e->options.ctx_tokens;
     if (item->n_tokens > ctx - length)
-        return KI_FAIL(err, ARG, "session: %u more tokens after %u exceed the context of %u", item->n_tokens, length,
-                       ctx);
+        return KI_FAIL(err, ARG, "session: %u more tokens after %u exceed the context of %u",
+                       item->n_tokens, length, ctx);
     for (uint32_t i = 0; i < item->n_tokens; i++)
         if (item->tokens[i] < 0 || (uint32_t)item->tokens[i] >= e->info.n_vocab)
-            return KI_FAIL(err, ARG, "session: token %d at %u, expected 0 to %u", item->tokens[i], i,
-                           e->info.n_vocab - 1);
+            return KI_FAIL(err, ARG, "session: token %d at %u, expected 0 to %u", item->tokens[i],
+                           i, e->info.n_vocab - 1);
     return KIVI_OK;
 }
 
-static kivi_status check_step(const kivi_engine *e, const kivi_step_item *items, size_t n_items, kivi_error *err) {
+static kivi_status check_step(const kivi_engine *e, const kivi_step_item *items, size_t n_items,
+                              kivi_error *err) {
     uint64_t n_rows = 0;
     if (n_items == 0 || n_items > e->options.max_sessions)
-        return KI_FAIL(err, ARG, "step: %zu sessions, expected 1 to %u", n_items, e->options.max_sessions);
+        return KI_FAIL(err, ARG, "step: %zu sessions, expected 1 to %u", n_items,
+                       e->options.max_sessions);
     for (size_t i = 0; i < n_items; i++) {
         if (!items[i].session || items[i].session->engine != e || items[i].n_tokens == 0)
-            return KI_FAIL(err, ARG, "step: item %zu has no session of this engine or no tokens", i);
+            return KI_FAIL(err, ARG, "step: item %zu has no session of this engine or no tokens",
+                           i);
         for (size_t j = 0; j < i; j++)
             if (items[j].session == items[i].session)
                 return KI_FAIL(err, ARG, "step: items %zu and %zu are the same session", j, i);
@@ -127,9 +135,12 @@ static size_t begin_items(kivi_engine *e, kivi_step_item *items, size_t n_items)
         item->session->logits = NULL;
         item->error = (kivi_error){0};
         item->status = check_item(e, item, &item->error);
-        if (item->status == KIVI_OK) item->status = kivi_seq_begin(item->session->seq, item->n_tokens, &item->error);
+        if (item->status == KIVI_OK)
+            item->status = kivi_seq_begin(item->session->seq, item->n_tokens, &item->error);
         if (item->status != KIVI_OK) continue;
-        e->batch[n] = (ki_batch_item){.seq = item->session->seq, .tokens = item->tokens, .n_rows = item->n_tokens,
+        e->batch[n] = (ki_batch_item){.seq = item->session->seq,
+                                      .tokens = item->tokens,
+                                      .n_rows = item->n_tokens,
                                       .err = &item->error};
         e->owners[n++] = item;
     }
@@ -150,7 +161,8 @@ static void end_item(kivi_engine *e, kivi_step_item *item, const ki_batch_item *
     s->n_logit_rows = e->options.all_logits ? item->n_tokens : 1;
 }
 
-kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t n_items, kivi_error *err) {
+kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t n_items,
+                             kivi_error *err) {
     KI_TRY(check_step(engine, items, n_items, err));
     ki_batch batch = {.items = engine->batch, .all_logits = engine->options.all_logits};
     batch.n_items = begin_items(engine, items, n_items);
@@ -163,7 +175,8 @@ kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t 
 
 /* ---- forks and steps back ---- */
 
-static kivi_status copy_history(kivi_session *to, const kivi_session *from, uint32_t n_tokens, kivi_error *err) {
+static kivi_status copy_history(kivi_session *to, const kivi_session *from, uint32_t n_tokens,
+                                kivi_error *err) {
     memcpy(to->history, from->history, n_tokens * sizeof *to->history);
     return ki_buf_append(&to->runs, from->runs.data, from->runs.n_bytes, err);
 }
@@ -181,7 +194,8 @@ static void cut_runs(kivi_session *session, uint32_t n_tokens) {
     ki_run *runs = (ki_run *)(void *)session->runs.data;
     uint32_t n = (uint32_t)(session->runs.n_bytes / sizeof *runs);
     while (n && runs[n - 1].start >= n_tokens) n--;
-    if (n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens) runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
+    if (n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens)
+        runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
     session->runs.n_bytes = n * sizeof *runs;
 }
 
@@ -215,7 +229,8 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
 }
 
 /* ---- files ----
- *     "KIVISES1"  fingerprint u64  n_tokens u32  tokens [n] i32  n_runs u32  runs [n] 2 u32  then the sequence */
+ *     "KIVISES1"  fingerprint u64  n_tokens u32  tokens [n] i32  n_runs u32  runs [n] 2 u32  then
+ * the sequence */
 
 static void session_stream(ki_stream *s, kivi_session *session) {
     char magic[8] = "KIVISES1";
@@ -224,9 +239,12 @@ static void session_stream(ki_stream *s, kivi_session *session) {
     ki_stream_bytes(s, magic, sizeof magic);
     ki_stream_bytes(s, &fingerprint, sizeof fingerprint);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
-    if (memcmp(magic, "KIVISES1", sizeof magic)) ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi session, version 1");
-    if (fingerprint != session->engine->fingerprint) ki_stream_fail(s, KIVI_ARG, "saved with another model");
-    if (n_tokens > session->engine->options.ctx_tokens) ki_stream_fail(s, KIVI_ARG, "longer than this context");
+    if (memcmp(magic, "KIVISES1", sizeof magic))
+        ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi session, version 1");
+    if (fingerprint != session->engine->fingerprint)
+        ki_stream_fail(s, KIVI_ARG, "saved with another model");
+    if (n_tokens > session->engine->options.ctx_tokens)
+        ki_stream_fail(s, KIVI_ARG, "longer than this context");
     if (s->status != KIVI_OK) return;
     ki_stream_bytes(s, session->history, n_tokens * sizeof *session->history);
     n_runs = (uint32_t)(session->runs.n_bytes / sizeof(ki_run));
@@ -236,13 +254,16 @@ static void session_stream(ki_stream *s, kivi_session *session) {
         ki_run run = {0};
         if (s->writing) memcpy(&run, session->runs.data + i * sizeof run, sizeof run);
         ki_stream_bytes(s, &run, sizeof run);
-        if (run.start < end || run.n_tokens == 0 || run.start > n_tokens || run.n_tokens > n_tokens - run.start)
+        if (run.start < end || run.n_tokens == 0 || run.start > n_tokens ||
+            run.n_tokens > n_tokens - run.start)
             ki_stream_fail(s, KIVI_FORMAT, "a prompt lies outside the saved history");
         end = run.start + run.n_tokens;
-        if (!s->writing && s->status == KIVI_OK) s->status = ki_buf_append(&session->runs, &run, sizeof run, s->err);
+        if (!s->writing && s->status == KIVI_OK)
+            s->status = ki_buf_append(&session->runs, &run, sizeof run, s->err);
     }
     for (uint32_t i = 0; i < n_tokens && s->status == KIVI_OK; i++)
-        if (session->history[i] < 0 || (uint32_t)session->history[i] >= session->engine->info.n_vocab)
+        if (session->history[i] < 0 ||
+            (uint32_t)session->history[i] >= session->engine->info.n_vocab)
             ki_stream_fail(s, KIVI_FORMAT, "a saved token lies outside the vocabulary");
 }
 
@@ -255,7 +276,8 @@ kivi_status kivi_session_save(const kivi_session *session, const char *path, kiv
     return ki_stream_finish(&s);
 }
 
-kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path, kivi_error *err) {
+kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
+                              kivi_error *err) {
     ki_stream s;
     KI_TRY(kivi_session_create(out, engine, err));
     kivi_status status = ki_stream_open(&s, path, false, err);

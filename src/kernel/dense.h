@@ -12,7 +12,9 @@
  * so that 64 bytes are one operand of an integer dot product whose other side is four activations, broadcast. The file
  * formats' values: Q4_0 d (c - 8), Q4_1 d c + m, Q8_0 d c. Sizes stay those of the file.
  *
- * Quantized matrices multiply activations of 8 bits: per 32 columns one float32 scale, largest |x| / 127. Block by block
+ * Quantized matrices multiply activations of 15 bits: per 32 columns one float32 scale, largest |x| / 16256, and
+ * integers 128 high + low of two signed bytes, each an operand of the dot product. (One byte, as other engines have,
+ * costs a 4-bit model a tenth of a nat in its log-probabilities; two cost time only where memory is not the limit.)
  *     acc = fma((float)(integer sum), d * dx, acc)     Q4_1: acc = fma(m, dx * sum of x, acc)
  * in column order: each output is one chain, whatever the tile sizes, so results repeat on every machine and batch. */
 #ifndef KI_DENSE_H
@@ -51,16 +53,16 @@ void ki_matrix_row(float *out, const ki_matrix *matrix, uint32_t row);
 typedef struct ki_activations {
     uint32_t n_cols;
     const float *x;      /* [rows][n_cols] f32 */
-    int8_t *codes;       /* [rows][n_cols] */
+    int8_t *high, *low;  /* [rows][n_cols] each: the integer is 128 high + low */
     float *scales;       /* [rows][n_cols / 32] */
-    int32_t *sums;       /* [rows][n_cols / 32]: of the codes */
+    int32_t *sums;       /* [rows][n_cols / 32]: of the integers */
 } ki_activations;
 
 typedef struct ki_dense_kernels {
     /* Row `row` of a from a->x. */
     void (*quantize_row)(ki_activations *a, size_t row);
     /* out[r][tile rows] for tiles [first_tile, end_tile) and activation rows [0, n_rows): out is [n_rows][out_stride],
-     * its columns the matrix rows. Quantized types read a->codes, scales and sums, the others a->x. */
+     * its columns the matrix rows. Quantized types read a->high, low, scales and sums, the others a->x. */
     void (*matmul)(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile, uint32_t end_tile,
                    const ki_activations *a, size_t n_rows);
     /* out = x / sqrt(mean(x^2) + eps) * weight; [n], n % 16 == 0 */

@@ -8,22 +8,26 @@ enum { ROW_BLOCK = 8 }; /* activation rows that share an unpacked weight: 8 sums
 enum { ROW_BLOCK = 4 };
 #endif
 
+#define ACTIVATION_MAX 16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
+
 static void quantize_row_simd(ki_activations *a, size_t row) {
     const float *x = a->x + row * a->n_cols;
-    int8_t *codes = a->codes + row * a->n_cols;
     size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
-    for (size_t b = 0; b < n_blocks; b++, x += 32, codes += 32) {
-        vf lo = vf_load(x), hi = vf_load(x + 16);
-        float largest = vf_max(vf_max2(vf_abs(lo), vf_abs(hi)));
-        bool tiny = !(largest > 1e-30f); /* 127 / largest must stay finite */
-        vf inverse = vf_set(tiny ? 0.0f : 127.0f / largest);
-        vi qlo = vf_to_vi(vf_mul(lo, inverse)), qhi = vf_to_vi(vf_mul(hi, inverse));
-        vi_store_i8(codes, qlo);
-        vi_store_i8(codes + 16, qhi);
+    for (size_t b = 0; b < n_blocks; b++) {
+        float largest = vf_max(vf_max2(vf_abs(vf_load(x + b * 32)), vf_abs(vf_load(x + b * 32 + 16))));
+        bool tiny = !(largest > 1e-30f); /* the inverse must stay finite */
+        vf inverse = vf_set(tiny ? 0.0f : ACTIVATION_MAX / largest);
         int32_t lanes[16], sum = 0;
-        vi_store(lanes, vi_add(qlo, qhi));
+        vi sums = vi_set(0);
+        for (size_t i = b * 32; i < b * 32 + 32; i += 16) {
+            vi q = vf_to_vi(vf_mul(vf_load(x + i), inverse)), h = vi_sar(vi_add(q, vi_set(64)), 7);
+            vi_store_i8(a->high + row * a->n_cols + i, h);
+            vi_store_i8(a->low + row * a->n_cols + i, vi_sub(q, vi_shl(h, 7)));
+            sums = vi_add(sums, q);
+        }
+        vi_store(lanes, sums);
         for (int i = 0; i < 16; i++) sum += lanes[i];
-        a->scales[row * n_blocks + b] = tiny ? 0.0f : largest / 127.0f;
+        a->scales[row * n_blocks + b] = tiny ? 0.0f : largest / ACTIVATION_MAX;
         a->sums[row * n_blocks + b] = sum;
     }
 }
@@ -41,17 +45,22 @@ KI_INLINE void unpack_block(vb *w, const uint8_t *codes, ki_weight type) {
     }
 }
 
+/* sum + 32 columns of 16 rows times one plane of an activation row. */
+KI_INLINE vi dot_block(vi sum, const vb *w, const int8_t *x, ki_weight type) {
+    for (int k = 0; k < 8; k++) {
+        vb v = vi_set_bytes(x + k * 4);
+        sum = type == KI_WEIGHT_Q8_0 ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
+    }
+    return sum;
+}
+
 /* One tile times n <= ROW_BLOCK rows of activations, from row r0 on. */
 KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type, const ki_activations *a,
                            size_t r0, unsigned n) {
     unsigned n_heads = type == KI_WEIGHT_Q4_1 ? 2 : 1, code_bytes = type == KI_WEIGHT_Q8_0 ? 512 : 256;
     size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
-    const int8_t *x[ROW_BLOCK];
     vf acc[ROW_BLOCK];
-    for (unsigned i = 0; i < n; i++) {
-        x[i] = a->codes + (r0 + i) * a->n_cols;
-        acc[i] = vf_set(0.0f);
-    }
+    for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
     for (size_t b = 0; b < n_blocks; b++) {
         vf d = vf_load_f16((const uint16_t *)tile), m = vf_set(0.0f);
         if (type == KI_WEIGHT_Q4_1) m = vf_load_f16((const uint16_t *)tile + 16);
@@ -59,11 +68,8 @@ KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, k
         unpack_block(w, tile + n_heads * 32, type);
         tile += n_heads * 32 + code_bytes;
         for (unsigned i = 0; i < n; i++) {
-            vi sum = vi_set(0);
-            for (int k = 0; k < 8; k++) {
-                vb v = vi_set_bytes(x[i] + b * 32 + (size_t)k * 4);
-                sum = type == KI_WEIGHT_Q8_0 ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
-            }
+            vi sum = dot_block(vi_set(0), w, a->high + (r0 + i) * a->n_cols + b * 32, type);
+            sum = dot_block(vi_shl(sum, 7), w, a->low + (r0 + i) * a->n_cols + b * 32, type);
             size_t at = (r0 + i) * n_blocks + b;
             float dx = a->scales[at];
             int32_t sx = a->sums[at];

@@ -1,10 +1,18 @@
-/* config.c: what a file says of its model, in either form, into one ki_config; checked as it is read. */
+/* config.c: what a file says of its model, in either form, into one ki_config; checked as it is
+ * read. */
 #include "model.h"
 
 #include <stdio.h>
 
-/* Largest values taken from a file: far above any model, far below what could overflow a product. */
-enum { MAX_LAYERS = 1024, MAX_HEADS = 1024, MAX_WIDTH = 1 << 20, MAX_VOCAB = 1 << 24, MAX_CTX = 1 << 28 };
+/* Largest values taken from a file: far above any model, far below what could overflow a product.
+ */
+enum {
+    MAX_LAYERS = 1024,
+    MAX_HEADS = 1024,
+    MAX_WIDTH = 1 << 20,
+    MAX_VOCAB = 1 << 24,
+    MAX_CTX = 1 << 28
+};
 
 /* A reader that stops at the first fault, so that the lists below stay flat. */
 typedef struct reader {
@@ -22,14 +30,16 @@ static uint32_t read_uint(reader *r, const char *key, uint32_t max, uint32_t fal
     if (r->status != KIVI_OK) return 0;
     r->status = ki_file_u64(&value, &found, r->file, key, 1, max, r->err);
     if (r->status == KIVI_OK && !found && !fallback)
-        r->status = KI_FAIL(r->err, FORMAT, "%s: %s is missing, expected a whole number", path_of(r), key);
+        r->status =
+            KI_FAIL(r->err, FORMAT, "%s: %s is missing, expected a whole number", path_of(r), key);
     return r->status == KIVI_OK ? (uint32_t)value : 0;
 }
 
 static double read_real(reader *r, const char *key, double fallback) {
     double value = fallback;
     bool found = false;
-    if (r->status == KIVI_OK) r->status = ki_file_f64(&value, &found, r->file, key, 1e-30, 1e30, r->err);
+    if (r->status == KIVI_OK)
+        r->status = ki_file_f64(&value, &found, r->file, key, 1e-30, 1e30, r->err);
     return value;
 }
 
@@ -51,8 +61,8 @@ static void read_text(reader *r, char *out, size_t n_bytes, const char *key) {
 
 static void refuse(reader *r, const char *key, const char *found, const char *expected) {
     if (r->status == KIVI_OK)
-        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: %s is '%s', not built yet; expected %s", path_of(r), key, found,
-                            expected);
+        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: %s is '%s', not built yet; expected %s",
+                            path_of(r), key, found, expected);
 }
 
 static void check_family(reader *r, const char *key, const char *name) {
@@ -68,10 +78,13 @@ static void gguf_rope(ki_config *c, reader *r) {
     c->rope_factor = read_real(r, "llama.rope.scaling.factor", 1.0);
     c->rope_interleaved = true;
     if (!strcmp(type, "linear")) c->rope_scaling = KI_ROPE_LINEAR;
-    else if (type[0] && strcmp(type, "none")) refuse(r, "llama.rope.scaling.type", type, "none or linear");
-    uint32_t dims = read_uint(r, "llama.rope.dimension_count", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
+    else if (type[0] && strcmp(type, "none"))
+        refuse(r, "llama.rope.scaling.type", type, "none or linear");
+    uint32_t dims =
+        read_uint(r, "llama.rope.dimension_count", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
     if (r->status == KIVI_OK && dims != c->head_dim)
-        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: llama.rope.dimension_count is %u, expected the head size %u",
+        r->status = KI_FAIL(r->err, UNSUPPORTED,
+                            "%s: llama.rope.dimension_count is %u, expected the head size %u",
                             path_of(r), dims, c->head_dim);
 }
 
@@ -86,18 +99,24 @@ static void gguf_config(ki_config *c, reader *r) {
     c->ctx_tokens = read_uint(r, "llama.context_length", MAX_CTX, 0);
     c->norm_eps = (float)read_real(r, "llama.attention.layer_norm_rms_epsilon", 1e-5);
     if (r->status == KIVI_OK)
-        c->head_dim = read_uint(r, "llama.attention.key_length", MAX_WIDTH, KI_MAX(c->n_embd / c->n_heads, 1u));
-    uint32_t v_dim = read_uint(r, "llama.attention.value_length", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
+        c->head_dim = read_uint(r, "llama.attention.key_length", MAX_WIDTH,
+                                KI_MAX(c->n_embd / c->n_heads, 1u));
+    uint32_t v_dim =
+        read_uint(r, "llama.attention.value_length", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
     if (r->status == KIVI_OK && v_dim != c->head_dim)
-        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: value heads of %u beside key heads of %u are not supported",
+        r->status = KI_FAIL(r->err, UNSUPPORTED,
+                            "%s: value heads of %u beside key heads of %u are not supported",
                             path_of(r), v_dim, c->head_dim);
     gguf_rope(c, r);
     const ki_tensor *embedding = ki_file_tensor(r->file, "token_embd.weight");
     if (r->status == KIVI_OK && !embedding)
         r->status = KI_FAIL(r->err, FORMAT, "%s: tensor token_embd.weight is missing", path_of(r));
     if (r->status == KIVI_OK && (embedding->dims[0] > MAX_VOCAB || embedding->n_dims != 2))
-        r->status = KI_FAIL(r->err, FORMAT, "%s: token_embd.weight has %u dimensions and %llu rows, expected 2 and at "
-                            "most %d", path_of(r), embedding->n_dims, (unsigned long long)embedding->dims[0], MAX_VOCAB);
+        r->status = KI_FAIL(
+            r->err, FORMAT,
+            "%s: token_embd.weight has %u dimensions and %llu rows, expected 2 and at "
+            "most %d",
+            path_of(r), embedding->n_dims, (unsigned long long)embedding->dims[0], MAX_VOCAB);
     if (r->status == KIVI_OK) c->n_vocab = (uint32_t)embedding->dims[0];
 }
 
@@ -113,12 +132,13 @@ static void hf_rope_llama3(ki_config *c, reader *r, const char *prefix) {
     snprintf(key, sizeof key, "%s.original_max_position_embeddings", prefix);
     c->rope_original_ctx = read_real(r, key, 8192.0);
     if (r->status == KIVI_OK && c->rope_high <= c->rope_low)
-        r->status = KI_FAIL(r->err, FORMAT, "%s: %s has high_freq_factor %g, expected more than low_freq_factor %g",
+        r->status = KI_FAIL(r->err, FORMAT,
+                            "%s: %s has high_freq_factor %g, expected more than low_freq_factor %g",
                             path_of(r), prefix, c->rope_high, c->rope_low);
 }
 
-/* The newer form nests everything in rope_parameters; the older one has rope_theta beside rope_scaling, whose type
- * was called `type` at first. */
+/* The newer form nests everything in rope_parameters; the older one has rope_theta beside
+ * rope_scaling, whose type was called `type` at first. */
 static void hf_rope(ki_config *c, reader *r) {
     bool nested = ki_file_value_kind(r->file, "rope_parameters") == KI_VALUE_OBJECT;
     const char *prefix = nested ? "rope_parameters" : "rope_scaling";
@@ -144,7 +164,8 @@ static void hf_refusals(reader *r) {
     if (act[0] && strcmp(act, "silu")) refuse(r, "hidden_act", act, "silu");
     if (read_bool(r, "attention_bias", false)) refuse(r, "attention_bias", "true", "false");
     if (read_bool(r, "mlp_bias", false)) refuse(r, "mlp_bias", "true", "false");
-    if (ki_file_value_kind(r->file, "sliding_window") == KI_VALUE_INT) refuse(r, "sliding_window", "set", "none");
+    if (ki_file_value_kind(r->file, "sliding_window") == KI_VALUE_INT)
+        refuse(r, "sliding_window", "set", "none");
     if (ki_file_value_kind(r->file, "quantization_config") == KI_VALUE_OBJECT)
         refuse(r, "quantization_config", "set", "none");
 }
@@ -160,7 +181,8 @@ static void hf_config(ki_config *c, reader *r) {
     c->ctx_tokens = read_uint(r, "max_position_embeddings", MAX_CTX, 2048);
     c->n_vocab = read_uint(r, "vocab_size", MAX_VOCAB, 0);
     c->norm_eps = (float)read_real(r, "rms_norm_eps", 1e-6);
-    if (r->status == KIVI_OK) c->head_dim = read_uint(r, "head_dim", MAX_WIDTH, KI_MAX(c->n_embd / c->n_heads, 1u));
+    if (r->status == KIVI_OK)
+        c->head_dim = read_uint(r, "head_dim", MAX_WIDTH, KI_MAX(c->n_embd / c->n_heads, 1u));
     c->tied_output = read_bool(r, "tie_word_embeddings", false);
     hf_rope(c, r);
     hf_refusals(r);
@@ -171,13 +193,14 @@ static void hf_config(ki_config *c, reader *r) {
 static kivi_status check(const ki_config *c, const ki_file *file, kivi_error *err) {
     const char *path = ki_file_path(file);
     if (c->n_heads % c->n_kv_heads)
-        return KI_FAIL(err, FORMAT, "%s: %u heads over %u KV heads, expected a multiple", path, c->n_heads,
-                       c->n_kv_heads);
+        return KI_FAIL(err, FORMAT, "%s: %u heads over %u KV heads, expected a multiple", path,
+                       c->n_heads, c->n_kv_heads);
     if (c->head_dim % 16 || c->head_dim > KI_MAX_HEAD_DIM)
-        return KI_FAIL(err, UNSUPPORTED, "%s: head size %u, expected a multiple of 16 up to %d", path, c->head_dim,
-                       KI_MAX_HEAD_DIM);
+        return KI_FAIL(err, UNSUPPORTED, "%s: head size %u, expected a multiple of 16 up to %d",
+                       path, c->head_dim, KI_MAX_HEAD_DIM);
     if (c->n_embd % 16 || c->n_ff % 16)
-        return KI_FAIL(err, UNSUPPORTED, "%s: widths %u and %u, expected multiples of 16", path, c->n_embd, c->n_ff);
+        return KI_FAIL(err, UNSUPPORTED, "%s: widths %u and %u, expected multiples of 16", path,
+                       c->n_embd, c->n_ff);
     return KIVI_OK;
 }
 

@@ -1,17 +1,20 @@
-/* llama.c: the forward pass of the Llama family, read top to bottom: run_layers, then one function a step.
+/* llama.c: the forward pass of the Llama family, read top to bottom: run_layers, then one function
+ * a step.
  *
  *     x = embedding[token]
  *     each layer:  h = norm(x); q, k, v = h W; rope(q), rope(k); append(k, v); x += attend(q) Wo
  *                  h = norm(x); x += (silu(h Wgate) * h Wup) Wdown
  *     logits = norm(x) Woutput, for the rows that asked
  *
- * A batch is rows of several sequences, one after the other. Each row's numbers depend on its own row and its own
- * sequence only, in an order fixed by the kernels, so neighbours, chunks and threads change nothing. */
+ * A batch is rows of several sequences, one after the other. Each row's numbers depend on its own
+ * row and its own sequence only, in an order fixed by the kernels, so neighbours, chunks and
+ * threads change nothing. */
 #include "model.h"
 
 #include <math.h>
 
-/* Below this many rows the small steps between products are done by the caller: waking workers costs more. */
+/* Below this many rows the small steps between products are done by the caller: waking workers
+ * costs more. */
 enum { ROWS_WORTH_SHARING = 4 };
 
 typedef struct item_place {
@@ -21,24 +24,26 @@ typedef struct item_place {
 struct ki_arena {
     ki_mem *mem;
     uint32_t max_rows, max_logit_rows, max_items;
-    float *x, *h;          /* [rows][n_embd]: the residual stream, its norm */
-    float *qkv;            /* [rows][(H + 2 Hk) D]: q, then k, then v */
-    float *attn;           /* [rows][H D] */
-    float *gate, *up;      /* [rows][n_ff] */
-    float *delta;          /* [rows][n_embd]: what a block adds to x */
-    float *cos, *sin;      /* [rows][D / 2] */
-    int8_t *codes;         /* [rows][widest] */
-    float *scales;         /* [rows][widest / 32] */
-    int32_t *sums;         /* [rows][widest / 32] */
-    float *logits;         /* [logit rows][V to a multiple of 16] */
-    uint32_t *row_item;    /* [rows] */
-    item_place *places;    /* [max_items] */
+    float *x, *h;           /* [rows][n_embd]: the residual stream, its norm */
+    float *qkv;             /* [rows][(H + 2 Hk) D]: q, then k, then v */
+    float *attn;            /* [rows][H D] */
+    float *gate, *up;       /* [rows][n_ff] */
+    float *delta;           /* [rows][n_embd]: what a block adds to x */
+    float *cos, *sin;       /* [rows][D / 2] */
+    int8_t *high, *low;     /* [rows][widest] each */
+    float *scales;          /* [rows][widest / 32] */
+    int32_t *sums;          /* [rows][widest / 32] */
+    float *logits;          /* [logit rows][V to a multiple of 16] */
+    uint32_t *row_item;     /* [rows] */
+    item_place *places;     /* [max_items] */
     ki_attend_item *attend; /* [max_items] */
 };
 
 /* ---- the arena ---- */
 
-static uint32_t padded_vocab(const ki_config *c) { return (c->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS; }
+static uint32_t padded_vocab(const ki_config *c) {
+    return (c->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS;
+}
 
 size_t ki_logits_stride(const ki_config *config) { return padded_vocab(config); }
 
@@ -52,7 +57,10 @@ static kivi_status take(void *out, ki_arena *a, size_t rows, size_t row_bytes, k
 static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) {
     uint32_t q_dim = c->n_heads * c->head_dim, qkv_dim = q_dim + 2 * c->n_kv_heads * c->head_dim;
     uint32_t widest = KI_MAX(KI_MAX(c->n_embd, c->n_ff), q_dim);
-    const struct { void *out; size_t rows, row_bytes; } table[] = {
+    const struct {
+        void *out;
+        size_t rows, row_bytes;
+    } table[] = {
         {&a->x, a->max_rows, c->n_embd * sizeof(float)},
         {&a->h, a->max_rows, c->n_embd * sizeof(float)},
         {&a->qkv, a->max_rows, qkv_dim * sizeof(float)},
@@ -62,7 +70,8 @@ static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) 
         {&a->delta, a->max_rows, c->n_embd * sizeof(float)},
         {&a->cos, a->max_rows, c->head_dim / 2 * sizeof(float)},
         {&a->sin, a->max_rows, c->head_dim / 2 * sizeof(float)},
-        {&a->codes, a->max_rows, widest},
+        {&a->high, a->max_rows, widest},
+        {&a->low, a->max_rows, widest},
         {&a->scales, a->max_rows, (widest / 32 + 1) * sizeof(float)},
         {&a->sums, a->max_rows, (widest / 32 + 1) * sizeof(int32_t)},
         {&a->logits, a->max_logit_rows, padded_vocab(c) * sizeof(float)},
@@ -81,7 +90,8 @@ kivi_status ki_arena_create(ki_arena **out, ki_mem *mem, const ki_config *config
     *out = NULL;
     KI_TRY(ki_alloc(&p, mem, KI_TAG_activations, sizeof(ki_arena), err));
     ki_arena *a = p;
-    *a = (ki_arena){.mem = mem, .max_rows = n_rows, .max_logit_rows = n_logit_rows, .max_items = max_items};
+    *a = (ki_arena){
+        .mem = mem, .max_rows = n_rows, .max_logit_rows = n_logit_rows, .max_items = max_items};
     kivi_status status = arena_init(a, config, err);
     if (status != KIVI_OK) ki_arena_destroy(&a);
     *out = a;
@@ -91,8 +101,9 @@ kivi_status ki_arena_create(ki_arena **out, ki_mem *mem, const ki_config *config
 void ki_arena_destroy(ki_arena **arena) {
     ki_arena *a = *arena;
     if (!a) return;
-    void *parts[] = {a->x,   a->h,   a->qkv,   a->attn,   a->gate, a->up,     a->delta,    a->cos,
-                     a->sin, a->codes, a->scales, a->sums, a->logits, a->row_item, a->places, a->attend};
+    void *parts[] = {a->x,     a->h,      a->qkv,      a->attn,   a->gate,  a->up,
+                     a->delta, a->cos,    a->sin,      a->high,   a->low,   a->scales,
+                     a->sums,  a->logits, a->row_item, a->places, a->attend};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) ki_free(a->mem, parts[i]);
     ki_free(a->mem, a);
     *arena = NULL;
@@ -108,10 +119,10 @@ typedef struct pass {
     const ki_dense_kernels *dense;
     uint32_t n_rows, layer;
     uint32_t q_dim, kv_dim, qkv_dim;
-    const float *norm;      /* rows_norm: the weights */
-    const float *source;    /* rows to normalize or quantize */
+    const float *norm;   /* rows_norm: the weights */
+    const float *source; /* rows to normalize or quantize */
     uint32_t source_cols;
-    bool quantize;          /* whether the next product reads 8-bit activations */
+    bool quantize; /* whether the next product reads 8-bit activations */
 } pass;
 
 /* Calls fn(pass, row) for every row. */
@@ -152,33 +163,46 @@ typedef struct product_call {
     uint32_t n_tiles, tiles_per_task;
 } product_call;
 
-static uint32_t tiles_of(const ki_matrix *m) { return (m->n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS; }
+static uint32_t tiles_of(const ki_matrix *m) {
+    return (m->n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS;
+}
 
 /* Tiles of all products are numbered in one line; a task is a piece of it. */
 static void product_task(void *context, size_t index, unsigned worker) {
     const product_call *call = context;
     (void)worker;
-    uint32_t first = (uint32_t)index * call->tiles_per_task, end = KI_MIN(first + call->tiles_per_task, call->n_tiles);
+    uint32_t first = (uint32_t)index * call->tiles_per_task,
+             end = KI_MIN(first + call->tiles_per_task, call->n_tiles);
     for (size_t i = 0; i < call->n_products && first < end; i++) {
         const product *p = &call->products[i];
         uint32_t n = tiles_of(p->matrix), stop = KI_MIN(end, n);
         if (first < stop)
-            call->dense->matmul(p->out, p->out_stride, p->matrix, first, stop, call->x, call->n_rows);
+            call->dense->matmul(p->out, p->out_stride, p->matrix, first, stop, call->x,
+                                call->n_rows);
         first = first > n ? first - n : 0;
         end = end > n ? end - n : 0;
     }
 }
 
 static ki_activations activations_of(const pass *p) {
-    return (ki_activations){.n_cols = p->source_cols, .x = p->source, .codes = p->a->codes, .scales = p->a->scales,
+    return (ki_activations){.n_cols = p->source_cols,
+                            .x = p->source,
+                            .high = p->a->high,
+                            .low = p->a->low,
+                            .scales = p->a->scales,
                             .sums = p->a->sums};
 }
 
 static void multiply(pass *p, uint32_t n_rows, const product *products, size_t n_products) {
     ki_activations x = activations_of(p);
-    product_call call = {.dense = p->dense, .products = products, .n_products = n_products, .n_rows = n_rows, .x = &x};
+    product_call call = {.dense = p->dense,
+                         .products = products,
+                         .n_products = n_products,
+                         .n_rows = n_rows,
+                         .x = &x};
     for (size_t i = 0; i < n_products; i++) call.n_tiles += tiles_of(products[i].matrix);
-    uint32_t n_tasks = ki_workers_count(p->cache->workers) * 4; /* small enough to even out, large enough to take */
+    uint32_t n_tasks = ki_workers_count(p->cache->workers) *
+                       4; /* small enough to even out, large enough to take */
     call.tiles_per_task = (call.n_tiles + n_tasks - 1) / n_tasks;
     ki_workers_run(p->cache->workers, product_task, &call,
                    (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
@@ -190,8 +214,10 @@ static void quantize_source(pass *p, uint32_t row) {
     p->dense->quantize_row(&x, row);
 }
 
-/* Rows become ready for `matrix` (and those beside it, which are of like kind or need both forms). */
-static void set_source(pass *p, const float *rows, uint32_t n_cols, const product *products, size_t n_products) {
+/* Rows become ready for `matrix` (and those beside it, which are of like kind or need both forms).
+ */
+static void set_source(pass *p, const float *rows, uint32_t n_cols, const product *products,
+                       size_t n_products) {
     p->source = rows;
     p->source_cols = n_cols;
     p->quantize = false;
@@ -210,11 +236,12 @@ static void norm_row(pass *p, uint32_t row) {
 
 static void rope_row(pass *p, uint32_t row) {
     const ki_config *c = &p->m->config;
-    uint32_t half = c->head_dim / 2, n_heads = c->n_heads + c->n_kv_heads; /* q and k heads are neighbours */
+    uint32_t half = c->head_dim / 2,
+             n_heads = c->n_heads + c->n_kv_heads; /* q and k heads are neighbours */
     float *qk = p->a->qkv + (size_t)row * p->qkv_dim;
     for (uint32_t h = 0; h < n_heads; h++)
-        p->dense->rope(qk + (size_t)h * c->head_dim, p->a->cos + (size_t)row * half, p->a->sin + (size_t)row * half,
-                       c->head_dim);
+        p->dense->rope(qk + (size_t)h * c->head_dim, p->a->cos + (size_t)row * half,
+                       p->a->sin + (size_t)row * half, c->head_dim);
 }
 
 static void add_and_norm_row(pass *p, uint32_t row) {
@@ -238,11 +265,13 @@ static void append_task(void *context, size_t index, unsigned worker) {
     ki_batch_item *item = &p->batch->items[index / c->n_kv_heads];
     uint32_t head = (uint32_t)(index % c->n_kv_heads);
     if (item->status != KIVI_OK) return;
-    const float *k = p->a->qkv + (size_t)p->a->places[index / c->n_kv_heads].first_row * p->qkv_dim + p->q_dim +
+    const float *k = p->a->qkv +
+                     (size_t)p->a->places[index / c->n_kv_heads].first_row * p->qkv_dim + p->q_dim +
                      (size_t)head * c->head_dim;
     void *scratch = ki_attn_work_scratch(p->cache->work, worker);
     kivi_error err;
-    kivi_status status = ki_append_head(item->seq, p->layer, head, k, k + p->kv_dim, p->qkv_dim, scratch, &err);
+    kivi_status status =
+        ki_append_head(item->seq, p->layer, head, k, k + p->kv_dim, p->qkv_dim, scratch, &err);
     if (status == KIVI_OK) return;
     /* several heads may fail at once; the status is what counts, any of the texts is true */
     __atomic_store_n(&p->a->attend[index / c->n_kv_heads].seq, NULL, __ATOMIC_RELAXED);
@@ -256,9 +285,11 @@ static void append_all(pass *p) {
     for (size_t i = 0; i < p->batch->n_items; i++) {
         ki_batch_item *item = &p->batch->items[i];
         if (item->status == KIVI_OK && !p->a->attend[i].seq)
-            item->status = KI_FAIL(item->err, NUMERIC,
-                                   "model: a key or value of layer %u within positions %u to %u is infinite or not a "
-                                   "number", p->layer, item->seq->n_tokens, item->seq->n_tokens + item->n_rows - 1);
+            item->status = KI_FAIL(
+                item->err, NUMERIC,
+                "model: a key or value of layer %u within positions %u to %u is infinite or not a "
+                "number",
+                p->layer, item->seq->n_tokens, item->seq->n_tokens + item->n_rows - 1);
     }
 }
 
@@ -315,7 +346,8 @@ static void embed_row(pass *p, uint32_t row) {
     ki_arena *a = p->a;
     uint32_t i = a->row_item[row], in_item = row - a->places[i].first_row, half = c->head_dim / 2;
     const ki_batch_item *item = &p->batch->items[i];
-    ki_matrix_row(a->x + (size_t)row * c->n_embd, &p->m->embedding, (uint32_t)item->tokens[in_item]);
+    ki_matrix_row(a->x + (size_t)row * c->n_embd, &p->m->embedding,
+                  (uint32_t)item->tokens[in_item]);
     float pos = (float)(item->seq->n_tokens + in_item);
     for (uint32_t j = 0; j < half; j++) { /* the angle in float32, as the models were trained */
         double angle = (double)(pos * p->m->rope_freq[j]);
@@ -330,9 +362,12 @@ static void place_items(pass *p) {
         const ki_batch_item *item = &p->batch->items[i];
         uint32_t n = item->status == KIVI_OK ? item->n_rows : 0;
         a->places[i] = (item_place){p->n_rows, n};
-        a->attend[i] = (ki_attend_item){.seq = n ? item->seq : NULL, .n_rows = n,
-                                        .q = a->qkv + (size_t)p->n_rows * p->qkv_dim, .q_stride = p->qkv_dim,
-                                        .out = a->attn + (size_t)p->n_rows * p->q_dim, .out_stride = p->q_dim};
+        a->attend[i] = (ki_attend_item){.seq = n ? item->seq : NULL,
+                                        .n_rows = n,
+                                        .q = a->qkv + (size_t)p->n_rows * p->qkv_dim,
+                                        .q_stride = p->qkv_dim,
+                                        .out = a->attn + (size_t)p->n_rows * p->q_dim,
+                                        .out_stride = p->q_dim};
         for (uint32_t r = 0; r < n; r++) a->row_item[p->n_rows++] = (uint32_t)i;
     }
 }
@@ -354,7 +389,8 @@ static void make_logits(pass *p) {
         uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
         item->logits = rows ? a->logits + (size_t)n * stride : NULL;
         for (uint32_t r = first; r < rows; r++, n++)
-            memcpy(a->h + (size_t)n * c->n_embd, a->x + (size_t)(a->places[i].first_row + r) * c->n_embd,
+            memcpy(a->h + (size_t)n * c->n_embd,
+                   a->x + (size_t)(a->places[i].first_row + r) * c->n_embd,
                    c->n_embd * sizeof(float));
     }
     product out[] = {{a->logits, stride, &p->m->output}};
@@ -365,8 +401,13 @@ static void make_logits(pass *p) {
 
 void ki_forward(const ki_model *model, ki_arena *arena, kivi_cache *cache, ki_batch *batch) {
     const ki_config *c = &model->config;
-    pass p = {.m = model, .a = arena, .cache = cache, .batch = batch, .dense = &cache->kernels->dense,
-              .q_dim = c->n_heads * c->head_dim, .kv_dim = c->n_kv_heads * c->head_dim};
+    pass p = {.m = model,
+              .a = arena,
+              .cache = cache,
+              .batch = batch,
+              .dense = &cache->kernels->dense,
+              .q_dim = c->n_heads * c->head_dim,
+              .kv_dim = c->n_kv_heads * c->head_dim};
     p.qkv_dim = p.q_dim + 2 * p.kv_dim;
     place_items(&p);
     if (p.n_rows == 0) return;

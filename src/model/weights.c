@@ -1,5 +1,5 @@
-/* weights.c: a file's tensors become matrices in tiles of 16 rows (dense.h). Each tensor is read once, spread over the
- * workers, and its mapped pages are given back. */
+/* weights.c: a file's tensors become matrices in tiles of 16 rows (dense.h). Each tensor is read
+ * once, spread over the workers, and its mapped pages are given back. */
 #include "model.h"
 
 #include <math.h>
@@ -30,8 +30,8 @@ static kivi_status load_vector(float **out, loader *l, const char *name, uint32_
     void *p;
     KI_TRY(ki_file_tensor_shaped(&t, l->file, name, 1, dims, l->err));
     if (ki_dtype_block_elements(t->dtype) != 1)
-        return KI_FAIL(l->err, UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16", ki_file_path(l->file),
-                       name, ki_dtype_name(t->dtype));
+        return KI_FAIL(l->err, UNSUPPORTED, "%s: tensor %s is %s, expected F32, F16 or BF16",
+                       ki_file_path(l->file), name, ki_dtype_name(t->dtype));
     KI_TRY(ki_alloc_array(&p, l->model->mem, KI_TAG_weights, n, sizeof(float), l->err));
     *out = p;
     for (uint32_t i = 0; i < n; i++) {
@@ -51,7 +51,8 @@ typedef struct pack_call {
     const uint8_t *rows;
     size_t row_bytes;
     uint32_t tiles_per_task, n_tiles;
-    uint32_t head_dim; /* > 0: rows of a head pair (2j, 2j + 1) in the file and are put apart to (j, j + D/2) */
+    uint32_t head_dim; /* > 0: rows of a head pair (2j, 2j + 1) in the file and are put apart to (j,
+                          j + D/2) */
 } pack_call;
 
 static uint32_t source_row(const pack_call *call, uint32_t row) {
@@ -69,8 +70,8 @@ static void pack_task(void *context, size_t index, unsigned worker) {
         ki_matrix_pack_row(call->matrix, call->rows + source_row(call, r) * call->row_bytes, r);
 }
 
-static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint32_t n_rows, uint32_t n_cols,
-                               uint32_t paired_head_dim) {
+static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint32_t n_rows,
+                               uint32_t n_cols, uint32_t paired_head_dim) {
     const ki_tensor *t;
     uint64_t dims[2] = {n_rows, n_cols};
     size_t n_bytes;
@@ -81,17 +82,22 @@ static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint
         return KI_FAIL(l->err, FORMAT, "%s: tensor %s is too large", ki_file_path(l->file), name);
     KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_weights, n_bytes, l->err));
     out->tiles = p;
-    pack_call call = {.matrix = out, .rows = t->data, .row_bytes = t->n_bytes / n_rows, .tiles_per_task = 16,
-                      .n_tiles = (n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS, .head_dim = paired_head_dim};
-    ki_workers_run(l->workers, pack_task, &call, (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
+    pack_call call = {.matrix = out,
+                      .rows = t->data,
+                      .row_bytes = t->n_bytes / n_rows,
+                      .tiles_per_task = 16,
+                      .n_tiles = (n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS,
+                      .head_dim = paired_head_dim};
+    ki_workers_run(l->workers, pack_task, &call,
+                   (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
     ki_file_drop(l->file, t);
     l->type_bytes[t->dtype] += t->n_bytes;
     l->model->n_params += (uint64_t)n_rows * n_cols;
     return KIVI_OK;
 }
 
-static kivi_status load_part(ki_matrix *out, loader *l, enum ki_part part, uint32_t layer, uint32_t n_rows,
-                             uint32_t n_cols, uint32_t paired_head_dim) {
+static kivi_status load_part(ki_matrix *out, loader *l, enum ki_part part, uint32_t layer,
+                             uint32_t n_rows, uint32_t n_cols, uint32_t paired_head_dim) {
     char name[96];
     ki_part_name(name, sizeof name, ki_file_kind_get(l->file), part, layer);
     return load_matrix(out, l, name, n_rows, n_cols, paired_head_dim);
@@ -120,12 +126,14 @@ static kivi_status load_layer(ki_layer *out, loader *l, uint32_t i) {
 
 /* ---- rotary frequencies ---- */
 
-/* Llama 3: long wavelengths are stretched by the factor, short ones stay, between the two a smooth passage. */
+/* Llama 3: long wavelengths are stretched by the factor, short ones stay, between the two a smooth
+ * passage. */
 static double llama3_freq(const ki_config *c, double freq) {
     double wavelength = 2 * 3.14159265358979323846 / freq;
     if (wavelength < c->rope_original_ctx / c->rope_high) return freq;
     if (wavelength > c->rope_original_ctx / c->rope_low) return freq / c->rope_factor;
-    double smooth = (c->rope_original_ctx / wavelength - c->rope_low) / (c->rope_high - c->rope_low);
+    double smooth =
+        (c->rope_original_ctx / wavelength - c->rope_low) / (c->rope_high - c->rope_low);
     return (1 - smooth) * freq / c->rope_factor + smooth * freq;
 }
 
@@ -141,14 +149,16 @@ static kivi_status make_rope(loader *l) {
     uint32_t half = c->head_dim / 2;
     float *divisors = NULL; /* a GGUF file carries Llama 3's stretch as a tensor */
     void *p;
-    if (ki_file_tensor(l->file, "rope_freqs.weight")) KI_TRY(load_vector(&divisors, l, "rope_freqs.weight", half));
+    if (ki_file_tensor(l->file, "rope_freqs.weight"))
+        KI_TRY(load_vector(&divisors, l, "rope_freqs.weight", half));
     kivi_status status = ki_alloc_array(&p, m->mem, KI_TAG_weights, half, sizeof(float), l->err);
     m->rope_freq = p;
     for (uint32_t j = 0; status == KIVI_OK && j < half; j++) {
         double freq = 1.0 / pow(c->rope_theta, 2.0 * j / c->head_dim);
         if (c->rope_scaling == KI_ROPE_LINEAR) freq /= c->rope_factor;
         if (c->rope_scaling == KI_ROPE_LLAMA3) freq = llama3_freq(c, freq);
-        m->rope_freq[j] = round_to((float)(divisors ? freq / (double)divisors[j] : freq), l->rope_type);
+        m->rope_freq[j] =
+            round_to((float)(divisors ? freq / (double)divisors[j] : freq), l->rope_type);
     }
     ki_free(m->mem, divisors);
     return status;
@@ -157,15 +167,18 @@ static kivi_status make_rope(loader *l) {
 /* ---- the whole ---- */
 
 static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
+    for (size_t i = 0; i < n_bytes; i++)
+        hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
     return hash;
 }
 
 uint64_t ki_model_fingerprint(const ki_model *m) {
     const ki_config *c = &m->config;
-    uint32_t shape[] = {c->n_layers, c->n_embd, c->n_ff, c->n_heads, c->n_kv_heads, c->head_dim, c->n_vocab};
+    uint32_t shape[] = {c->n_layers,   c->n_embd,   c->n_ff,   c->n_heads,
+                        c->n_kv_heads, c->head_dim, c->n_vocab};
     uint64_t hash = hash_bytes(0xcbf29ce484222325u, shape, sizeof shape);
-    for (uint32_t i = 0; i < c->n_layers; i++) { /* a few tiles of each layer tell fine-tunes apart */
+    for (uint32_t i = 0; i < c->n_layers;
+         i++) { /* a few tiles of each layer tell fine-tunes apart */
         size_t n_bytes;
         if (ki_matrix_bytes(&n_bytes, m->layers[i].q.type, KI_TILE_ROWS, c->n_embd))
             hash = hash_bytes(hash, m->layers[i].q.tiles, KI_MIN(n_bytes, (size_t)1024));
@@ -178,7 +191,8 @@ static void name_weight_type(loader *l) {
     int most = 0;
     for (int i = 1; i < KI_DTYPE_COUNT; i++)
         if (l->type_bytes[i] > l->type_bytes[most]) most = i;
-    snprintf(l->model->weight_type, sizeof l->model->weight_type, "%s", ki_dtype_name((ki_dtype)most));
+    snprintf(l->model->weight_type, sizeof l->model->weight_type, "%s",
+             ki_dtype_name((ki_dtype)most));
 }
 
 static kivi_status load_output(loader *l) {
@@ -187,7 +201,8 @@ static kivi_status load_output(loader *l) {
     char name[96];
     ki_part_name(name, sizeof name, ki_file_kind_get(l->file), KI_PART_OUTPUT, 0);
     bool present = ki_file_tensor(l->file, name) != NULL;
-    if (ki_file_kind_get(l->file) == KI_FILE_GGUF) m->config.tied_output = !present; /* absent means tied */
+    if (ki_file_kind_get(l->file) == KI_FILE_GGUF)
+        m->config.tied_output = !present; /* absent means tied */
     if (!m->config.tied_output) return load_matrix(&m->output, l, name, c->n_vocab, c->n_embd, 0);
     m->output = m->embedding;
     return KIVI_OK;
@@ -208,8 +223,8 @@ static kivi_status load_all(loader *l) {
     return make_rope(l);
 }
 
-kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers, ki_weight rope_type,
-                          kivi_error *err) {
+kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers,
+                          ki_weight rope_type, kivi_error *err) {
     void *p;
     *out = NULL;
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(ki_model), err));

@@ -69,13 +69,14 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
     for (size_t i = 0; i < n * n_cols; i++) p->x[i] = rng_normal(r) * (i % 97 == 5 ? 30 : 1);
     for (uint32_t c = 0; c < n_cols && c < 32; c++) p->x[c] = n > 2 ? 0 : p->x[c]; /* a block of zeros */
     p->a = (ki_activations){.n_cols = n_cols, .x = p->x};
-    p->a.codes = check_alloc(n * n_cols);
+    p->a.high = check_alloc(n * n_cols);
+    p->a.low = check_alloc(n * n_cols);
     p->a.scales = check_alloc(n * (n_cols / 32 + 1) * 4);
     p->a.sums = check_alloc(n * (n_cols / 32 + 1) * 4);
 }
 
 static void product_deinit(product *p) {
-    free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.codes), free(p->a.scales), free(p->a.sums);
+    free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.high), free(p->a.low), free(p->a.scales), free(p->a.sums);
 }
 
 static void matrix_rows(ki_weight type) {
@@ -103,6 +104,11 @@ static void matrix_rows(ki_weight type) {
     check_end();
 }
 
+static int32_t activation(const ki_activations *a, size_t i) { return 128 * a->high[i] + a->low[i]; }
+
+/* The integer of an activation. */
+static int integer(const product *p, size_t at) { return 128 * p->a.high[at] + p->a.low[at]; }
+
 static void check_activations(const product *p) {
     size_t n_blocks = p->a.n_cols / 32;
     for (size_t b = 0; b < p->n * n_blocks; b++) {
@@ -110,14 +116,15 @@ static void check_activations(const product *p) {
         double scale = (double)p->a.scales[b], largest = 0;
         for (size_t i = b * 32; i < b * 32 + 32; i++) {
             double x = (double)p->x[i];
-            sum += p->a.codes[i];
+            int32_t code = activation(&p->a, i);
+            sum += code;
             largest = fabs(x) > largest ? fabs(x) : largest;
-            /* x 127 / largest in three roundings: below 127 2^-22 of a step beside the half */
-            CHECK(fabs(x - p->a.codes[i] * scale) <= scale * (0.5 + 127 * 0x1p-22) && p->a.codes[i] >= -127,
-                  "activation %g becomes %d x %g", x, p->a.codes[i], scale);
+            /* x 16256 / largest in three roundings: below 16256 2^-22 of a step beside the half */
+            CHECK(fabs(x - code * scale) <= scale * (0.5 + 16256 * 0x1p-22) && abs(code) <= 16256,
+                  "activation %g becomes %d x %g", x, code, scale);
         }
         CHECK(sum == p->a.sums[b], "sum of block %zu", b);
-        CHECK(fabs(scale * 127 - largest) <= largest * 0x1p-22, "scale of block %zu", b);
+        CHECK(fabs(scale * 16256 - largest) <= largest * 0x1p-22, "scale of block %zu", b);
     }
 }
 
@@ -131,7 +138,7 @@ static double reference(double *tolerance, const product *p, size_t row, uint32_
     for (uint32_t c = 0; c < p->a.n_cols; c++) {
         size_t at = row * p->a.n_cols + c;
         double w = file_value(file, type, c), x = (double)p->x[at];
-        if (ki_weight_is_quantized(type)) x = p->a.codes[at] * (double)p->a.scales[at / 32];
+        if (ki_weight_is_quantized(type)) x = activation(&p->a, at) * (double)p->a.scales[at / 32];
         sum += w * x;
         size += fabs(w * x);
         if (type == KI_WEIGHT_Q4_1) {
@@ -158,7 +165,8 @@ static void matmul_one(ki_isa isa, ki_weight type, uint32_t n_rows, uint32_t n_c
     for (size_t i = 0; ki_weight_is_quantized(type) && i < n; i++) scalar->quantize_row(&p.a, i);
     if (ki_weight_is_quantized(type)) check_activations(&p);
     scalar->matmul(want, stride, &p.matrix, 0, n_tiles, &p.a, n);
-    memset(p.a.codes, 0, n * n_cols);
+    memset(p.a.high, 0, n * n_cols);
+        memset(p.a.low, 0, n * n_cols);
     for (size_t i = 0; ki_weight_is_quantized(type) && i < n; i++) kernels->quantize_row(&p.a, i);
     kernels->matmul(out, stride, &p.matrix, n_tiles / 2, n_tiles, &p.a, n);
     kernels->matmul(out, stride, &p.matrix, 0, n_tiles / 2, &p.a, n);
