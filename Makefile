@@ -21,7 +21,7 @@ else
 CFLAGS_BASE += -DNDEBUG
 endif
 INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine
-PKGS := jansson libpcre2-8 libcrypto
+PKGS := jansson libpcre2-8
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
@@ -40,8 +40,9 @@ TEST_BIN := $(TEST_SRC:tests/%.c=$(BUILD)/%)
 
 # Flags of an instruction set stand on single files only; everything else is baseline x86-64.
 $(BUILD)/src/kernel/isa_avx2.o: ISA := -mavx2 -mfma -mf16c -O3
-$(BUILD)/src/kernel/isa_avx512.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -O3 -mprefer-vector-width=512
-$(BUILD)/src/kernel/isa_avx512vnni.o: ISA := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -O3 -mprefer-vector-width=512
+AVX512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -O3 -mprefer-vector-width=512
+$(BUILD)/src/kernel/isa_avx512.o: ISA := $(AVX512)
+$(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512) -mavx512vnni
 $(BUILD)/src/kernel/isa_scalar.o: ISA := -O3
 
 .PHONY: all run test lint install uninstall clean help bench fuzz deps FORCE
@@ -63,9 +64,9 @@ $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
 $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ -lcmocka $(LIBS) -pthread
-$(BUILD)/kivi.pc: Makefile FORCE
+$(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
-	@printf 'prefix=%s\nlibdir=$${prefix}/lib\nincludedir=$${prefix}/include\n\nName: kivi\nDescription: language models with a 2-bit key/value cache\nVersion: %s\nRequires.private: $(PKGS)\nLibs: -L$${libdir} -lkivi\nLibs.private: -lm -pthread\nCflags: -I$${includedir}\n' '$(PREFIX)' '$(VERSION)' > $@
+	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
 
 # A change of compiler or flags rebuilds everything.
 $(BUILD)/flags: FORCE
@@ -86,8 +87,12 @@ install: all
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
 	ln -sf libkivi.so.0 $(DESTDIR)$(PREFIX)/lib/libkivi.so
 	install -m 644 $(BUILD)/kivi.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+	install -d $(DESTDIR)$(PREFIX)/libexec/kivi
+	install -m 755 tools/fetch_model.sh $(DESTDIR)$(PREFIX)/libexec/kivi/
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache}.h $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache}.h
+	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
+	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'

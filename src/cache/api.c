@@ -1,4 +1,5 @@
-/* api.c: creating a cache, and kivi_cache.h's calls on one sequence over the batch calls of cache.h. */
+/* api.c: creating a cache, and kivi_cache.h's calls on one sequence over the batch calls of
+ * cache.h. */
 #include "cache.h"
 
 kivi_cache_geometry kivi_cache_defaults(void) {
@@ -42,7 +43,8 @@ kivi_status ki_cache_create(kivi_cache **out, const ki_cache_options *options, k
     return status;
 }
 
-kivi_status kivi_cache_create(kivi_cache **out, const kivi_cache_geometry *geometry, kivi_error *err) {
+kivi_status kivi_cache_create(kivi_cache **out, const kivi_cache_geometry *geometry,
+                              kivi_error *err) {
     ki_cache_options o = {.geometry = *geometry, .max_sequences = 1};
     *out = NULL;
     if (geometry->n_pages > UINT32_MAX / KI_PAGE_TOKENS)
@@ -76,16 +78,19 @@ void kivi_cache_pages(const kivi_cache *cache, uint32_t *n_free, uint32_t *n_all
 }
 
 /* One layer's rows as ki_append_head wants them: float32, a head at a time. */
-static kivi_status append_f32(kivi_seq *seq, uint32_t layer, const float *k, const float *v, kivi_error *err) {
+static kivi_status append_f32(kivi_seq *seq, uint32_t layer, const float *k, const float *v,
+                              kivi_error *err) {
     const ki_layout *l = &seq->cache->layout;
     for (uint32_t h = 0; h < l->n_kv_heads; h++)
-        KI_TRY(ki_append_head(seq, layer, h, k + (size_t)h * l->head_dim, v + (size_t)h * l->head_dim,
-                              (size_t)l->n_kv_heads * l->head_dim, ki_attn_work_scratch(seq->cache->work, 0), err));
+        KI_TRY(ki_append_head(seq, layer, h, k + (size_t)h * l->head_dim,
+                              v + (size_t)h * l->head_dim, (size_t)l->n_kv_heads * l->head_dim,
+                              ki_attn_work_scratch(seq->cache->work, 0), err));
     return KIVI_OK;
 }
 
 /* float16 rows become float32 and back: exact, and the window's bytes are those that came. */
-static kivi_status append_f16(kivi_seq *seq, uint32_t layer, const uint16_t *k, const uint16_t *v, kivi_error *err) {
+static kivi_status append_f16(kivi_seq *seq, uint32_t layer, const uint16_t *k, const uint16_t *v,
+                              kivi_error *err) {
     const ki_layout *l = &seq->cache->layout;
     size_t n = (size_t)seq->step_rows * l->n_kv_heads * l->head_dim;
     void *p;
@@ -104,20 +109,26 @@ static kivi_status check_step(const kivi_seq *seq, uint32_t layer, kivi_error *e
     return KIVI_OK;
 }
 
-kivi_status kivi_seq_append(kivi_seq *seq, uint32_t layer, const void *k, const void *v, kivi_float type,
-                            kivi_error *err) {
+kivi_status kivi_seq_append(kivi_seq *seq, uint32_t layer, const void *k, const void *v,
+                            kivi_float type, kivi_error *err) {
     KI_TRY(check_step(seq, layer, err));
     ki_fpu fpu = ki_fpu_enter();
-    kivi_status status = type == KIVI_F32 ? append_f32(seq, layer, k, v, err) : append_f16(seq, layer, k, v, err);
+    kivi_status status =
+        type == KIVI_F32 ? append_f32(seq, layer, k, v, err) : append_f16(seq, layer, k, v, err);
     ki_fpu_leave(fpu);
     return status;
 }
 
-kivi_status kivi_seq_attend(kivi_seq *seq, uint32_t layer, const float *q, float *out, kivi_error *err) {
+kivi_status kivi_seq_attend(kivi_seq *seq, uint32_t layer, const float *q, float *out,
+                            kivi_error *err) {
     KI_TRY(check_step(seq, layer, err));
     const ki_layout *l = &seq->cache->layout;
     size_t stride = (size_t)l->n_heads * l->head_dim;
-    ki_attend_item item = {.seq = seq, .n_rows = seq->step_rows, .q = q, .out = out, .q_stride = stride,
+    ki_attend_item item = {.seq = seq,
+                           .n_rows = seq->step_rows,
+                           .q = q,
+                           .out = out,
+                           .q_stride = stride,
                            .out_stride = stride};
     ki_fpu fpu = ki_fpu_enter();
     ki_attend_batch(seq->cache, &item, 1, layer, 0);

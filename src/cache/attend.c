@@ -1,9 +1,10 @@
 /* attend.c: spreads attention over sequences, KV heads and ranges of pages.
  *
- * A sequence's pages are cut into splits of SPLIT_PAGES. A query's states over its splits are merged in order of
- * position, so the cut depends on the positions alone: the same bytes for any number of threads. A single row (decode)
- * makes one task of each split and merges them in a second round; a block of rows (prompt) is one task that goes
- * through its splits and merges as it goes: the same merges in the same order. */
+ * A sequence's pages are cut into splits of SPLIT_PAGES. A query's states over its splits are
+ * merged in order of position, so the cut depends on the positions alone: the same bytes for any
+ * number of threads. A single row (decode) makes one task of each split and merges them in a second
+ * round; a block of rows (prompt) is one task that goes through its splits and merges as it goes:
+ * the same merges in the same order. */
 #include "cache.h"
 
 #include <math.h>
@@ -23,7 +24,7 @@ struct ki_attn_work {
     worker_area *areas;
     unsigned n_workers;
     uint32_t max_queries, max_sequences, max_splits;
-    size_t *task_ends;                  /* [max_sequences]: running sum of tasks */
+    size_t *task_ends;                    /* [max_sequences]: running sum of tasks */
     float *split_m, *split_l, *split_acc; /* [sequence][Hk][split][group], acc with [D] */
 };
 
@@ -37,10 +38,12 @@ static uint32_t rows_per_block(const ki_layout *l) {
     return KI_MAX((uint32_t)TARGET_QUERIES / l->head_group, 1u);
 }
 
-static kivi_status area_init(worker_area *a, ki_mem *mem, const ki_layout *l, uint32_t max_queries, kivi_error *err) {
+static kivi_status area_init(worker_area *a, ki_mem *mem, const ki_layout *l, uint32_t max_queries,
+                             kivi_error *err) {
     size_t floats = (size_t)max_queries * l->head_dim * sizeof(float);
     void *p;
-    KI_TRY(ki_alloc(&p, mem, KI_TAG_workspace, ki_attn_scratch_bytes(l->head_dim, max_queries), err));
+    KI_TRY(
+        ki_alloc(&p, mem, KI_TAG_workspace, ki_attn_scratch_bytes(l->head_dim, max_queries), err));
     a->tile_scratch = p;
     KI_TRY(ki_alloc_array(&p, mem, KI_TAG_workspace, max_queries, sizeof(ki_attn_query), err));
     a->queries = p;
@@ -58,8 +61,8 @@ static kivi_status area_init(worker_area *a, ki_mem *mem, const ki_layout *l, ui
     return KIVI_OK;
 }
 
-static kivi_status work_init(ki_attn_work *w, ki_mem *mem, const ki_cache_options *o, const ki_layout *l,
-                             unsigned n_threads, kivi_error *err) {
+static kivi_status work_init(ki_attn_work *w, ki_mem *mem, const ki_cache_options *o,
+                             const ki_layout *l, unsigned n_threads, kivi_error *err) {
     void *p;
     w->n_workers = n_threads;
     w->max_sequences = o->max_sequences;
@@ -76,7 +79,8 @@ static kivi_status work_init(ki_attn_work *w, ki_mem *mem, const ki_cache_option
     w->split_l = p;
     KI_TRY(ki_alloc_array(&p, mem, KI_TAG_workspace, n_states, l->head_dim * sizeof(float), err));
     w->split_acc = p;
-    for (unsigned i = 0; i < n_threads; i++) KI_TRY(area_init(&w->areas[i], mem, l, w->max_queries, err));
+    for (unsigned i = 0; i < n_threads; i++)
+        KI_TRY(area_init(&w->areas[i], mem, l, w->max_queries, err));
     return KIVI_OK;
 }
 
@@ -97,7 +101,8 @@ void ki_attn_work_destroy(ki_attn_work **work, ki_mem *mem) {
     if (!w) return;
     for (unsigned i = 0; w->areas && i < w->n_workers; i++) {
         worker_area *a = &w->areas[i];
-        void *parts[] = {a->tile_scratch, a->queries, a->q, a->acc, a->total, a->total_m, a->append_scratch};
+        void *parts[] = {a->tile_scratch, a->queries,       a->q, a->acc, a->total,
+                         a->total_m,      a->append_scratch};
         for (size_t j = 0; j < sizeof parts / sizeof *parts; j++) ki_free(mem, parts[j]);
     }
     ki_free(mem, w->areas);
@@ -109,7 +114,9 @@ void ki_attn_work_destroy(ki_attn_work **work, ki_mem *mem) {
     *work = NULL;
 }
 
-void *ki_attn_work_scratch(const ki_attn_work *work, unsigned worker) { return work->areas[worker].append_scratch; }
+void *ki_attn_work_scratch(const ki_attn_work *work, unsigned worker) {
+    return work->areas[worker].append_scratch;
+}
 
 /* ---- one task: some rows of one sequence, one KV head, some splits ---- */
 
@@ -125,10 +132,14 @@ typedef struct row_block {
     uint32_t head, first_row, n_rows;
 } row_block;
 
-static void fill_tile(ki_attn_tile *t, const attend_call *call, const kivi_seq *seq, uint32_t head, uint32_t page) {
+static void fill_tile(ki_attn_tile *t, const attend_call *call, const kivi_seq *seq, uint32_t head,
+                      uint32_t page) {
     const ki_layout *l = &call->cache->layout;
     const uint8_t *data = ki_seq_page(seq, page, call->layer, head);
-    *t = (ki_attn_tile){.head_dim = l->head_dim, .group = l->kv.group, .k_bits = l->kv.k_bits, .v_bits = l->kv.v_bits};
+    *t = (ki_attn_tile){.head_dim = l->head_dim,
+                        .group = l->kv.group,
+                        .k_bits = l->kv.k_bits,
+                        .v_bits = l->kv.v_bits};
     t->k_words = (const uint32_t *)(data + l->k_codes_at);
     t->v_words = (const uint32_t *)(data + l->v_codes_at);
     t->k_scale = (const uint16_t *)(data + l->k_scale_at);
@@ -146,7 +157,8 @@ static uint16_t in_tile(uint32_t pos, uint32_t tile_pos) {
     return (uint16_t)(pos <= tile_pos ? 0 : KI_MIN(pos - tile_pos, (uint32_t)KI_PAGE_TOKENS));
 }
 
-static void set_ranges(ki_attn_query *q, const attend_call *call, const kivi_seq *seq, uint32_t pos, uint32_t tile_pos) {
+static void set_ranges(ki_attn_query *q, const attend_call *call, const kivi_seq *seq, uint32_t pos,
+                       uint32_t tile_pos) {
     uint32_t from = call->window && pos + 1 > call->window ? pos + 1 - call->window : 0;
     q->first = in_tile(from, tile_pos);
     q->end = in_tile(pos + 1, tile_pos);
@@ -169,7 +181,8 @@ static void load_queries(worker_area *a, const attend_call *call, const row_bloc
 }
 
 /* The states of all queries of a block over one split. */
-static void run_split(worker_area *a, const attend_call *call, const row_block *block, uint32_t split) {
+static void run_split(worker_area *a, const attend_call *call, const row_block *block,
+                      uint32_t split) {
     const ki_layout *l = &call->cache->layout;
     const kivi_seq *seq = block->item->seq;
     uint32_t n_queries = block->n_rows * l->head_group, pos0 = seq->n_tokens + block->first_row;
@@ -195,7 +208,8 @@ static void run_split(worker_area *a, const attend_call *call, const row_block *
 
 static float *out_of(const ki_layout *l, const row_block *block, uint32_t i) {
     size_t head = (size_t)block->head * l->head_group + i % l->head_group;
-    return block->item->out + (block->first_row + i / l->head_group) * block->item->out_stride + head * l->head_dim;
+    return block->item->out + (block->first_row + i / l->head_group) * block->item->out_stride +
+           head * l->head_dim;
 }
 
 static void run_row_block(worker_area *a, const attend_call *call, const row_block *block) {
@@ -209,21 +223,23 @@ static void run_row_block(worker_area *a, const attend_call *call, const row_blo
     for (uint32_t s = 0; s < splits_for(end); s++) {
         run_split(a, call, block, s);
         for (uint32_t i = 0; i < n_queries; i++)
-            attn->merge(&a->total_m[i], &a->total_l[i], a->total + (size_t)i * l->head_dim, a->queries[i].m,
-                        a->queries[i].l, a->queries[i].acc, l->head_dim);
+            attn->merge(&a->total_m[i], &a->total_l[i], a->total + (size_t)i * l->head_dim,
+                        a->queries[i].m, a->queries[i].l, a->queries[i].acc, l->head_dim);
     }
     for (uint32_t i = 0; i < n_queries; i++)
-        attn->finish(out_of(l, block, i), a->total_l[i], a->total + (size_t)i * l->head_dim, l->head_dim);
+        attn->finish(out_of(l, block, i), a->total_l[i], a->total + (size_t)i * l->head_dim,
+                     l->head_dim);
 }
 
 /* ---- decode: a task a split, kept, then merged ---- */
 
-static size_t state_index(const ki_attn_work *w, const ki_layout *l, size_t item, uint32_t head, uint32_t split) {
+static size_t state_index(const ki_attn_work *w, const ki_layout *l, size_t item, uint32_t head,
+                          uint32_t split) {
     return ((item * l->n_kv_heads + head) * w->max_splits + split) * l->head_group;
 }
 
-static void run_decode_split(worker_area *a, const attend_call *call, size_t item, const row_block *block,
-                             uint32_t split) {
+static void run_decode_split(worker_area *a, const attend_call *call, size_t item,
+                             const row_block *block, uint32_t split) {
     const ki_layout *l = &call->cache->layout;
     ki_attn_work *w = call->cache->work;
     load_queries(a, call, block);
@@ -233,10 +249,12 @@ static void run_decode_split(worker_area *a, const attend_call *call, size_t ite
         w->split_m[at + h] = a->queries[h].m;
         w->split_l[at + h] = a->queries[h].l;
     }
-    memcpy(w->split_acc + at * l->head_dim, a->acc, (size_t)l->head_group * l->head_dim * sizeof(float));
+    memcpy(w->split_acc + at * l->head_dim, a->acc,
+           (size_t)l->head_group * l->head_dim * sizeof(float));
 }
 
-static void merge_decode_head(worker_area *a, const attend_call *call, size_t item, const row_block *block) {
+static void merge_decode_head(worker_area *a, const attend_call *call, size_t item,
+                              const row_block *block) {
     const ki_layout *l = &call->cache->layout;
     const ki_attn_kernels *attn = &call->cache->kernels->attn;
     ki_attn_work *w = call->cache->work;
@@ -246,8 +264,8 @@ static void merge_decode_head(worker_area *a, const attend_call *call, size_t it
         memset(a->total, 0, l->head_dim * sizeof(float));
         for (uint32_t s = 0; s < n_splits; s++) {
             size_t at = state_index(w, l, item, block->head, s) + h;
-            attn->merge(&m, &sum, a->total, w->split_m[at], w->split_l[at], w->split_acc + at * l->head_dim,
-                        l->head_dim);
+            attn->merge(&m, &sum, a->total, w->split_m[at], w->split_l[at],
+                        w->split_acc + at * l->head_dim, l->head_dim);
         }
         attn->finish(out_of(l, block, h), sum, a->total, l->head_dim);
     }
@@ -269,7 +287,8 @@ static void attend_task(void *context, size_t index, unsigned worker) {
     size_t item = 0;
     while (index >= w->task_ends[item]) item++;
     if (item) index -= w->task_ends[item - 1];
-    row_block block = {.item = &call->items[item], .head = (uint32_t)(index % l->n_kv_heads), .n_rows = 1};
+    row_block block = {
+        .item = &call->items[item], .head = (uint32_t)(index % l->n_kv_heads), .n_rows = 1};
     uint32_t part = (uint32_t)(index / l->n_kv_heads), rows = rows_per_block(l);
     if (block.item->n_rows == 1) {
         run_decode_split(&w->areas[worker], call, item, &block, part);
@@ -286,13 +305,16 @@ static void merge_task(void *context, size_t index, unsigned worker) {
     const attend_call *call = context;
     const ki_layout *l = &call->cache->layout;
     size_t item = index / l->n_kv_heads;
-    row_block block = {.item = &call->items[item], .head = (uint32_t)(index % l->n_kv_heads), .n_rows = 1};
+    row_block block = {
+        .item = &call->items[item], .head = (uint32_t)(index % l->n_kv_heads), .n_rows = 1};
     if (block.item->seq && block.item->n_rows == 1)
         merge_decode_head(&call->cache->work->areas[worker], call, item, &block);
 }
 
-void ki_attend_batch(kivi_cache *cache, const ki_attend_item *items, size_t n_items, uint32_t layer, uint32_t window) {
-    attend_call call = {.cache = cache, .items = items, .n_items = n_items, .layer = layer, .window = window};
+void ki_attend_batch(kivi_cache *cache, const ki_attend_item *items, size_t n_items, uint32_t layer,
+                     uint32_t window) {
+    attend_call call = {
+        .cache = cache, .items = items, .n_items = n_items, .layer = layer, .window = window};
     size_t n_tasks = 0, n_decode = 0;
     for (size_t i = 0; i < n_items; i++) {
         n_tasks += tasks_of(&cache->layout, &items[i]);

@@ -1,35 +1,41 @@
-/* cache.h: the KIVI policy over pages. Implements kivi_cache.h; the engine also uses the batch calls at the end.
+/* cache.h: the KIVI policy over pages. Implements kivi_cache.h; the engine also uses the batch
+ * calls at the end.
  *
  * Where a token's keys and values are:
  *
  *     position   0 ........ S ................ k_packed(n) ........ n
  *                [ sinks    ][ codes in pages  ][ 16-bit store      ]       n = tokens so far
  *
- * k_packed(n) = floor(n / R) R and v_packed(n) = max(0, n - R): the state after n tokens, by DESIGN.md 3. Codes are made
- * as soon as a token falls behind that line; which tokens a *query* reads from the codes is decided by the visibility
- * rule from its position alone, so it cannot depend on how rows were cut into steps.
+ * k_packed(n) = floor(n / R) R and v_packed(n) = max(0, n - R): the state after n tokens, by
+ * DESIGN.md 3. Codes are made as soon as a token falls behind that line; which tokens a *query*
+ * reads from the codes is decided by the visibility rule from its position alone, so it cannot
+ * depend on how rows were cut into steps.
  *
- * The 16-bit store of a sequence is a ring of 16-token blocks for each layer and KV head: keys [D][16], values [16][D]
- * (attn.h). A prompt needs more rows than the window has; for its duration a larger ring takes the place of the small
- * one and its newest rows go back at the end. */
+ * The 16-bit store of a sequence is a ring of 16-token blocks for each layer and KV head: keys
+ * [D][16], values [16][D] (attn.h). A prompt needs more rows than the window has; for its duration
+ * a larger ring takes the place of the small one and its newest rows go back at the end. */
 #ifndef KI_CACHE_H
 #define KI_CACHE_H
 #include "device.h"
 #include "kernel.h"
 #include "kivi_cache.h"
 
-/* A cache kind over a geometry: sizes and the offsets of the planes of one page of one layer and KV head. */
+/* A cache kind over a geometry: sizes and the offsets of the planes of one page of one layer and KV
+ * head. */
 typedef struct ki_layout {
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, head_group; /* head_group = H / Hk */
     kivi_kv_options kv;                                           /* resolved */
     size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
-    uint32_t k_ring_blocks, v_ring_blocks, sink_blocks; /* 16-token blocks of the window, and of the sinks */
+    uint32_t k_ring_blocks, v_ring_blocks,
+        sink_blocks; /* 16-token blocks of the window, and of the sinks */
 } ki_layout;
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
-/* Bytes by tag for n_sequences sequences and n_pages pages: what the allocator will count, computed. */
-bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages, uint64_t n_sequences);
+/* Bytes by tag for n_sequences sequences and n_pages pages: what the allocator will count,
+ * computed. */
+bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages,
+                    uint64_t n_sequences);
 
 /* ---- pages.c: the pool ---- */
 typedef struct ki_pool {
@@ -41,7 +47,8 @@ typedef struct ki_pool {
     size_t scale_bytes;
 } ki_pool;
 
-kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages, kivi_error *err);
+kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages,
+                         kivi_error *err);
 void ki_pool_deinit(ki_pool *pool);
 bool ki_pool_take(ki_pool *pool, uint32_t *id); /* count 1, zeroed; false when none is free */
 void ki_pool_pin(ki_pool *pool, uint32_t id);
@@ -65,29 +72,31 @@ struct kivi_cache {
 };
 
 typedef struct ki_store {
-    uint16_t *k, *v;             /* [L][Hk][blocks][16 D] f16; NULL where the kind keeps that side in pages */
+    uint16_t *k, *v; /* [L][Hk][blocks][16 D] f16; NULL where the kind keeps that side in pages */
     uint32_t k_blocks, v_blocks; /* ring sizes */
 } ki_store;
 
 struct kivi_seq {
     kivi_cache *cache;
-    uint32_t *pages;      /* ids, in order */
+    uint32_t *pages; /* ids, in order */
     uint32_t n_pages, max_pages;
-    uint32_t n_tokens;    /* committed */
-    uint32_t step_rows;   /* rows of the open step, 0 when none is open */
-    uint32_t run_start, run_left; /* the prompt being fed: where it began, how many rows are to come */
-    ki_store window, large; /* the ring, and the larger one while a prompt runs (k and v NULL otherwise) */
-    ki_store sinks;       /* block counts are sink_blocks, no ring */
+    uint32_t n_tokens;  /* committed */
+    uint32_t step_rows; /* rows of the open step, 0 when none is open */
+    uint32_t run_start,
+        run_left; /* the prompt being fed: where it began, how many rows are to come */
+    ki_store window,
+        large;      /* the ring, and the larger one while a prompt runs (k and v NULL otherwise) */
+    ki_store sinks; /* block counts are sink_blocks, no ring */
     uint32_t k_valid_from, v_valid_from; /* oldest position whose 16-bit row is still there */
 };
 
 typedef struct ki_cache_options {
     kivi_cache_geometry geometry;
-    ki_mem *mem;             /* NULL: the cache counts for itself */
-    ki_workers *workers;     /* NULL: made here */
+    ki_mem *mem;         /* NULL: the cache counts for itself */
+    ki_workers *workers; /* NULL: made here */
     ki_isa isa;
-    uint32_t max_sequences;  /* most sequences in one ki_attend_batch */
-    uint32_t max_tokens;     /* longest sequence, for the split states */
+    uint32_t max_sequences; /* most sequences in one ki_attend_batch */
+    uint32_t max_tokens;    /* longest sequence, for the split states */
 } ki_cache_options;
 kivi_status ki_cache_create(kivi_cache **out, const ki_cache_options *options, kivi_error *err);
 
@@ -102,32 +111,35 @@ uint8_t *ki_seq_page(const kivi_seq *seq, uint32_t index, uint32_t layer, uint32
 const uint16_t *ki_seq_k_block(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t block);
 const uint16_t *ki_seq_v_block(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t block);
 /* One 16-bit row [D] in or out (k may be scattered in its block). */
-void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos, const uint16_t *k,
-                    const uint16_t *v);
+void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos,
+                    const uint16_t *k, const uint16_t *v);
 /* Gives pages until the table covers n_tokens; FULL leaves everything as it was. */
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 
-/* Rows [n_rows][Hk][D] f32 with row strides (in floats) of one KV head: to float16, into the store, codes where the
- * line moved. Different heads may run at the same time. scratch: ki_append_scratch_bytes(). */
-kivi_status ki_append_head(kivi_seq *seq, uint32_t layer, uint32_t head, const float *k, const float *v,
-                           size_t row_stride, void *scratch, kivi_error *err);
+/* Rows [n_rows][Hk][D] f32 with row strides (in floats) of one KV head: to float16, into the store,
+ * codes where the line moved. Different heads may run at the same time. scratch:
+ * ki_append_scratch_bytes(). */
+kivi_status ki_append_head(kivi_seq *seq, uint32_t layer, uint32_t head, const float *k,
+                           const float *v, size_t row_stride, void *scratch, kivi_error *err);
 size_t ki_append_scratch_bytes(const ki_layout *layout);
 
 typedef struct ki_attend_item {
     const kivi_seq *seq; /* in a step of n_rows rows; NULL: skipped */
     uint32_t n_rows;
-    const float *q;      /* [n_rows][H][D] f32, row stride q_stride floats, unscaled */
-    float *out;          /* [n_rows][H][D] f32, row stride out_stride floats */
+    const float *q; /* [n_rows][H][D] f32, row stride q_stride floats, unscaled */
+    float *out;     /* [n_rows][H][D] f32, row stride out_stride floats */
     size_t q_stride, out_stride;
 } ki_attend_item;
 
-/* Attention of one layer for all items, over the cache's workers. window: a query at p sees positions > p - window
- * only; 0: all. At most max_sequences items. */
-void ki_attend_batch(kivi_cache *cache, const ki_attend_item *items, size_t n_items, uint32_t layer, uint32_t window);
+/* Attention of one layer for all items, over the cache's workers. window: a query at p sees
+ * positions > p - window only; 0: all. At most max_sequences items. */
+void ki_attend_batch(kivi_cache *cache, const ki_attend_item *items, size_t n_items, uint32_t layer,
+                     uint32_t window);
 
 kivi_status ki_attn_work_create(ki_attn_work **out, ki_mem *mem, const ki_cache_options *options,
                                 const ki_layout *layout, unsigned n_threads, kivi_error *err);
 void ki_attn_work_destroy(ki_attn_work **work, ki_mem *mem);
-void *ki_attn_work_scratch(const ki_attn_work *work, unsigned worker); /* for ki_append_head outside an attend */
+void *ki_attn_work_scratch(const ki_attn_work *work,
+                           unsigned worker); /* for ki_append_head outside an attend */
 
 #endif

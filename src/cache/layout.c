@@ -7,7 +7,10 @@ enum { MAX_RESIDUAL_TOKENS = 4096, MAX_SPAN_TOKENS = 1 << 20 };
 
 /* "16, 32" : the groups that divide the head size, for the error text. */
 static void valid_groups(char *text, size_t n_bytes, uint32_t head_dim) {
-    static const struct { uint32_t group; const char *name; } all[] = {{16, "16"}, {32, "32"}, {64, "64"}, {128, "128"}};
+    static const struct {
+        uint32_t group;
+        const char *name;
+    } all[] = {{16, "16"}, {32, "32"}, {64, "64"}, {128, "128"}};
     size_t at = 0;
     text[0] = 0;
     for (int i = 0; i < 4; i++) {
@@ -22,33 +25,40 @@ static void valid_groups(char *text, size_t n_bytes, uint32_t head_dim) {
 static kivi_status check_kind(const kivi_kv_options *kv, uint32_t head_dim, kivi_error *err) {
     char groups[32];
     valid_groups(groups, sizeof groups, head_dim);
-    if (!is_bits(kv->k_bits)) return KI_FAIL(err, ARG, "kv: %u bits for keys, expected 2, 4, 8 or 16", kv->k_bits);
-    if (!is_bits(kv->v_bits)) return KI_FAIL(err, ARG, "kv: %u bits for values, expected 2, 4, 8 or 16", kv->v_bits);
+    if (!is_bits(kv->k_bits))
+        return KI_FAIL(err, ARG, "kv: %u bits for keys, expected 2, 4, 8 or 16", kv->k_bits);
+    if (!is_bits(kv->v_bits))
+        return KI_FAIL(err, ARG, "kv: %u bits for values, expected 2, 4, 8 or 16", kv->v_bits);
     if (!is_group(kv->group) || head_dim % kv->group)
-        return KI_FAIL(err, ARG, "kv: group %u at head size %u, expected one of %s", kv->group, head_dim, groups);
-    if (kv->residual_tokens < kv->group || kv->residual_tokens % kv->group || kv->residual_tokens > MAX_RESIDUAL_TOKENS)
-        return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the group (%u) up to %d", kv->residual_tokens,
-                       kv->group, MAX_RESIDUAL_TOKENS);
+        return KI_FAIL(err, ARG, "kv: group %u at head size %u, expected one of %s", kv->group,
+                       head_dim, groups);
+    if (kv->residual_tokens < kv->group || kv->residual_tokens % kv->group ||
+        kv->residual_tokens > MAX_RESIDUAL_TOKENS)
+        return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the group (%u) up to %d",
+                       kv->residual_tokens, kv->group, MAX_RESIDUAL_TOKENS);
     if (kv->sink_tokens % kv->group || kv->sink_tokens > MAX_RESIDUAL_TOKENS)
-        return KI_FAIL(err, ARG, "kv: %u sinks, expected a multiple of the group (%u) up to %d", kv->sink_tokens,
-                       kv->group, MAX_RESIDUAL_TOKENS);
+        return KI_FAIL(err, ARG, "kv: %u sinks, expected a multiple of the group (%u) up to %d",
+                       kv->sink_tokens, kv->group, MAX_RESIDUAL_TOKENS);
     if (kv->rewind_tokens > MAX_RESIDUAL_TOKENS)
-        return KI_FAIL(err, ARG, "kv: rewind of %u tokens, expected up to %d", kv->rewind_tokens, MAX_RESIDUAL_TOKENS);
+        return KI_FAIL(err, ARG, "kv: rewind of %u tokens, expected up to %d", kv->rewind_tokens,
+                       MAX_RESIDUAL_TOKENS);
     if (kv->rule == KIVI_RULE_SPAN && (kv->span_tokens == 0 || kv->span_tokens % KI_PAGE_TOKENS ||
                                        kv->span_tokens > MAX_SPAN_TOKENS))
-        return KI_FAIL(err, ARG, "kv: span of %u tokens, expected a multiple of the page (%d)", kv->span_tokens,
-                       KI_PAGE_TOKENS);
-    if ((unsigned)kv->rule > KIVI_RULE_SPAN) return KI_FAIL(err, ARG, "kv: unknown visibility rule %d", kv->rule);
+        return KI_FAIL(err, ARG, "kv: span of %u tokens, expected a multiple of the page (%d)",
+                       kv->span_tokens, KI_PAGE_TOKENS);
+    if ((unsigned)kv->rule > KIVI_RULE_SPAN)
+        return KI_FAIL(err, ARG, "kv: unknown visibility rule %d", kv->rule);
     return KIVI_OK;
 }
 
 kivi_status kivi_kv_resolve(kivi_kv_options *kv, uint32_t head_dim, kivi_error *err) {
     if (head_dim == 0 || head_dim % 16 || head_dim > KI_MAX_HEAD_DIM)
-        return KI_FAIL(err, UNSUPPORTED, "kv: head size %u, expected a multiple of 16 up to %d", head_dim,
-                       KI_MAX_HEAD_DIM);
+        return KI_FAIL(err, UNSUPPORTED, "kv: head size %u, expected a multiple of 16 up to %d",
+                       head_dim, KI_MAX_HEAD_DIM);
     if (!kv->k_bits) kv->k_bits = 2;
     if (!kv->v_bits) kv->v_bits = 2;
-    if (!kv->group) kv->group = head_dim % 32 ? 16 : 32; /* 32, unless the head size takes only 16 */
+    if (!kv->group)
+        kv->group = head_dim % 32 ? 16 : 32; /* 32, unless the head size takes only 16 */
     if (!kv->residual_tokens) kv->residual_tokens = 128;
     return check_kind(kv, head_dim, err);
 }
@@ -64,7 +74,8 @@ double kivi_kv_bits(const kivi_kv_options *kv, uint32_t head_dim) {
 static void place_planes(ki_layout *l) {
     uint32_t k = l->kv.k_bits, v = l->kv.v_bits;
     size_t elements = (size_t)KI_PAGE_TOKENS * l->head_dim;
-    size_t k_meta = k < 16 ? elements / l->kv.group * 2 : 0, v_meta = v < 16 ? elements / l->kv.group * 2 : 0;
+    size_t k_meta = k < 16 ? elements / l->kv.group * 2 : 0,
+           v_meta = v < 16 ? elements / l->kv.group * 2 : 0;
     l->k_codes_at = 0;
     l->v_codes_at = elements * k / 8;
     l->k_scale_at = l->v_codes_at + elements * v / 8;
@@ -75,29 +86,39 @@ static void place_planes(ki_layout *l) {
     l->page_scale_bytes = 2 * (k_meta + v_meta);
 }
 
-/* A ring of whole 16-token blocks must hold `rows` consecutive rows that may begin anywhere in a block. */
-static uint32_t blocks_for(uint32_t rows) { return (rows + KI_LANES - 1 + KI_LANES - 1) / KI_LANES; }
+/* A ring of whole 16-token blocks must hold `rows` consecutive rows that may begin anywhere in a
+ * block. */
+static uint32_t blocks_for(uint32_t rows) {
+    return (rows + KI_LANES - 1 + KI_LANES - 1) / KI_LANES;
+}
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *g, kivi_error *err) {
-    *out = (ki_layout){.n_layers = g->n_layers, .n_heads = g->n_heads, .n_kv_heads = g->n_kv_heads,
-                       .head_dim = g->head_dim, .kv = g->kv};
+    *out = (ki_layout){.n_layers = g->n_layers,
+                       .n_heads = g->n_heads,
+                       .n_kv_heads = g->n_kv_heads,
+                       .head_dim = g->head_dim,
+                       .kv = g->kv};
     if (g->n_layers == 0 || g->n_layers > 1024 || g->n_heads == 0 || g->n_heads > 1024)
-        return KI_FAIL(err, ARG, "cache: %u layers and %u heads, expected 1 to 1024 of each", g->n_layers, g->n_heads);
+        return KI_FAIL(err, ARG, "cache: %u layers and %u heads, expected 1 to 1024 of each",
+                       g->n_layers, g->n_heads);
     if (g->n_kv_heads == 0 || g->n_heads % g->n_kv_heads)
-        return KI_FAIL(err, ARG, "cache: %u heads over %u KV heads, expected a multiple", g->n_heads, g->n_kv_heads);
+        return KI_FAIL(err, ARG, "cache: %u heads over %u KV heads, expected a multiple",
+                       g->n_heads, g->n_kv_heads);
     KI_TRY(kivi_kv_resolve(&out->kv, g->head_dim, err));
     out->head_group = g->n_heads / g->n_kv_heads;
     place_planes(out);
     const kivi_kv_options *kv = &out->kv;
     /* keys: [floor(p/R) R, p]; values: [p - R, p]; and as many rows more as one may step back */
     if (kv->k_bits < 16) out->k_ring_blocks = (kv->residual_tokens + kv->rewind_tokens + 15) / 16;
-    if (kv->v_bits < 16) out->v_ring_blocks = blocks_for(kv->residual_tokens + 1 + kv->rewind_tokens);
+    if (kv->v_bits < 16)
+        out->v_ring_blocks = blocks_for(kv->residual_tokens + 1 + kv->rewind_tokens);
     if (kv->k_bits < 16 || kv->v_bits < 16) out->sink_blocks = kv->sink_tokens / KI_LANES;
     return KIVI_OK;
 }
 
 bool ki_layout_plan(kivi_memory *out, const ki_layout *l, uint64_t n_pages, uint64_t n_sequences) {
-    size_t heads = (size_t)l->n_layers * l->n_kv_heads, block_bytes = (size_t)KI_LANES * l->head_dim * 2;
+    size_t heads = (size_t)l->n_layers * l->n_kv_heads,
+           block_bytes = (size_t)KI_LANES * l->head_dim * 2;
     size_t blocks = (size_t)l->k_ring_blocks + l->v_ring_blocks;
     if (l->kv.k_bits < 16) blocks += l->sink_blocks;
     if (l->kv.v_bits < 16) blocks += l->sink_blocks;

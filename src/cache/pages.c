@@ -1,9 +1,11 @@
 #include "cache.h"
 
-kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages, kivi_error *err) {
+kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages,
+                         kivi_error *err) {
     size_t heads = (size_t)layout->n_layers * layout->n_kv_heads;
     void *p;
-    *pool = (ki_pool){.mem = mem, .n_pages = n_pages, .n_free = n_pages, .id_bytes = heads * layout->page_bytes};
+    *pool = (ki_pool){
+        .mem = mem, .n_pages = n_pages, .n_free = n_pages, .id_bytes = heads * layout->page_bytes};
     if (n_pages == 0) return KI_FAIL(err, ARG, "cache: 0 pages, expected at least 1");
     KI_TRY(ki_alloc_array(&p, mem, KI_TAG_other, n_pages, sizeof(uint32_t), err));
     pool->counts = p;
@@ -15,7 +17,8 @@ kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, ui
     pool->scale_bytes = (size_t)n_pages * heads * layout->page_scale_bytes;
     ki_mem_count(mem, KI_TAG_kv_codes, -(int64_t)pool->scale_bytes);
     ki_mem_count(mem, KI_TAG_kv_scales, (int64_t)pool->scale_bytes);
-    for (uint32_t i = 0; i < n_pages; i++) pool->free_list[i] = n_pages - 1 - i; /* page 0 is taken first */
+    for (uint32_t i = 0; i < n_pages; i++)
+        pool->free_list[i] = n_pages - 1 - i; /* page 0 is taken first */
     return KIVI_OK;
 }
 
@@ -43,7 +46,8 @@ void ki_pool_unpin(ki_pool *pool, uint32_t id) {
     if (--pool->counts[id]) return;
     pool->free_list[pool->n_free++] = id;
 #ifdef KI_DEBUG
-    memset(pool->data + id * pool->id_bytes, 0xff, pool->id_bytes); /* NaN scales: whoever reads it will show */
+    memset(pool->data + id * pool->id_bytes, 0xff,
+           pool->id_bytes); /* NaN scales: whoever reads it will show */
 #endif
 }
 

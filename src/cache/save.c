@@ -9,7 +9,8 @@
  *         values   the same, with scale [D / G] and zero [D / G] for each token
  *     FNV-1a of all that, u64
  *
- * Little-endian. A side that is not quantized is all tail. The same code reads and writes, so the two cannot differ. */
+ * Little-endian. A side that is not quantized is all tail. The same code reads and writes, so the
+ * two cannot differ. */
 #include "save.h"
 
 #include <errno.h>
@@ -23,8 +24,11 @@ void ki_stream_fail(ki_stream *s, kivi_status status, const char *what) {
 
 kivi_status ki_stream_open(ki_stream *s, const char *path, bool writing, kivi_error *err) {
     *s = (ki_stream){.path = path, .writing = writing, .err = err, .hash = 0xcbf29ce484222325u};
-    int n = writing ? snprintf(s->temp_path, sizeof s->temp_path, "%s.%ld.tmp", path, (long)getpid()) : 0;
-    if (n < 0 || (size_t)n >= sizeof s->temp_path) return KI_FAIL(err, ARG, "%s: the path is too long", path);
+    int n = writing
+                ? snprintf(s->temp_path, sizeof s->temp_path, "%s.%ld.tmp", path, (long)getpid())
+                : 0;
+    if (n < 0 || (size_t)n >= sizeof s->temp_path)
+        return KI_FAIL(err, ARG, "%s: the path is too long", path);
     s->file = fopen(writing ? s->temp_path : path, writing ? "wb" : "rb");
     if (!s->file) return KI_FAIL(err, IO, "%s: %s", path, strerror(errno));
     return KIVI_OK;
@@ -41,15 +45,18 @@ void ki_stream_bytes(ki_stream *s, void *bytes, size_t n_bytes) {
         ki_stream_fail(s, KIVI_FORMAT, "the saved file ends too early");
         return;
     }
-    for (size_t i = 0; i < n_bytes; i++) s->hash = (s->hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
+    for (size_t i = 0; i < n_bytes; i++)
+        s->hash = (s->hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
 }
 
 static void check_end(ki_stream *s) {
     uint64_t expected = s->hash, found = expected;
     ki_stream_bytes(s, &found, sizeof found);
     if (s->writing || s->status != KIVI_OK) return;
-    if (found != expected) ki_stream_fail(s, KIVI_FORMAT, "the checksum differs: the saved file is damaged");
-    else if (fgetc(s->file) != EOF) ki_stream_fail(s, KIVI_FORMAT, "bytes follow the end of the saved file");
+    if (found != expected)
+        ki_stream_fail(s, KIVI_FORMAT, "the checksum differs: the saved file is damaged");
+    else if (fgetc(s->file) != EOF)
+        ki_stream_fail(s, KIVI_FORMAT, "bytes follow the end of the saved file");
 }
 
 kivi_status ki_stream_finish(ki_stream *s) {
@@ -65,23 +72,27 @@ kivi_status ki_stream_finish(ki_stream *s) {
 
 /* ---- rows ---- */
 
-static void get_row(uint16_t *row, const kivi_seq *seq, bool keys, uint32_t layer, uint32_t head, uint32_t pos) {
+static void get_row(uint16_t *row, const kivi_seq *seq, bool keys, uint32_t layer, uint32_t head,
+                    uint32_t pos) {
     uint32_t d = seq->cache->layout.head_dim, lane = pos % KI_LANES;
     if (keys) {
         const uint16_t *block = ki_seq_k_block(seq, layer, head, pos / KI_LANES);
         for (uint32_t c = 0; c < d; c++) row[c] = block[c * KI_LANES + lane];
     } else {
-        memcpy(row, ki_seq_v_block(seq, layer, head, pos / KI_LANES) + (size_t)lane * d, d * sizeof *row);
+        memcpy(row, ki_seq_v_block(seq, layer, head, pos / KI_LANES) + (size_t)lane * d,
+               d * sizeof *row);
     }
 }
 
-static void put_row(const uint16_t *row, kivi_seq *seq, bool keys, uint32_t layer, uint32_t head, uint32_t pos) {
+static void put_row(const uint16_t *row, kivi_seq *seq, bool keys, uint32_t layer, uint32_t head,
+                    uint32_t pos) {
     uint32_t d = seq->cache->layout.head_dim, lane = pos % KI_LANES;
     if (keys) {
         uint16_t *block = (uint16_t *)ki_seq_k_block(seq, layer, head, pos / KI_LANES);
         for (uint32_t c = 0; c < d; c++) block[c * KI_LANES + lane] = row[c];
     } else {
-        memcpy((uint16_t *)ki_seq_v_block(seq, layer, head, pos / KI_LANES) + (size_t)lane * d, row, d * sizeof *row);
+        memcpy((uint16_t *)ki_seq_v_block(seq, layer, head, pos / KI_LANES) + (size_t)lane * d, row,
+               d * sizeof *row);
     }
 }
 
@@ -91,7 +102,8 @@ static void halves(ki_stream *s, uint16_t *x, size_t n) {
         ki_stream_fail(s, KIVI_FORMAT, "the saved file holds a number that is not finite");
 }
 
-static void rows(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_t head, uint32_t from, uint32_t to) {
+static void rows(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_t head,
+                 uint32_t from, uint32_t to) {
     uint16_t row[KI_MAX_HEAD_DIM];
     for (uint32_t pos = from; pos < to && s->status == KIVI_OK; pos++) {
         if (s->writing) get_row(row, seq, keys, layer, head, pos);
@@ -114,13 +126,16 @@ static void plain_codes(uint8_t *bytes, uint8_t *codes, uint32_t d, uint32_t bit
 }
 
 /* A key code in place: packing whole groups needs all their tokens, this needs one. */
-static void set_key_code(uint32_t *words, uint32_t token, uint32_t c, uint32_t d, uint32_t bits, uint32_t code) {
+static void set_key_code(uint32_t *words, uint32_t token, uint32_t c, uint32_t d, uint32_t bits,
+                         uint32_t code) {
     uint32_t n = 32 / bits, bit = ki_code_bit(c % n, bits);
-    uint32_t *word = words + ((size_t)(token / KI_LANES) * (d / n) + c / n) * KI_LANES + token % KI_LANES;
+    uint32_t *word =
+        words + ((size_t)(token / KI_LANES) * (d / n) + c / n) * KI_LANES + token % KI_LANES;
     *word = (*word & ~(((1u << bits) - 1) << bit)) | code << bit;
 }
 
-static void token_codes(ki_stream *s, const kivi_seq *seq, bool keys, uint32_t layer, uint32_t head, uint32_t pos) {
+static void token_codes(ki_stream *s, const kivi_seq *seq, bool keys, uint32_t layer, uint32_t head,
+                        uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t bits = keys ? l->kv.k_bits : l->kv.v_bits, d = l->head_dim, t = pos % KI_PAGE_TOKENS;
     uint8_t codes[KI_MAX_HEAD_DIM], bytes[KI_MAX_HEAD_DIM];
@@ -128,7 +143,8 @@ static void token_codes(ki_stream *s, const kivi_seq *seq, bool keys, uint32_t l
     uint32_t *words = (uint32_t *)(page + (keys ? l->k_codes_at : l->v_codes_at));
     if (s->writing) {
         for (uint32_t c = 0; c < d; c++)
-            codes[c] = (uint8_t)(keys ? ki_key_code(words, t, c, d, bits) : ki_value_code(words, t, c, d, bits));
+            codes[c] = (uint8_t)(keys ? ki_key_code(words, t, c, d, bits)
+                                      : ki_value_code(words, t, c, d, bits));
         plain_codes(bytes, codes, d, bits, true);
     }
     ki_stream_bytes(s, bytes, d * bits / 8);
@@ -139,7 +155,8 @@ static void token_codes(ki_stream *s, const kivi_seq *seq, bool keys, uint32_t l
         for (uint32_t c = 0; c < d; c++) set_key_code(words, t, c, d, bits, codes[c]);
 }
 
-static void key_group_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos) {
+static void key_group_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
+                             uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
     size_t at = (size_t)(pos % KI_PAGE_TOKENS / l->kv.group) * l->head_dim;
@@ -147,12 +164,14 @@ static void key_group_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, 
     halves(s, (uint16_t *)(page + l->k_zero_at) + at, l->head_dim);
 }
 
-static void value_token_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos) {
+static void value_token_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
+                               uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
     uint32_t t = pos % KI_PAGE_TOKENS, n = l->head_dim / l->kv.group;
     for (int plane = 0; plane < 2; plane++) {
-        uint16_t *at = (uint16_t *)(page + (plane ? l->v_zero_at : l->v_scale_at)), numbers[KI_MAX_HEAD_DIM / 16];
+        uint16_t *at = (uint16_t *)(page + (plane ? l->v_zero_at : l->v_scale_at)),
+                 numbers[KI_MAX_HEAD_DIM / 16];
         for (uint32_t g = 0; g < n; g++) numbers[g] = at[g * KI_PAGE_TOKENS + t];
         halves(s, numbers, n);
         for (uint32_t g = 0; g < n && !s->writing; g++) at[g * KI_PAGE_TOKENS + t] = numbers[g];
@@ -161,10 +180,12 @@ static void value_token_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer
 
 static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_t head) {
     const ki_layout *l = &seq->cache->layout;
-    uint32_t n = seq->n_tokens, sinks = (keys ? l->kv.k_bits : l->kv.v_bits) == 16 ? 0 : KI_MIN(l->kv.sink_tokens, n);
+    uint32_t n = seq->n_tokens,
+             sinks = (keys ? l->kv.k_bits : l->kv.v_bits) == 16 ? 0 : KI_MIN(l->kv.sink_tokens, n);
     uint32_t packed = KI_MAX(keys ? ki_k_packed(l, n) : ki_v_packed(l, n), sinks);
     rows(s, seq, keys, layer, head, 0, sinks);
-    for (uint32_t p = sinks; p < packed && s->status == KIVI_OK; p++) token_codes(s, seq, keys, layer, head, p);
+    for (uint32_t p = sinks; p < packed && s->status == KIVI_OK; p++)
+        token_codes(s, seq, keys, layer, head, p);
     for (uint32_t p = sinks; keys && p < packed && s->status == KIVI_OK; p += l->kv.group)
         key_group_scales(s, seq, layer, head, p);
     for (uint32_t p = sinks; !keys && p < packed && s->status == KIVI_OK; p++)
@@ -178,21 +199,33 @@ static void expect_u32(ki_stream *s, uint32_t value, const char *name) {
     uint32_t found = value;
     ki_stream_bytes(s, &found, sizeof found);
     if (s->status == KIVI_OK && found != value)
-        s->status = ki_fail(s->err, KIVI_ARG, "%s: saved with %s %u, this cache has %u", s->path, name, found, value);
+        s->status = ki_fail(s->err, KIVI_ARG, "%s: saved with %s %u, this cache has %u", s->path,
+                            name, found, value);
 }
 
 static void header(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
     char magic[8] = "KIVISEQ1";
     ki_stream_bytes(s, magic, sizeof magic);
-    if (memcmp(magic, "KIVISEQ1", sizeof magic)) ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi sequence, version 1");
-    const struct { uint32_t value; const char *name; } fields[] = {
-        {l->n_layers, "layers"},           {l->n_kv_heads, "KV heads"},         {l->head_dim, "head size"},
-        {l->kv.k_bits, "key bits"},        {l->kv.v_bits, "value bits"},        {l->kv.group, "group"},
-        {l->kv.residual_tokens, "residual"}, {l->kv.sink_tokens, "sinks"},      {l->kv.rule, "visibility rule"},
+    if (memcmp(magic, "KIVISEQ1", sizeof magic))
+        ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi sequence, version 1");
+    const struct {
+        uint32_t value;
+        const char *name;
+    } fields[] = {
+        {l->n_layers, "layers"},
+        {l->n_kv_heads, "KV heads"},
+        {l->head_dim, "head size"},
+        {l->kv.k_bits, "key bits"},
+        {l->kv.v_bits, "value bits"},
+        {l->kv.group, "group"},
+        {l->kv.residual_tokens, "residual"},
+        {l->kv.sink_tokens, "sinks"},
+        {l->kv.rule, "visibility rule"},
         {l->kv.span_tokens, "span"},
     };
-    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) expect_u32(s, fields[i].value, fields[i].name);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        expect_u32(s, fields[i].value, fields[i].name);
 }
 
 void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
@@ -224,7 +257,8 @@ void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
 kivi_status kivi_seq_save(const kivi_seq *seq, const char *path, kivi_error *err) {
     ki_stream s;
     if (seq->step_rows || seq->run_left)
-        return KI_FAIL(err, ARG, "sequence: no saving within a %s", seq->step_rows ? "step" : "prompt");
+        return KI_FAIL(err, ARG, "sequence: no saving within a %s",
+                       seq->step_rows ? "step" : "prompt");
     KI_TRY(ki_stream_open(&s, path, true, err));
     ki_seq_stream(&s, (kivi_seq *)seq); /* writing changes nothing in it */
     return ki_stream_finish(&s);

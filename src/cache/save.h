@@ -1,11 +1,13 @@
-/* save.h: a byte stream in a file with a running checksum, and a sequence written to or read from one. */
+/* save.h: a byte stream in a file with a running checksum, and a sequence written to or read from
+ * one. */
 #ifndef KI_SAVE_H
 #define KI_SAVE_H
 #include "cache.h"
 
 #include <stdio.h>
 
-/* Reading or writing, the first fault sticks: later calls do nothing, and ki_stream_finish reports it. */
+/* Reading or writing, the first fault sticks: later calls do nothing, and ki_stream_finish reports
+ * it. */
 typedef struct ki_stream {
     FILE *file;
     const char *path;
@@ -22,8 +24,8 @@ void ki_stream_fail(ki_stream *s, kivi_status status, const char *what);
 /* Writes or checks the checksum, then renames or checks that nothing follows. Always closes. */
 kivi_status ki_stream_finish(ki_stream *s);
 
-/* A sequence in the plain order (quant.h). Reading fills a new, empty sequence; a file of another geometry or kind, or
- * with numbers that are not finite, fails the stream. */
+/* A sequence in the plain order (quant.h). Reading fills a new, empty sequence; a file of another
+ * geometry or kind, or with numbers that are not finite, fails the stream. */
 void ki_seq_stream(ki_stream *s, kivi_seq *seq);
 
 #endif

@@ -14,7 +14,8 @@ static const ki_store *store_of(const kivi_seq *seq) {
     return seq->large.k || seq->large.v ? &seq->large : &seq->window;
 }
 
-static size_t block_at(const ki_layout *l, uint32_t layer, uint32_t head, uint32_t n_blocks, uint32_t block) {
+static size_t block_at(const ki_layout *l, uint32_t layer, uint32_t head, uint32_t n_blocks,
+                       uint32_t block) {
     size_t slot = (size_t)layer * l->n_kv_heads + head;
     return (slot * n_blocks + block) * KI_LANES * l->head_dim;
 }
@@ -23,9 +24,11 @@ const uint16_t *ki_seq_k_block(const kivi_seq *seq, uint32_t layer, uint32_t hea
     const ki_layout *l = &seq->cache->layout;
     if (l->kv.k_bits == 16) {
         const uint8_t *page = ki_seq_page(seq, block / KI_TILE_BLOCKS, layer, head);
-        return (const uint16_t *)(page + l->k_codes_at) + (size_t)(block % KI_TILE_BLOCKS) * KI_LANES * l->head_dim;
+        return (const uint16_t *)(page + l->k_codes_at) +
+               (size_t)(block % KI_TILE_BLOCKS) * KI_LANES * l->head_dim;
     }
-    if (block < l->sink_blocks) return seq->sinks.k + block_at(l, layer, head, l->sink_blocks, block);
+    if (block < l->sink_blocks)
+        return seq->sinks.k + block_at(l, layer, head, l->sink_blocks, block);
     const ki_store *s = store_of(seq);
     return s->k + block_at(l, layer, head, s->k_blocks, block % s->k_blocks);
 }
@@ -34,15 +37,17 @@ const uint16_t *ki_seq_v_block(const kivi_seq *seq, uint32_t layer, uint32_t hea
     const ki_layout *l = &seq->cache->layout;
     if (l->kv.v_bits == 16) {
         const uint8_t *page = ki_seq_page(seq, block / KI_TILE_BLOCKS, layer, head);
-        return (const uint16_t *)(page + l->v_codes_at) + (size_t)(block % KI_TILE_BLOCKS) * KI_LANES * l->head_dim;
+        return (const uint16_t *)(page + l->v_codes_at) +
+               (size_t)(block % KI_TILE_BLOCKS) * KI_LANES * l->head_dim;
     }
-    if (block < l->sink_blocks) return seq->sinks.v + block_at(l, layer, head, l->sink_blocks, block);
+    if (block < l->sink_blocks)
+        return seq->sinks.v + block_at(l, layer, head, l->sink_blocks, block);
     const ki_store *s = store_of(seq);
     return s->v + block_at(l, layer, head, s->v_blocks, block % s->v_blocks);
 }
 
-void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos, const uint16_t *k,
-                    const uint16_t *v) {
+void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos,
+                    const uint16_t *k, const uint16_t *v) {
     uint32_t head_dim = seq->cache->layout.head_dim, lane = pos % KI_LANES;
     uint16_t *kb = (uint16_t *)ki_seq_k_block(seq, layer, head, pos / KI_LANES);
     uint16_t *vb = (uint16_t *)ki_seq_v_block(seq, layer, head, pos / KI_LANES);
@@ -59,9 +64,11 @@ static uint32_t generated_v(const ki_layout *l, uint32_t pos) {
     return pos > l->kv.residual_tokens ? pos - l->kv.residual_tokens : 0;
 }
 
-/* A prompt row: `paper` sees what a generated row at the prompt's start would, and everything since; `span` goes back
- * to its span's start, but never behind what was there in 16 bit when the prompt began. */
-static uint32_t rule_line(const kivi_seq *seq, uint32_t pos, uint32_t (*generated)(const ki_layout *, uint32_t)) {
+/* A prompt row: `paper` sees what a generated row at the prompt's start would, and everything
+ * since; `span` goes back to its span's start, but never behind what was there in 16 bit when the
+ * prompt began. */
+static uint32_t rule_line(const kivi_seq *seq, uint32_t pos,
+                          uint32_t (*generated)(const ki_layout *, uint32_t)) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t line = generated(l, pos);
     if (seq->run_left == 0 || l->kv.rule == KIVI_RULE_STREAM) return line;
@@ -80,8 +87,8 @@ uint32_t ki_v_exact(const kivi_seq *seq, uint32_t pos) {
 
 /* ---- stores ---- */
 
-static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks, uint32_t v_blocks,
-                              kivi_error *err) {
+static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
+                              uint32_t v_blocks, kivi_error *err) {
     const ki_layout *l = &cache->layout;
     size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
     void *p;
@@ -103,7 +110,8 @@ static void store_deinit(ki_store *s, ki_mem *mem) {
     *s = (ki_store){0};
 }
 
-/* Copies blocks [first, end) (by position) of every layer and head between two rings of one side. */
+/* Copies blocks [first, end) (by position) of every layer and head between two rings of one side.
+ */
 static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, const uint16_t *from,
                         uint32_t from_blocks, uint32_t first, uint32_t end) {
     for (uint32_t layer = 0; layer < l->n_layers; layer++)
@@ -115,12 +123,15 @@ static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, co
 }
 
 /* The newest rows, as many as both rings hold. */
-static void copy_store(const kivi_seq *seq, const ki_store *to, const ki_store *from, uint32_t n_tokens) {
+static void copy_store(const kivi_seq *seq, const ki_store *to, const ki_store *from,
+                       uint32_t n_tokens) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t end = (n_tokens + KI_LANES - 1) / KI_LANES, kn = KI_MIN(to->k_blocks, from->k_blocks),
              vn = KI_MIN(to->v_blocks, from->v_blocks);
-    if (to->k) copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
-    if (to->v) copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
+    if (to->k)
+        copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
+    if (to->v)
+        copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
 }
 
 /* Positions before this are overwritten once n_tokens rows have gone through a ring of n_blocks. */
@@ -135,14 +146,18 @@ static void note_valid(kivi_seq *seq, uint32_t n_tokens) {
     seq->v_valid_from = KI_MAX(seq->v_valid_from, ring_floor(n_tokens, s->v_blocks));
 }
 
-/* Makes room for positions [k_line, end) and [v_line, end) in 16 bit: the ring, or a larger one for a while. */
-static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line, uint32_t end, kivi_error *err) {
+/* Makes room for positions [k_line, end) and [v_line, end) in 16 bit: the ring, or a larger one for
+ * a while. */
+static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line, uint32_t end,
+                                kivi_error *err) {
     const ki_store *s = store_of(seq);
-    uint32_t last = (end + KI_LANES - 1) / KI_LANES, k = last - k_line / KI_LANES, v = last - v_line / KI_LANES;
+    uint32_t last = (end + KI_LANES - 1) / KI_LANES, k = last - k_line / KI_LANES,
+             v = last - v_line / KI_LANES;
     bool k_fits = !seq->window.k || k <= s->k_blocks, v_fits = !seq->window.v || v <= s->v_blocks;
     if (k_fits && v_fits) return KIVI_OK;
     ki_store larger;
-    kivi_status status = store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
+    kivi_status status =
+        store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
     if (status != KIVI_OK) {
         store_deinit(&larger, seq->cache->mem);
         return status;
@@ -203,11 +218,14 @@ void kivi_seq_destroy(kivi_seq **out) {
 
 uint32_t kivi_seq_length(const kivi_seq *seq) { return seq->n_tokens; }
 
-static uint32_t pages_for(uint32_t n_tokens) { return (n_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS; }
+static uint32_t pages_for(uint32_t n_tokens) {
+    return (n_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
+}
 
 /* The first position whose bytes in a page may still change at length n. */
 static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
-    uint32_t k = l->kv.k_bits == 16 ? n : ki_k_packed(l, n), v = l->kv.v_bits == 16 ? n : ki_v_packed(l, n);
+    uint32_t k = l->kv.k_bits == 16 ? n : ki_k_packed(l, n),
+             v = l->kv.v_bits == 16 ? n : ki_v_packed(l, n);
     return KI_MIN(k, v);
 }
 
@@ -217,7 +235,8 @@ static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     uint32_t old = seq->pages[index], fresh;
     if (pool->counts[old] == 1) return KIVI_OK;
     if (!ki_pool_take(pool, &fresh))
-        return KI_FAIL(err, FULL, "cache: no free page of %u to copy a shared one into", pool->n_pages);
+        return KI_FAIL(err, FULL, "cache: no free page of %u to copy a shared one into",
+                       pool->n_pages);
     memcpy(pool->data + fresh * pool->id_bytes, pool->data + old * pool->id_bytes, pool->id_bytes);
     ki_pool_unpin(pool, old);
     seq->pages[index] = fresh;
@@ -228,8 +247,8 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
     uint32_t need = pages_for(n_tokens), had = seq->n_pages;
     if (need > had && need - had > pool->n_free)
-        return KI_FAIL(err, FULL, "cache: %u more pages needed for %u tokens, %u of %u are free", need - had, n_tokens,
-                       pool->n_free, pool->n_pages);
+        return KI_FAIL(err, FULL, "cache: %u more pages needed for %u tokens, %u of %u are free",
+                       need - had, n_tokens, pool->n_free, pool->n_pages);
     while (seq->n_pages < need) {
         ki_pool_take(pool, &seq->pages[seq->n_pages]);
         seq->n_pages++;
@@ -246,16 +265,28 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
 
 /* ---- steps ---- */
 
+/* Room in 16 bit for rows up to end, and for all that the rows to come, or a step back after giving
+ * them up, read. */
+static kivi_status make_room(kivi_seq *seq, uint32_t end, kivi_error *err) {
+    const ki_layout *l = &seq->cache->layout;
+    uint32_t pos = seq->n_tokens, back = pos - KI_MIN(pos, l->kv.rewind_tokens);
+    uint32_t k = KI_MIN(ki_k_exact(seq, pos), KI_MAX(ki_k_packed(l, back), seq->k_valid_from));
+    uint32_t v = KI_MIN(ki_v_exact(seq, pos), KI_MAX(ki_v_packed(l, back), seq->v_valid_from));
+    return ensure_store(seq, k, v, end, err);
+}
+
 kivi_status kivi_seq_begin_prompt(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     if (seq->step_rows || seq->run_left)
-        return KI_FAIL(err, ARG, "sequence: a prompt cannot begin within %s", seq->step_rows ? "a step" : "a prompt");
+        return KI_FAIL(err, ARG, "sequence: a prompt cannot begin within %s",
+                       seq->step_rows ? "a step" : "a prompt");
     if (n_tokens == 0 || n_tokens > UINT32_MAX / 2 - seq->n_tokens)
-        return KI_FAIL(err, ARG, "sequence: a prompt of %u tokens after %u", n_tokens, seq->n_tokens);
+        return KI_FAIL(err, ARG, "sequence: a prompt of %u tokens after %u", n_tokens,
+                       seq->n_tokens);
     seq->run_start = seq->n_tokens;
     seq->run_left = n_tokens;
-    if (seq->cache->layout.kv.rule != KIVI_RULE_PAPER) return KIVI_OK; /* the others make room step by step */
-    uint32_t k = ki_k_exact(seq, seq->run_start), v = ki_v_exact(seq, seq->run_start);
-    kivi_status status = ensure_store(seq, k, v, seq->run_start + n_tokens, err);
+    if (seq->cache->layout.kv.rule != KIVI_RULE_PAPER)
+        return KIVI_OK; /* the others make room step by step */
+    kivi_status status = make_room(seq, seq->run_start + n_tokens, err);
     if (status != KIVI_OK) seq->run_left = 0;
     return status;
 }
@@ -263,13 +294,18 @@ kivi_status kivi_seq_begin_prompt(kivi_seq *seq, uint32_t n_tokens, kivi_error *
 kivi_status kivi_seq_begin(kivi_seq *seq, uint32_t n_rows, kivi_error *err) {
     if (seq->step_rows) return KI_FAIL(err, ARG, "sequence: a step is open already");
     if (n_rows == 0 || n_rows > seq->cache->max_step_rows)
-        return KI_FAIL(err, ARG, "sequence: a step of %u rows, expected 1 to %u", n_rows, seq->cache->max_step_rows);
+        return KI_FAIL(err, ARG, "sequence: a step of %u rows, expected 1 to %u", n_rows,
+                       seq->cache->max_step_rows);
     if (seq->run_left && n_rows > seq->run_left)
-        return KI_FAIL(err, ARG, "sequence: %u rows, but only %u are left of the prompt", n_rows, seq->run_left);
-    uint32_t pos = seq->n_tokens, end = pos + n_rows;
-    KI_TRY(ensure_store(seq, ki_k_exact(seq, pos), KI_MIN(ki_v_exact(seq, pos), ki_v_packed(&seq->cache->layout, pos)),
-                        end, err));
-    KI_TRY(ki_seq_reserve(seq, end, err));
+        return KI_FAIL(err, ARG, "sequence: %u rows, but only %u are left of the prompt", n_rows,
+                       seq->run_left);
+    uint32_t end = seq->n_tokens + n_rows;
+    KI_TRY(make_room(seq, end, err));
+    kivi_status status = ki_seq_reserve(seq, end, err);
+    if (status != KIVI_OK) {
+        if (!seq->run_left) drop_large(seq);
+        return status;
+    }
     seq->step_rows = n_rows;
     return KIVI_OK;
 }
@@ -282,13 +318,14 @@ kivi_status kivi_seq_commit(kivi_seq *seq, kivi_error *err) {
     note_valid(seq, seq->n_tokens);
     if (!seq->run_left) drop_large(seq);
 #ifdef KI_DEBUG
-    if (!ki_pool_check(&seq->cache->pool)) return KI_FAIL(err, INTERNAL, "cache: free + referenced pages != all pages");
+    if (!ki_pool_check(&seq->cache->pool))
+        return KI_FAIL(err, INTERNAL, "cache: free + referenced pages != all pages");
 #endif
     return KIVI_OK;
 }
 
 void kivi_seq_abort(kivi_seq *seq) {
-    if (!seq->step_rows) return;
+    if (!seq->step_rows && !seq->run_left) return;
     note_valid(seq, seq->n_tokens + seq->step_rows); /* its rows may have overwritten the oldest */
     seq->step_rows = 0;
     seq->run_left = 0;
@@ -310,7 +347,8 @@ static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *e
         ki_pool_pin(pool, from->pages[i]);
         seq->pages[seq->n_pages++] = from->pages[i];
     }
-    for (uint32_t i = first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS; i < seq->n_pages; i++)
+    for (uint32_t i = first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
+         i < seq->n_pages; i++)
         KI_TRY(own_page(seq, i, err));
     return KIVI_OK;
 }
@@ -318,7 +356,8 @@ static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *e
 kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err) {
     *out = NULL;
     if (from->step_rows || from->run_left)
-        return KI_FAIL(err, ARG, "sequence: a fork cannot be made within a %s", from->step_rows ? "step" : "prompt");
+        return KI_FAIL(err, ARG, "sequence: a fork cannot be made within a %s",
+                       from->step_rows ? "step" : "prompt");
     kivi_seq *seq;
     KI_TRY(kivi_seq_create(&seq, from->cache, err));
     seq->n_tokens = from->n_tokens;
@@ -345,17 +384,24 @@ static bool can_stand_at(const kivi_seq *seq, uint32_t n) {
 
 kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     if (seq->step_rows || seq->run_left)
-        return KI_FAIL(err, ARG, "sequence: no step back within a %s", seq->step_rows ? "step" : "prompt");
+        return KI_FAIL(err, ARG, "sequence: no step back within a %s",
+                       seq->step_rows ? "step" : "prompt");
     if (n_tokens > seq->n_tokens)
-        return KI_FAIL(err, ARG, "sequence: back to %u tokens, but there are only %u", n_tokens, seq->n_tokens);
+        return KI_FAIL(err, ARG, "sequence: back to %u tokens, but there are only %u", n_tokens,
+                       seq->n_tokens);
     if (n_tokens == 0) seq->k_valid_from = seq->v_valid_from = 0;
     else if (!can_stand_at(seq, n_tokens)) {
         uint32_t earliest = n_tokens;
         while (!can_stand_at(seq, earliest)) earliest++;
-        return KI_FAIL(err, ARG, "sequence: the 16-bit rows for %u tokens are gone, %u is the earliest length left",
-                       n_tokens, earliest);
+        return KI_FAIL(
+            err, ARG,
+            "sequence: the 16-bit rows for %u tokens are gone, %u is the earliest length left",
+            n_tokens, earliest);
     }
     seq->n_tokens = n_tokens;
+    seq->run_start = KI_MIN(seq->run_start, n_tokens);
+    seq->k_valid_from = KI_MIN(seq->k_valid_from, n_tokens); /* rows from here on will be written again */
+    seq->v_valid_from = KI_MIN(seq->v_valid_from, n_tokens);
     release_pages(seq, pages_for(n_tokens));
     return KIVI_OK;
 }

@@ -1,19 +1,24 @@
-/* attn.h: fused attention over one tile (a page of 128 tokens of one KV head) for a block of queries.
+/* attn.h: fused attention over one tile (a page of 128 tokens of one KV head) for a block of
+ * queries.
  *
- * score(t) = q . k(t), softmax over the visible t, out = sum_t p(t) v(t), with q already divided by sqrt(D).
- * Packed keys:    q . (code * s + z) = (q * s) . code + q . z        q * s once per key group,
+ * score(t) = q . k(t), softmax over the visible t, out = sum_t p(t) v(t), with q already divided by
+ * sqrt(D). Packed keys:    q . (code * s + z) = (q * s) . code + q . z        q * s once per key
+ * group,
  *                                                                   q . z one number per group
- * Packed values:  sum_t p (code * s + z) = sum_t (p * s) code + sum_t p z
- * q * s and p * s become 15-bit integers over their largest value (an error of 2^-15 of it, some hundred times below the
- * 2-bit error) in two signed bytes, 128 * high + low, so each product with the codes is an exact integer dot product
- * and the sums do not depend on the lane count. Everything else is float32 in a fixed order.
+ * Packed values:  sum_t p (code * s + z) = sum_t (p * s) code + sum_t p z q * s and p * s become
+ * 15-bit integers over their largest value (an error of 2^-15 of it, some hundred times below the
+ * 2-bit error) in two signed bytes, 128 * high + low, so each product with the codes is an exact
+ * integer dot product and the sums do not depend on the lane count. Everything else is float32 in a
+ * fixed order.
  *
- * Codes are unpacked once a tile, as bytes in the L1 cache, for all its queries (the heads of the group, and the rows
- * of a prompt). The 16-bit part (window, sinks, or a cache that is not quantized) comes in blocks of 16 tokens:
+ * Codes are unpacked once a tile, as bytes in the L1 cache, for all its queries (the heads of the
+ * group, and the rows of a prompt). The 16-bit part (window, sinks, or a cache that is not
+ * quantized) comes in blocks of 16 tokens:
  *     keys    [D][16] f16   tokens in the lanes      values  [16][D] f16   channels in the lanes
  *
- * An online softmax carries (m, l, acc) from tile to tile: m the largest score so far, l = sum e^(s - m),
- * acc = sum e^(s - m) v. Ranges of tiles are merged by ki_attn_merge in the order of their positions. */
+ * An online softmax carries (m, l, acc) from tile to tile: m the largest score so far, l = sum e^(s
+ * - m), acc = sum e^(s - m) v. Ranges of tiles are merged by ki_attn_merge in the order of their
+ * positions. */
 #ifndef KI_ATTN_H
 #define KI_ATTN_H
 #include "quant.h"
@@ -23,31 +28,35 @@ enum { KI_TILE_BLOCKS = KI_PAGE_TOKENS / KI_LANES, KI_MAX_HEAD_DIM = 256 };
 /* Where a tile's keys and values are. Planes of a kind that does not quantize are NULL. */
 typedef struct ki_attn_tile {
     unsigned head_dim, group, k_bits, v_bits;
-    const uint32_t *k_words;                      /* quant.h's order */
-    const uint16_t *k_scale, *k_zero;             /* [128 / G][D] f16 */
+    const uint32_t *k_words;          /* quant.h's order */
+    const uint16_t *k_scale, *k_zero; /* [128 / G][D] f16 */
     const uint32_t *v_words;
-    const uint16_t *v_scale, *v_zero;             /* [D / G][128] f16 */
-    const uint16_t *k_blocks[KI_TILE_BLOCKS];     /* each [D][16] f16; read only where a query sees a key exactly */
-    const uint16_t *v_blocks[KI_TILE_BLOCKS];     /* each [16][D] f16 */
+    const uint16_t *v_scale, *v_zero; /* [D / G][128] f16 */
+    const uint16_t *
+        k_blocks[KI_TILE_BLOCKS]; /* each [D][16] f16; read only where a query sees a key exactly */
+    const uint16_t *v_blocks[KI_TILE_BLOCKS]; /* each [16][D] f16 */
 } ki_attn_tile;
 
-/* One query head of one row. Token numbers are relative to the tile, 0..128; tokens [first, end) are visible, of these
- * [first, sink_end) and [k_exact, end) (v_exact for values) are read in 16 bit, the rest from the codes.
- * sink_end and k_exact are multiples of 16. An empty range leaves the state as it is. */
+/* One query head of one row. Token numbers are relative to the tile, 0..128; tokens [first, end)
+ * are visible, of these [first, sink_end) and [k_exact, end) (v_exact for values) are read in 16
+ * bit, the rest from the codes. sink_end and k_exact are multiples of 16. An empty range leaves the
+ * state as it is. */
 typedef struct ki_attn_query {
-    const float *q;   /* [D] f32, scaled */
+    const float *q; /* [D] f32, scaled */
     uint16_t first, end, sink_end, k_exact, v_exact;
-    float m, l;       /* state; m = -INFINITY, l = 0 at the start */
-    float *acc;       /* [D] f32, zeroed at the start */
+    float m, l; /* state; m = -INFINITY, l = 0 at the start */
+    float *acc; /* [D] f32, zeroed at the start */
 } ki_attn_query;
 
 /* Scratch of one worker for n_queries queries, in bytes. */
 size_t ki_attn_scratch_bytes(unsigned head_dim, unsigned n_queries);
 
 typedef struct ki_attn_kernels {
-    void (*tile)(const ki_attn_tile *tile, ki_attn_query *queries, unsigned n_queries, void *scratch);
+    void (*tile)(const ki_attn_tile *tile, ki_attn_query *queries, unsigned n_queries,
+                 void *scratch);
     /* (m, l, acc) becomes the state over both ranges; acc and acc2 [D]. */
-    void (*merge)(float *m, float *l, float *acc, float m2, float l2, const float *acc2, unsigned head_dim);
+    void (*merge)(float *m, float *l, float *acc, float m2, float l2, const float *acc2,
+                  unsigned head_dim);
     /* out [D] = acc / l; zeros when nothing was visible. */
     void (*finish)(float *out, float l, const float *acc, unsigned head_dim);
 } ki_attn_kernels;

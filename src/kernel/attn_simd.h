@@ -2,8 +2,8 @@
 #include "attn.h"
 #include "simd.h"
 
-enum { QUERY_BLOCK = 4 };           /* queries that share a loaded vector: 8 integer sums stay in registers */
-#define QUANT_MAX 16256.0f          /* 127 * 128: the largest integer of two signed bytes as used here */
+enum { QUERY_BLOCK = 4 }; /* queries that share a loaded vector: 8 integer sums stay in registers */
+#define QUANT_MAX 16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
 
 /* Scratch of a worker, for nq queries:
  *   codes   [128][D] bytes     the unpacked codes of the keys, then of the values
@@ -30,7 +30,8 @@ static attn_scratch scratch_carve(void *memory, unsigned head_dim, unsigned n_qu
     return s;
 }
 
-/* n_words vectors of 16 words to 32 / bits / 4 vectors of bytes each; bits is a constant at every call. */
+/* n_words vectors of 16 words to 32 / bits / 4 vectors of bytes each; bits is a constant at every
+ * call. */
 KI_INLINE void unpack_words(uint8_t *out, const uint32_t *words, size_t n_vectors, unsigned bits) {
     unsigned per_word = 8 / bits;
     vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
@@ -47,10 +48,10 @@ static void unpack_any(uint8_t *out, const uint32_t *words, size_t n_vectors, un
     else unpack_words(out, words, n_vectors, 8);
 }
 
-/* Bytes of the values must be [t / 4][c][t % 4]; a word vector holds 32 / bits tokens of 16 channels, so its k-th part
- * belongs to token quad k of the word, D channels apart. */
-KI_INLINE void unpack_value_words(uint8_t *out, const uint32_t *words, unsigned n_rows, unsigned head_dim,
-                                  unsigned bits) {
+/* Bytes of the values must be [t / 4][c][t % 4]; a word vector holds 32 / bits tokens of 16
+ * channels, so its k-th part belongs to token quad k of the word, D channels apart. */
+KI_INLINE void unpack_value_words(uint8_t *out, const uint32_t *words, unsigned n_rows,
+                                  unsigned head_dim, unsigned bits) {
     unsigned per_word = 8 / bits;
     vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
     for (unsigned r = 0; r < n_rows; r++)
@@ -62,14 +63,16 @@ KI_INLINE void unpack_value_words(uint8_t *out, const uint32_t *words, unsigned 
         }
 }
 
-static void unpack_values(uint8_t *out, const uint32_t *words, unsigned n_tokens, unsigned head_dim, unsigned bits) {
+static void unpack_values(uint8_t *out, const uint32_t *words, unsigned n_tokens, unsigned head_dim,
+                          unsigned bits) {
     unsigned n = 32 / bits, n_rows = (n_tokens + n - 1) / n;
     if (bits == 2) unpack_value_words(out, words, n_rows, head_dim, 2);
     else if (bits == 4) unpack_value_words(out, words, n_rows, head_dim, 4);
     else unpack_value_words(out, words, n_rows, head_dim, 8);
 }
 
-/* x [n] to 15-bit integers in two bytes: x = step (128 high + low). Returns the step; n % 16 == 0. */
+/* x [n] to 15-bit integers in two bytes: x = step (128 high + low). Returns the step; n % 16 == 0.
+ */
 KI_INLINE float quantize_15(int8_t *high, int8_t *low, const float *x, unsigned n) {
     vf largest = vf_set(0.0f);
     for (unsigned i = 0; i < n; i += 16) largest = vf_max2(vf_abs(vf_load(x + i)), largest);
@@ -91,10 +94,11 @@ KI_INLINE float quantize_15(int8_t *high, int8_t *low, const float *x, unsigned 
 
 /* ---- scores ---- */
 
-/* p[t] for one 16-token block of exact keys and nq <= QUERY_BLOCK queries: one chain of fused multiply-adds over the
- * channels, so the order is the same however many queries share the loads. */
-KI_INLINE void exact_scores(float *const *p, const float *const *q, unsigned nq, const uint16_t *block,
-                            unsigned head_dim) {
+/* p[t] for one 16-token block of exact keys and nq <= QUERY_BLOCK queries: one chain of fused
+ * multiply-adds over the channels, so the order is the same however many queries share the loads.
+ */
+KI_INLINE void exact_scores(float *const *p, const float *const *q, unsigned nq,
+                            const uint16_t *block, unsigned head_dim) {
     vf sum[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) sum[i] = vf_set(0.0f);
     for (unsigned c = 0; c < head_dim; c++) {
@@ -104,8 +108,8 @@ KI_INLINE void exact_scores(float *const *p, const float *const *q, unsigned nq,
     for (unsigned i = 0; i < nq; i++) vf_store(p[i], sum[i]);
 }
 
-static void exact_scores_n(float *const *p, const float *const *q, unsigned nq, const uint16_t *block,
-                           unsigned head_dim) {
+static void exact_scores_n(float *const *p, const float *const *q, unsigned nq,
+                           const uint16_t *block, unsigned head_dim) {
     if (nq == 1) exact_scores(p, q, 1, block, head_dim);
     else if (nq == 2) exact_scores(p, q, 2, block, head_dim);
     else if (nq == 3) exact_scores(p, q, 3, block, head_dim);
@@ -113,8 +117,9 @@ static void exact_scores_n(float *const *p, const float *const *q, unsigned nq, 
 }
 
 /* The same for a block of packed keys of one group: integers first, then step * sum + q.z. */
-KI_INLINE void packed_scores(float *const *p, const attn_scratch *s, const float *step, const float *qz, unsigned nq,
-                             const uint8_t *codes, unsigned head_dim, bool wide) {
+KI_INLINE void packed_scores(float *const *p, const attn_scratch *s, const float *step,
+                             const float *qz, unsigned nq, const uint8_t *codes, unsigned head_dim,
+                             bool wide) {
     vi high[QUERY_BLOCK], low[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
     for (unsigned c = 0; c < head_dim; c += 4) {
@@ -131,8 +136,9 @@ KI_INLINE void packed_scores(float *const *p, const attn_scratch *s, const float
     }
 }
 
-static void packed_scores_n(float *const *p, const attn_scratch *s, const float *step, const float *qz, unsigned nq,
-                            const uint8_t *codes, unsigned head_dim, unsigned bits) {
+static void packed_scores_n(float *const *p, const attn_scratch *s, const float *step,
+                            const float *qz, unsigned nq, const uint8_t *codes, unsigned head_dim,
+                            unsigned bits) {
     if (bits == 8) {
         if (nq == 1) packed_scores(p, s, step, qz, 1, codes, head_dim, true);
         else if (nq == 2) packed_scores(p, s, step, qz, 2, codes, head_dim, true);
@@ -147,8 +153,8 @@ static void packed_scores_n(float *const *p, const attn_scratch *s, const float 
 }
 
 /* q * s as integers, its step, and q . z, for one key group. */
-static void fold_key_group(float *step, float *qz, int8_t *high, int8_t *low, const float *q, const uint16_t *scale,
-                           const uint16_t *zero, unsigned head_dim) {
+static void fold_key_group(float *step, float *qz, int8_t *high, int8_t *low, const float *q,
+                           const uint16_t *scale, const uint16_t *zero, unsigned head_dim) {
     float folded[KI_MAX_HEAD_DIM];
     vf z = vf_set(0.0f);
     for (unsigned c = 0; c < head_dim; c += 16) {
@@ -160,12 +166,17 @@ static void fold_key_group(float *step, float *qz, int8_t *high, int8_t *low, co
     *qz = vf_sum(z);
 }
 
-/* Tokens whose keys a query reads from the codes: [sink_end or first, k_exact or end), never empty-checked twice. */
-static unsigned packed_from(const ki_attn_query *q) { return q->sink_end > q->first ? q->sink_end : q->first; }
-static unsigned packed_to(const ki_attn_query *q, unsigned exact) { return exact < q->end ? exact : q->end; }
+/* Tokens whose keys a query reads from the codes: [sink_end or first, k_exact or end), never
+ * empty-checked twice. */
+static unsigned packed_from(const ki_attn_query *q) {
+    return q->sink_end > q->first ? q->sink_end : q->first;
+}
+static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
+    return exact < q->end ? exact : q->end;
+}
 
-static void score_packed_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs, unsigned nq,
-                                unsigned q0) {
+static void score_packed_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
+                                unsigned nq, unsigned q0) {
     unsigned from = KI_PAGE_TOKENS, to = 0;
     for (unsigned i = 0; i < nq; i++) {
         unsigned a = packed_from(&qs[i]), b = packed_to(&qs[i], qs[i].k_exact);
@@ -174,18 +185,22 @@ static void score_packed_blocks(const ki_attn_tile *t, const attn_scratch *s, ki
     for (unsigned g = from / t->group; g * t->group < to; g++) {
         float step[QUERY_BLOCK], qz[QUERY_BLOCK], *p[QUERY_BLOCK];
         for (unsigned i = 0; i < nq; i++)
-            fold_key_group(&step[i], &qz[i], s->high[i], s->low[i], qs[i].q, t->k_scale + (size_t)g * t->head_dim,
+            fold_key_group(&step[i], &qz[i], s->high[i], s->low[i], qs[i].q,
+                           t->k_scale + (size_t)g * t->head_dim,
                            t->k_zero + (size_t)g * t->head_dim, t->head_dim);
         for (unsigned b = g * t->group / 16; b * 16 < KI_MIN((g + 1) * t->group, to); b++) {
-            for (unsigned i = 0; i < nq; i++) p[i] = s->p + (size_t)(q0 + i) * KI_PAGE_TOKENS + b * 16;
-            packed_scores_n(p, s, step, qz, nq, s->codes + (size_t)b * 16 * t->head_dim, t->head_dim, t->k_bits);
+            for (unsigned i = 0; i < nq; i++)
+                p[i] = s->p + (size_t)(q0 + i) * KI_PAGE_TOKENS + b * 16;
+            packed_scores_n(p, s, step, qz, nq, s->codes + (size_t)b * 16 * t->head_dim,
+                            t->head_dim, t->k_bits);
         }
     }
 }
 
-/* After the packed blocks: a query's exact blocks overwrite what the neighbours' packed range left there. */
-static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs, unsigned nq,
-                               unsigned q0) {
+/* After the packed blocks: a query's exact blocks overwrite what the neighbours' packed range left
+ * there. */
+static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
+                               unsigned nq, unsigned q0) {
     for (unsigned b = 0; b < KI_TILE_BLOCKS; b++) {
         float *p[QUERY_BLOCK];
         const float *q[QUERY_BLOCK];
@@ -217,14 +232,17 @@ static void softmax_update(ki_attn_query *q, float *p, unsigned head_dim) {
     float shrink = exp1(q->m - m);
     q->l = fma1(q->l, shrink, vf_sum(sum));
     q->m = m;
-    for (unsigned c = 0; c < head_dim; c += 16) vf_store(q->acc + c, vf_mul(vf_load(q->acc + c), vf_set(shrink)));
+    for (unsigned c = 0; c < head_dim; c += 16)
+        vf_store(q->acc + c, vf_mul(vf_load(q->acc + c), vf_set(shrink)));
 }
 
 /* ---- values ---- */
 
-/* Weights of the packed values times the group's scales as integers, and sum p z. Tokens [from, to) only. */
-static float fold_value_group(float *pz, int8_t *high, int8_t *low, const float *p, const uint16_t *scale,
-                              const uint16_t *zero, unsigned from, unsigned to) {
+/* Weights of the packed values times the group's scales as integers, and sum p z. Tokens [from, to)
+ * only. */
+static float fold_value_group(float *pz, int8_t *high, int8_t *low, const float *p,
+                              const uint16_t *scale, const uint16_t *zero, unsigned from,
+                              unsigned to) {
     float masked[KI_PAGE_TOKENS], folded[KI_PAGE_TOKENS];
     memset(masked, 0, sizeof masked);
     memcpy(masked + from, p + from, (to - from) * sizeof(float));
@@ -239,8 +257,9 @@ static float fold_value_group(float *pz, int8_t *high, int8_t *low, const float 
 }
 
 /* acc[c..c+15] of nq queries += step * (integers . codes) + pz, over n_quads quads of tokens. */
-KI_INLINE void packed_values(float *const *acc, const attn_scratch *s, const float *step, const float *pz, unsigned nq,
-                             const uint8_t *codes, unsigned n_quads, unsigned head_dim, bool wide) {
+KI_INLINE void packed_values(float *const *acc, const attn_scratch *s, const float *step,
+                             const float *pz, unsigned nq, const uint8_t *codes, unsigned n_quads,
+                             unsigned head_dim, bool wide) {
     vi high[QUERY_BLOCK], low[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
     for (unsigned k = 0; k < n_quads; k++) {
@@ -257,8 +276,9 @@ KI_INLINE void packed_values(float *const *acc, const attn_scratch *s, const flo
     }
 }
 
-static void packed_values_n(float *const *acc, const attn_scratch *s, const float *step, const float *pz, unsigned nq,
-                            const uint8_t *codes, unsigned n_quads, unsigned head_dim, unsigned bits) {
+static void packed_values_n(float *const *acc, const attn_scratch *s, const float *step,
+                            const float *pz, unsigned nq, const uint8_t *codes, unsigned n_quads,
+                            unsigned head_dim, unsigned bits) {
     if (bits == 8) {
         if (nq == 1) packed_values(acc, s, step, pz, 1, codes, n_quads, head_dim, true);
         else if (nq == 2) packed_values(acc, s, step, pz, 2, codes, n_quads, head_dim, true);
@@ -273,38 +293,42 @@ static void packed_values_n(float *const *acc, const attn_scratch *s, const floa
 }
 
 /* All packed values of nq queries that read some. */
-static void add_packed_values(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *const *qs,
-                              const float *const *p, unsigned nq) {
+static void add_packed_values(const ki_attn_tile *t, const attn_scratch *s,
+                              ki_attn_query *const *qs, const float *const *p, unsigned nq) {
     unsigned to = 0;
     for (unsigned i = 0; i < nq; i++) to = KI_MAX(to, packed_to(qs[i], qs[i]->v_exact));
     for (unsigned g = 0; g * t->group < t->head_dim; g++) {
         float step[QUERY_BLOCK], pz[QUERY_BLOCK], *acc[QUERY_BLOCK];
         for (unsigned i = 0; i < nq; i++)
-            step[i] = fold_value_group(&pz[i], s->high[i], s->low[i], p[i], t->v_scale + (size_t)g * KI_PAGE_TOKENS,
+            step[i] = fold_value_group(&pz[i], s->high[i], s->low[i], p[i],
+                                       t->v_scale + (size_t)g * KI_PAGE_TOKENS,
                                        t->v_zero + (size_t)g * KI_PAGE_TOKENS, packed_from(qs[i]),
                                        packed_to(qs[i], qs[i]->v_exact));
         for (unsigned c = g * t->group; c < (g + 1) * t->group; c += 16) {
             for (unsigned i = 0; i < nq; i++) acc[i] = qs[i]->acc + c;
-            packed_values_n(acc, s, step, pz, nq, s->codes + (size_t)c * 4, (to + 3) / 4, t->head_dim, t->v_bits);
+            packed_values_n(acc, s, step, pz, nq, s->codes + (size_t)c * 4, (to + 3) / 4,
+                            t->head_dim, t->v_bits);
         }
     }
 }
 
-/* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, over n_vectors vectors of channels: so many chains
- * run side by side, each the same however wide the block is. */
-KI_INLINE void exact_values(const ki_attn_tile *t, float *acc, const float *p, unsigned c, unsigned from, unsigned to,
-                            unsigned n_vectors) {
+/* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, over n_vectors vectors of
+ * channels: so many chains run side by side, each the same however wide the block is. */
+KI_INLINE void exact_values(const ki_attn_tile *t, float *acc, const float *p, unsigned c,
+                            unsigned from, unsigned to, unsigned n_vectors) {
     vf sum[4];
     for (unsigned j = 0; j < n_vectors; j++) sum[j] = vf_load(acc + c + j * 16);
     for (unsigned i = from; i < to; i++) {
         const uint16_t *row = t->v_blocks[i / 16] + (size_t)(i % 16) * t->head_dim + c;
         vf w = vf_set(p[i]);
-        for (unsigned j = 0; j < n_vectors; j++) sum[j] = vf_fma(w, vf_load_f16(row + j * 16), sum[j]);
+        for (unsigned j = 0; j < n_vectors; j++)
+            sum[j] = vf_fma(w, vf_load_f16(row + j * 16), sum[j]);
     }
     for (unsigned j = 0; j < n_vectors; j++) vf_store(acc + c + j * 16, sum[j]);
 }
 
-static void add_exact_range(const ki_attn_tile *t, float *acc, const float *p, unsigned from, unsigned to) {
+static void add_exact_range(const ki_attn_tile *t, float *acc, const float *p, unsigned from,
+                            unsigned to) {
     unsigned c = 0;
     if (from >= to) return;
     for (; c + 64 <= t->head_dim; c += 64) exact_values(t, acc, p, c, from, to, 4);
@@ -320,7 +344,9 @@ static void add_exact_values(const ki_attn_tile *t, ki_attn_query *q, const floa
 
 /* ---- the tile ---- */
 
-static bool reads_packed(const ki_attn_query *q, unsigned exact) { return packed_from(q) < packed_to(q, exact); }
+static bool reads_packed(const ki_attn_query *q, unsigned exact) {
+    return packed_from(q) < packed_to(q, exact);
+}
 
 static unsigned packed_end(const ki_attn_query *qs, unsigned nq, bool keys) {
     unsigned end = 0;
@@ -331,9 +357,12 @@ static unsigned packed_end(const ki_attn_query *qs, unsigned nq, bool keys) {
     return end;
 }
 
-static void scores_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs, unsigned nq) {
+static void scores_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
+                           unsigned nq) {
     unsigned end = packed_end(qs, nq, true);
-    if (end) unpack_any(s->codes, t->k_words, (size_t)((end + 15) / 16) * t->head_dim * t->k_bits / 32, t->k_bits);
+    if (end)
+        unpack_any(s->codes, t->k_words, (size_t)((end + 15) / 16) * t->head_dim * t->k_bits / 32,
+                   t->k_bits);
     for (unsigned q0 = 0; q0 < nq; q0 += QUERY_BLOCK) {
         unsigned n = KI_MIN(nq - q0, (unsigned)QUERY_BLOCK);
         if (end) score_packed_blocks(t, s, qs + q0, n, q0);
@@ -341,7 +370,8 @@ static void scores_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn
     }
 }
 
-static void values_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs, unsigned nq) {
+static void values_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
+                           unsigned nq) {
     unsigned end = packed_end(qs, nq, false), n = 0;
     if (end) unpack_values(s->codes, t->v_words, end, t->head_dim, t->v_bits);
     ki_attn_query *block[QUERY_BLOCK];
@@ -360,7 +390,8 @@ static void values_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn
         if (qs[i].first < qs[i].end) add_exact_values(t, &qs[i], s->p + (size_t)i * KI_PAGE_TOKENS);
 }
 
-static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsigned n_queries, void *scratch) {
+static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsigned n_queries,
+                           void *scratch) {
     attn_scratch s = scratch_carve(scratch, t->head_dim, n_queries);
     scores_of_tile(t, &s, queries, n_queries);
     for (unsigned i = 0; i < n_queries; i++)
@@ -369,17 +400,20 @@ static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsign
     values_of_tile(t, &s, queries, n_queries);
 }
 
-static void attn_merge_simd(float *m, float *l, float *acc, float m2, float l2, const float *acc2, unsigned head_dim) {
+static void attn_merge_simd(float *m, float *l, float *acc, float m2, float l2, const float *acc2,
+                            unsigned head_dim) {
     float top = *m > m2 ? *m : m2;
     if (top == -INFINITY) return; /* nothing visible in either range */
     float w1 = exp1(*m - top), w2 = exp1(m2 - top);
     *l = fma1(*l, w1, l2 * w2);
     *m = top;
     for (unsigned c = 0; c < head_dim; c += 16)
-        vf_store(acc + c, vf_fma(vf_load(acc + c), vf_set(w1), vf_mul(vf_load(acc2 + c), vf_set(w2))));
+        vf_store(acc + c,
+                 vf_fma(vf_load(acc + c), vf_set(w1), vf_mul(vf_load(acc2 + c), vf_set(w2))));
 }
 
 static void attn_finish_simd(float *out, float l, const float *acc, unsigned head_dim) {
     vf inverse = vf_set(l > 0 ? 1.0f / l : 0.0f);
-    for (unsigned c = 0; c < head_dim; c += 16) vf_store(out + c, vf_mul(vf_load(acc + c), inverse));
+    for (unsigned c = 0; c < head_dim; c += 16)
+        vf_store(out + c, vf_mul(vf_load(acc + c), inverse));
 }

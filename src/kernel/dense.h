@@ -1,22 +1,25 @@
 /* dense.h: weights times activations, and the small steps between them.
  *
- * A matrix [n_rows][n_cols] is kept in tiles of 16 rows, so that 16 outputs stand in the lanes of a vector and no sum
- * crosses lanes. Within a tile columns come in order:
+ * A matrix [n_rows][n_cols] is kept in tiles of 16 rows, so that 16 outputs stand in the lanes of a
+ * vector and no sum crosses lanes. Within a tile columns come in order:
  *
  *     F32 F16 BF16   [col][16 rows]
  *     Q4_0 Q4_1 Q8_0, per 32 columns:
  *         d      [16] f16                      Q4_1: then m [16] f16
- *         codes  Q4: 4 x [16 rows][4 bytes]    low nibbles: columns 4j..4j+3, high nibbles: columns 16+4j..
+ *         codes  Q4: 4 x [16 rows][4 bytes]    low nibbles: columns 4j.., high: 16 + 4j..
  *                Q8: 8 x [16 rows][4 bytes]    code + 128
  *
- * so that 64 bytes are one operand of an integer dot product whose other side is four activations, broadcast. The file
- * formats' values: Q4_0 d (c - 8), Q4_1 d c + m, Q8_0 d c. Sizes stay those of the file.
+ * so that 64 bytes are one operand of an integer dot product whose other side is four activations,
+ * broadcast. The file formats' values: Q4_0 d (c - 8), Q4_1 d c + m, Q8_0 d c. Sizes stay those of
+ * the file.
  *
- * Quantized matrices multiply activations of 15 bits: per 32 columns one float32 scale, largest |x| / 16256, and
- * integers 128 high + low of two signed bytes, each an operand of the dot product. (One byte, as other engines have,
- * costs a 4-bit model a tenth of a nat in its log-probabilities; two cost time only where memory is not the limit.)
+ * Quantized matrices multiply activations of 15 bits: per 32 columns one float32 scale, largest |x|
+ * / 16256, and integers 128 high + low of two signed bytes, each an operand of the dot product.
+ * (One byte, as other engines have, costs a 4-bit model a tenth of a nat in its log-probabilities;
+ * two cost time only where memory is not the limit.)
  *     acc = fma((float)(integer sum), d * dx, acc)     Q4_1: acc = fma(m, dx * sum of x, acc)
- * in column order: each output is one chain, whatever the tile sizes, so results repeat on every machine and batch. */
+ * in column order: each output is one chain, whatever the tile sizes, so results repeat on every
+ * machine and batch. */
 #ifndef KI_DENSE_H
 #define KI_DENSE_H
 #include "base.h"
@@ -43,8 +46,10 @@ bool ki_weight_is_quantized(ki_weight type);
 /* Bytes of a matrix in memory; false on overflow. */
 bool ki_matrix_bytes(size_t *out, ki_weight type, uint32_t n_rows, uint32_t n_cols);
 /* Fills tiles [first_tile, end_tile) from rows in the file's order (rows one after the other). */
-void ki_matrix_pack(ki_matrix *matrix, const uint8_t *file_rows, uint32_t first_tile, uint32_t end_tile);
-/* Row r of the matrix from one row in the file's form. Rows of one tile must not be packed at the same time. */
+void ki_matrix_pack(ki_matrix *matrix, const uint8_t *file_rows, uint32_t first_tile,
+                    uint32_t end_tile);
+/* Row r of the matrix from one row in the file's form. Rows of one tile must not be packed at the
+ * same time. */
 void ki_matrix_pack_row(ki_matrix *matrix, const uint8_t *file_row, uint32_t row);
 /* One row as float32 [n_cols]. */
 void ki_matrix_row(float *out, const ki_matrix *matrix, uint32_t row);
@@ -52,22 +57,24 @@ void ki_matrix_row(float *out, const ki_matrix *matrix, uint32_t row);
 /* Rows of activations as a matrix product reads them. */
 typedef struct ki_activations {
     uint32_t n_cols;
-    const float *x;      /* [rows][n_cols] f32 */
-    int8_t *high, *low;  /* [rows][n_cols] each: the integer is 128 high + low */
-    float *scales;       /* [rows][n_cols / 32] */
-    int32_t *sums;       /* [rows][n_cols / 32]: of the integers */
+    const float *x;     /* [rows][n_cols] f32 */
+    int8_t *high, *low; /* [rows][n_cols] each: the integer is 128 high + low */
+    float *scales;      /* [rows][n_cols / 32] */
+    int32_t *sums;      /* [rows][n_cols / 32]: of the integers */
 } ki_activations;
 
 typedef struct ki_dense_kernels {
     /* Row `row` of a from a->x. */
     void (*quantize_row)(ki_activations *a, size_t row);
-    /* out[r][tile rows] for tiles [first_tile, end_tile) and activation rows [0, n_rows): out is [n_rows][out_stride],
-     * its columns the matrix rows. Quantized types read a->high, low, scales and sums, the others a->x. */
-    void (*matmul)(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile, uint32_t end_tile,
-                   const ki_activations *a, size_t n_rows);
+    /* out[r][tile rows] for tiles [first_tile, end_tile) and activation rows [0, n_rows): out is
+     * [n_rows][out_stride], its columns the matrix rows. Quantized types read a->high, low, scales
+     * and sums, the others a->x. */
+    void (*matmul)(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile,
+                   uint32_t end_tile, const ki_activations *a, size_t n_rows);
     /* out = x / sqrt(mean(x^2) + eps) * weight; [n], n % 16 == 0 */
     void (*rms_norm)(float *out, const float *x, const float *weight, uint32_t n, float eps);
-    /* Rotates pairs (j, j + D/2) of one head x [D] by cos and sin [D/2]; D % 32 == 0 or the last lanes are scalar. */
+    /* Rotates pairs (j, j + D/2) of one head x [D] by cos and sin [D/2]; D % 32 == 0 or the last
+     * lanes are scalar. */
     void (*rope)(float *x, const float *cos, const float *sin, uint32_t head_dim);
     /* out = silu(gate) * up = gate / (1 + e^-gate) * up; [n] */
     void (*silu_mul)(float *out, const float *gate, const float *up, uint32_t n);

@@ -3,18 +3,22 @@
 #include "simd.h"
 
 #if defined(__AVX512F__)
-enum { ROW_BLOCK = 8 }; /* activation rows that share an unpacked weight: 8 sums, 8 accumulators, 8 codes in registers */
+enum {
+    ROW_BLOCK = 8
+}; /* activation rows that share an unpacked weight: 8 sums, 8 accumulators, 8 codes in registers */
 #else
 enum { ROW_BLOCK = 4 };
 #endif
 
-#define ACTIVATION_MAX 16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
+#define ACTIVATION_MAX                                                                             \
+    16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
 
 static void quantize_row_simd(ki_activations *a, size_t row) {
     const float *x = a->x + row * a->n_cols;
     size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
     for (size_t b = 0; b < n_blocks; b++) {
-        float largest = vf_max(vf_max2(vf_abs(vf_load(x + b * 32)), vf_abs(vf_load(x + b * 32 + 16))));
+        float largest =
+            vf_max(vf_max2(vf_abs(vf_load(x + b * 32)), vf_abs(vf_load(x + b * 32 + 16))));
         bool tiny = !(largest > 1e-30f); /* the inverse must stay finite */
         vf inverse = vf_set(tiny ? 0.0f : ACTIVATION_MAX / largest);
         int32_t lanes[16], sum = 0;
@@ -55,9 +59,10 @@ KI_INLINE vi dot_block(vi sum, const vb *w, const int8_t *x, ki_weight type) {
 }
 
 /* One tile times n <= ROW_BLOCK rows of activations, from row r0 on. */
-KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type, const ki_activations *a,
-                           size_t r0, unsigned n) {
-    unsigned n_heads = type == KI_WEIGHT_Q4_1 ? 2 : 1, code_bytes = type == KI_WEIGHT_Q8_0 ? 512 : 256;
+KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
+                           const ki_activations *a, size_t r0, unsigned n) {
+    unsigned n_heads = type == KI_WEIGHT_Q4_1 ? 2 : 1,
+             code_bytes = type == KI_WEIGHT_Q8_0 ? 512 : 256;
     size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
     vf acc[ROW_BLOCK];
     for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
@@ -95,14 +100,15 @@ KI_INLINE void matmul_plain_tile(float *out, size_t out_stride, const uint8_t *t
     for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
     for (uint32_t c = 0; c < a->n_cols; c++) {
         vf w = load_plain(tile + (size_t)c * col_bytes, type);
-        for (unsigned i = 0; i < n; i++) acc[i] = vf_fma(vf_set(a->x[(r0 + i) * a->n_cols + c]), w, acc[i]);
+        for (unsigned i = 0; i < n; i++)
+            acc[i] = vf_fma(vf_set(a->x[(r0 + i) * a->n_cols + c]), w, acc[i]);
     }
     for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
 }
 
 /* Every (type, rows) pair becomes its own loop: both are constants here. */
-KI_INLINE void matmul_rows(float *out, size_t out_stride, const uint8_t *tile, ki_weight type, bool plain,
-                           const ki_activations *a, size_t n_rows) {
+KI_INLINE void matmul_rows(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
+                           bool plain, const ki_activations *a, size_t n_rows) {
     size_t r = 0;
     for (; r + ROW_BLOCK <= n_rows; r += ROW_BLOCK)
         plain ? matmul_plain_tile(out, out_stride, tile, type, a, r, ROW_BLOCK)
@@ -116,7 +122,8 @@ KI_INLINE void matmul_rows(float *out, size_t out_stride, const uint8_t *tile, k
 }
 
 #define MATMUL_TYPE(name, type, plain)                                                             \
-    static void matmul_##name(float *out, size_t stride, const uint8_t *tile, const ki_activations *a, size_t n) {  \
+    static void matmul_##name(float *out, size_t stride, const uint8_t *tile,                      \
+                              const ki_activations *a, size_t n) {                                 \
         matmul_rows(out, stride, tile, type, plain, a, n);                                         \
     }
 MATMUL_TYPE(f32, KI_WEIGHT_F32, true)
@@ -128,14 +135,17 @@ MATMUL_TYPE(q8_0, KI_WEIGHT_Q8_0, false)
 
 static void matmul_simd(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile,
                         uint32_t end_tile, const ki_activations *a, size_t n_rows) {
-    static void (*const of_type[KI_WEIGHT_COUNT])(float *, size_t, const uint8_t *, const ki_activations *, size_t) = {
-        [KI_WEIGHT_F32] = matmul_f32,   [KI_WEIGHT_F16] = matmul_f16,   [KI_WEIGHT_BF16] = matmul_bf16,
-        [KI_WEIGHT_Q4_0] = matmul_q4_0, [KI_WEIGHT_Q4_1] = matmul_q4_1, [KI_WEIGHT_Q8_0] = matmul_q8_0,
+    static void (*const of_type[KI_WEIGHT_COUNT])(float *, size_t, const uint8_t *,
+                                                  const ki_activations *, size_t) = {
+        [KI_WEIGHT_F32] = matmul_f32,   [KI_WEIGHT_F16] = matmul_f16,
+        [KI_WEIGHT_BF16] = matmul_bf16, [KI_WEIGHT_Q4_0] = matmul_q4_0,
+        [KI_WEIGHT_Q4_1] = matmul_q4_1, [KI_WEIGHT_Q8_0] = matmul_q8_0,
     };
     size_t all_bytes = 0;
     ki_matrix_bytes(&all_bytes, matrix->type, KI_TILE_ROWS, matrix->n_cols);
     for (uint32_t t = first_tile; t < end_tile; t++)
-        of_type[matrix->type](out + (size_t)t * KI_TILE_ROWS, out_stride, matrix->tiles + t * all_bytes, a, n_rows);
+        of_type[matrix->type](out + (size_t)t * KI_TILE_ROWS, out_stride,
+                              matrix->tiles + t * all_bytes, a, n_rows);
 }
 
 static void rms_norm_simd(float *out, const float *x, const float *weight, uint32_t n, float eps) {
@@ -149,7 +159,8 @@ static void rms_norm_simd(float *out, const float *x, const float *weight, uint3
 static void rope_simd(float *x, const float *cosine, const float *sine, uint32_t head_dim) {
     uint32_t half = head_dim / 2, j = 0;
     for (; j + 16 <= half; j += 16) {
-        vf a = vf_load(x + j), b = vf_load(x + half + j), c = vf_load(cosine + j), s = vf_load(sine + j);
+        vf a = vf_load(x + j), b = vf_load(x + half + j), c = vf_load(cosine + j),
+           s = vf_load(sine + j);
         vf_store(x + j, vf_sub(vf_mul(a, c), vf_mul(b, s)));
         vf_store(x + half + j, vf_add(vf_mul(b, c), vf_mul(a, s)));
     }

@@ -1,5 +1,5 @@
-/* isa.h: makes one table from the templates. An isa_<name>.c defines KI_TABLE and KI_TABLE_ISA, then includes this; the
- * Makefile gives that one file the flags of its instruction set. */
+/* isa.h: makes one table from the templates. An isa_<name>.c defines KI_TABLE and KI_TABLE_ISA,
+ * then includes this; the Makefile gives that one file the flags of its instruction set. */
 #include "kernel.h"
 
 #include "attn_simd.h"

@@ -20,6 +20,7 @@ const ki_kernels *ki_kernels_get(ki_isa isa) {
 
 /* Must cover scratch_carve in attn_simd.h: codes, weights, and four pairs of integer rows. */
 size_t ki_attn_scratch_bytes(unsigned head_dim, unsigned n_queries) {
-    size_t codes = (size_t)KI_PAGE_TOKENS * head_dim, weights = (size_t)n_queries * KI_PAGE_TOKENS * sizeof(float);
+    size_t codes = (size_t)KI_PAGE_TOKENS * head_dim,
+           weights = (size_t)n_queries * KI_PAGE_TOKENS * sizeof(float);
     return codes + weights + (size_t)4 * 2 * KI_MAX_HEAD_DIM;
 }

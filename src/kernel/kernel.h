@@ -1,4 +1,5 @@
-/* kernel.h: the door of this folder. One table of functions per instruction set; all give the same bytes. */
+/* kernel.h: the door of this folder. One table of functions per instruction set; all give the same
+ * bytes. */
 #ifndef KI_KERNEL_H
 #define KI_KERNEL_H
 #include "attn.h"

@@ -8,8 +8,8 @@ static uint16_t f16_up(float a) {
     return ki_f16_to_f32(h) < a ? (uint16_t)(h + 1) : h;
 }
 
-static void quantize_group(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x, unsigned group,
-                           float levels) {
+static void quantize_group(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x,
+                           unsigned group, float levels) {
     float min = ki_f16_to_f32(x[0]), max = min;
     for (unsigned i = 1; i < group; i++) {
         float v = ki_f16_to_f32(x[i]);
@@ -26,8 +26,8 @@ static void quantize_group(uint8_t *codes, uint16_t *scale, uint16_t *zero, cons
     }
 }
 
-void ki_quantize_scalar(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x, size_t n_groups,
-                        unsigned group, unsigned bits) {
+void ki_quantize_scalar(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x,
+                        size_t n_groups, unsigned group, unsigned bits) {
     float levels = (float)((1u << bits) - 1);
     for (size_t g = 0; g < n_groups; g++)
         quantize_group(codes + g * group, scale + g, zero + g, x + g * group, group, levels);
@@ -51,8 +51,8 @@ bool ki_f16_all_finite(const uint16_t *x, size_t n) {
     return true;
 }
 
-void ki_pack_keys(uint32_t *words, const uint8_t *codes, unsigned first_token, unsigned n_tokens, unsigned head_dim,
-                  unsigned bits) {
+void ki_pack_keys(uint32_t *words, const uint8_t *codes, unsigned first_token, unsigned n_tokens,
+                  unsigned head_dim, unsigned bits) {
     unsigned n = 32 / bits, n_words = head_dim / n;
     for (unsigned t = 0; t < n_tokens; t++) {
         unsigned token = first_token + t;
@@ -66,19 +66,23 @@ void ki_pack_keys(uint32_t *words, const uint8_t *codes, unsigned first_token, u
     }
 }
 
-void ki_pack_values(uint32_t *words, const uint8_t *codes, unsigned token, unsigned head_dim, unsigned bits) {
+void ki_pack_values(uint32_t *words, const uint8_t *codes, unsigned token, unsigned head_dim,
+                    unsigned bits) {
     unsigned n = 32 / bits, bit = ki_code_bit(token % n, bits);
     uint32_t *row = words + (size_t)(token / n) * head_dim, keep = ~(((1u << bits) - 1) << bit);
     for (unsigned c = 0; c < head_dim; c++) row[c] = (row[c] & keep) | (uint32_t)codes[c] << bit;
 }
 
-unsigned ki_key_code(const uint32_t *words, unsigned token, unsigned channel, unsigned head_dim, unsigned bits) {
+unsigned ki_key_code(const uint32_t *words, unsigned token, unsigned channel, unsigned head_dim,
+                     unsigned bits) {
     unsigned n = 32 / bits, n_words = head_dim / n;
     size_t w = ((size_t)(token / KI_LANES) * n_words + channel / n) * KI_LANES + token % KI_LANES;
     return words[w] >> ki_code_bit(channel % n, bits) & ((1u << bits) - 1);
 }
 
-unsigned ki_value_code(const uint32_t *words, unsigned token, unsigned channel, unsigned head_dim, unsigned bits) {
+unsigned ki_value_code(const uint32_t *words, unsigned token, unsigned channel, unsigned head_dim,
+                       unsigned bits) {
     unsigned n = 32 / bits;
-    return words[(size_t)(token / n) * head_dim + channel] >> ki_code_bit(token % n, bits) & ((1u << bits) - 1);
+    return words[(size_t)(token / n) * head_dim + channel] >> ki_code_bit(token % n, bits) &
+           ((1u << bits) - 1);
 }

@@ -2,8 +2,8 @@
 #include "quant.h"
 #include "simd.h"
 
-static void quantize_lanes(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x, unsigned group,
-                           vf levels) {
+static void quantize_lanes(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x,
+                           unsigned group, vf levels) {
     vf low = vf_load_f16(x), high = low;
     for (unsigned i = 16; i < group; i += 16) {
         vf v = vf_load_f16(x + i);
@@ -31,8 +31,8 @@ static void quantize_lanes(uint8_t *codes, uint16_t *scale, uint16_t *zero, cons
     }
 }
 
-static void quantize_simd(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x, size_t n_groups,
-                          unsigned group, unsigned bits) {
+static void quantize_simd(uint8_t *codes, uint16_t *scale, uint16_t *zero, const uint16_t *x,
+                          size_t n_groups, unsigned group, unsigned bits) {
     vf levels = vf_set((float)((1u << bits) - 1));
     for (size_t g = 0; g < n_groups; g++)
         quantize_lanes(codes + g * group, scale + g, zero + g, x + g * group, group, levels);

@@ -1,9 +1,10 @@
 /* simd.h: sixteen virtual lanes, the same on every machine.
  *
- * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set maps them to its
- * registers (AVX-512: one; AVX2: two halves; scalar: loops), and every operation here gives the same bits on all of
- * them: lanes never mix except in vf_sum and vf_max, whose trees are fixed. So a kernel's result cannot depend on the
- * machine. This header is included once per instruction set by isa_<name>.c and stays inside that file.
+ * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set
+ * maps them to its registers (AVX-512: one; AVX2: two halves; scalar: loops), and every operation
+ * here gives the same bits on all of them: lanes never mix except in vf_sum and vf_max, whose trees
+ * are fixed. So a kernel's result cannot depend on the machine. This header is included once per
+ * instruction set by isa_<name>.c and stays inside that file.
  *
  * vf f32 lanes   vi i32 lanes   vb bytes (an i32 lane holds 4 neighbours) */
 #ifndef KI_SIMD_H
@@ -30,13 +31,18 @@ KI_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 KI_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 KI_INLINE vf vf_min2(vf a, vf b) { return _mm512_min_ps(a, b); }
 KI_INLINE vf vf_max2(vf a, vf b) { return _mm512_max_ps(a, b); }
-KI_INLINE vf vf_rint(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+KI_INLINE vf vf_rint(vf a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_NEQ_UQ), value);
 }
-KI_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+KI_INLINE vf vf_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
 KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i *)p,
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 /* The smallest float16 >= a, for a >= 0. */
 KI_INLINE void vf_store_f16_up(uint16_t *p, vf a) {
@@ -59,9 +65,13 @@ KI_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 KI_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 KI_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 KI_INLINE vi vi_shl(vi a, unsigned n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
-KI_INLINE vi vi_shr(vi a, unsigned n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128((int)n)); } /* logical */
+KI_INLINE vi vi_shr(vi a, unsigned n) {
+    return _mm512_srl_epi32(a, _mm_cvtsi32_si128((int)n));
+} /* logical */
 KI_INLINE vi vi_sar(vi a, unsigned n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128((int)n)); }
-KI_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+KI_INLINE void vi_store_i8(int8_t *p, vi a) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a));
+}
 
 KI_INLINE vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
 KI_INLINE void vb_store(void *p, vb a) { _mm512_storeu_si512(p, a); }
@@ -73,7 +83,9 @@ KI_INLINE vi dot_pairs_add(vi acc, __m512i pairs) {
 KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
 KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
 #else
-KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return dot_pairs_add(acc, _mm512_maddubs_epi16(u, s)); }
+KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) {
+    return dot_pairs_add(acc, _mm512_maddubs_epi16(u, s));
+}
 KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     __m512i low = _mm512_and_si512(u, _mm512_set1_epi8(0x7f));
     __m512i top = _mm512_and_si512(_mm512_srli_epi16(u, 7), _mm512_set1_epi8(1));
@@ -100,8 +112,12 @@ KI_INLINE float fma1(float a, float b, float c) {
 
 #elif defined(__AVX2__)
 #include <immintrin.h>
-typedef struct vf { __m256 lo, hi; } vf;
-typedef struct vi { __m256i lo, hi; } vi;
+typedef struct vf {
+    __m256 lo, hi;
+} vf;
+typedef struct vi {
+    __m256i lo, hi;
+} vi;
 typedef vi vb;
 #define VF2(expr_lo, expr_hi) ((vf){(expr_lo), (expr_hi)})
 #define VI2(expr_lo, expr_hi) ((vi){(expr_lo), (expr_hi)})
@@ -112,17 +128,31 @@ KI_INLINE void vf_store(float *p, vf a) {
     _mm256_storeu_ps(p + 8, a.hi);
 }
 KI_INLINE vf vf_set(float x) { return VF2(_mm256_set1_ps(x), _mm256_set1_ps(x)); }
-KI_INLINE vf vf_add(vf a, vf b) { return VF2(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)); }
-KI_INLINE vf vf_sub(vf a, vf b) { return VF2(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)); }
-KI_INLINE vf vf_mul(vf a, vf b) { return VF2(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)); }
-KI_INLINE vf vf_div(vf a, vf b) { return VF2(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_add(vf a, vf b) {
+    return VF2(_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi));
+}
+KI_INLINE vf vf_sub(vf a, vf b) {
+    return VF2(_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi));
+}
+KI_INLINE vf vf_mul(vf a, vf b) {
+    return VF2(_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi));
+}
+KI_INLINE vf vf_div(vf a, vf b) {
+    return VF2(_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi));
+}
 KI_INLINE vf vf_fma(vf a, vf b, vf c) {
     return VF2(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
 }
-KI_INLINE vf vf_min2(vf a, vf b) { return VF2(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)); }
-KI_INLINE vf vf_max2(vf a, vf b) { return VF2(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)); }
+KI_INLINE vf vf_min2(vf a, vf b) {
+    return VF2(_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi));
+}
+KI_INLINE vf vf_max2(vf a, vf b) {
+    return VF2(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi));
+}
 #define KI_NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-KI_INLINE vf vf_rint(vf a) { return VF2(_mm256_round_ps(a.lo, KI_NEAREST), _mm256_round_ps(a.hi, KI_NEAREST)); }
+KI_INLINE vf vf_rint(vf a) {
+    return VF2(_mm256_round_ps(a.lo, KI_NEAREST), _mm256_round_ps(a.hi, KI_NEAREST));
+}
 KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
     __m256 z = _mm256_setzero_ps();
     return VF2(_mm256_and_ps(value.lo, _mm256_cmp_ps(test.lo, z, _CMP_NEQ_UQ)),
@@ -138,30 +168,44 @@ KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
 }
 /* The smallest float16 >= a, for a >= 0. */
 KI_INLINE void vf_store_f16_up(uint16_t *p, vf a) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
-    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)p,
+                     _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)(p + 8),
+                     _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
 }
 KI_INLINE vf vf_load_bf16(const uint16_t *p) {
     __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
-    return VF2(_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16)));
+    return VF2(_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+               _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16)));
 }
 KI_INLINE vf vf_from_vi(vi a) { return VF2(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }
 KI_INLINE vi vf_to_vi(vf a) { return VI2(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)); }
-KI_INLINE vf vf_from_bits(vi a) { return VF2(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)); }
+KI_INLINE vf vf_from_bits(vi a) {
+    return VF2(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi));
+}
 
 KI_INLINE vi vi_set(int32_t x) { return VI2(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 KI_INLINE vi vi_load(const int32_t *p) {
-    return VI2(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8)));
+    return VI2(_mm256_loadu_si256((const __m256i *)p),
+               _mm256_loadu_si256((const __m256i *)(p + 8)));
 }
 KI_INLINE void vi_store(int32_t *p, vi a) {
     _mm256_storeu_si256((__m256i *)p, a.lo);
     _mm256_storeu_si256((__m256i *)(p + 8), a.hi);
 }
-KI_INLINE vi vi_add(vi a, vi b) { return VI2(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
-KI_INLINE vi vi_sub(vi a, vi b) { return VI2(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
-KI_INLINE vi vi_and(vi a, vi b) { return VI2(_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)); }
-KI_INLINE vi vi_or(vi a, vi b) { return VI2(_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)); }
+KI_INLINE vi vi_add(vi a, vi b) {
+    return VI2(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi));
+}
+KI_INLINE vi vi_sub(vi a, vi b) {
+    return VI2(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi));
+}
+KI_INLINE vi vi_and(vi a, vi b) {
+    return VI2(_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi));
+}
+KI_INLINE vi vi_or(vi a, vi b) {
+    return VI2(_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi));
+}
 KI_INLINE vi vi_shl(vi a, unsigned n) {
     __m128i c = _mm_cvtsi32_si128((int)n);
     return VI2(_mm256_sll_epi32(a.lo, c), _mm256_sll_epi32(a.hi, c));
@@ -176,13 +220,17 @@ KI_INLINE vi vi_sar(vi a, unsigned n) {
 }
 KI_INLINE void vi_store_i8(int8_t *p, vi a) {
     __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
-    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+    _mm_storeu_si128((__m128i *)p,
+                     _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 KI_INLINE vb vb_load(const void *p) { return vi_load(p); }
 KI_INLINE void vb_store(void *p, vb a) { vi_store(p, a); }
-KI_INLINE vb vb_xor(vb a, vb b) { return VI2(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)); }
+KI_INLINE vb vb_xor(vb a, vb b) {
+    return VI2(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi));
+}
 KI_INLINE __m256i dot_half_u7(__m256i acc, __m256i u, __m256i s) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(acc,
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }
 /* maddubs saturates at int16: bytes of 128 and more go in two parts, 7 bits and the top one. */
 KI_INLINE __m256i dot_half_u8(__m256i acc, __m256i u, __m256i s) {
@@ -214,8 +262,12 @@ KI_INLINE float fma1(float a, float b, float c) {
 }
 
 #else /* scalar: the definition */
-typedef struct vf { float v[16]; } vf;
-typedef struct vi { int32_t v[16]; } vi;
+typedef struct vf {
+    float v[16];
+} vf;
+typedef struct vi {
+    int32_t v[16];
+} vi;
 typedef vi vb;
 #define KI_LANES(type, expression)                                                                 \
     type r;                                                                                        \
@@ -233,14 +285,17 @@ KI_INLINE vf vf_fma(vf a, vf b, vf c) { KI_LANES(vf, fmaf(a.v[i], b.v[i], c.v[i]
 /* As the x86 instructions: the second operand when they are equal or one is NaN. */
 KI_INLINE vf vf_min2(vf a, vf b) { KI_LANES(vf, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 KI_INLINE vf vf_max2(vf a, vf b) { KI_LANES(vf, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-/* Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even; |a| < 2^22 here or integer. */
+/* Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even; |a| < 2^22
+ * here or integer. */
 KI_INLINE float rint1(float x) {
     if (!(fabsf(x) < 4194304.0f)) return rintf(x);
     volatile float shifted = x + 12582912.0f;
     return copysignf(shifted - 12582912.0f, x);
 }
 KI_INLINE vf vf_rint(vf a) { KI_LANES(vf, rint1(a.v[i])); }
-KI_INLINE vf vf_zero_where_zero(vf value, vf test) { KI_LANES(vf, test.v[i] != 0 ? value.v[i] : 0.0f); }
+KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
+    KI_LANES(vf, test.v[i] != 0 ? value.v[i] : 0.0f);
+}
 KI_INLINE vf vf_load_f16(const uint16_t *p) { KI_LANES(vf, ki_f16_to_f32(p[i])); }
 KI_INLINE void vf_store_f16(uint16_t *p, vf a) {
     for (int i = 0; i < 16; i++) p[i] = ki_f32_to_f16(a.v[i]);
@@ -272,7 +327,9 @@ KI_INLINE vi vi_sub(vi a, vi b) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] - (uin
 KI_INLINE vi vi_and(vi a, vi b) { KI_LANES(vi, a.v[i] & b.v[i]); }
 KI_INLINE vi vi_or(vi a, vi b) { KI_LANES(vi, a.v[i] | b.v[i]); }
 KI_INLINE vi vi_shl(vi a, unsigned n) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] << n)); }
-KI_INLINE vi vi_shr(vi a, unsigned n) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] >> n)); } /* logical */
+KI_INLINE vi vi_shr(vi a, unsigned n) {
+    KI_LANES(vi, (int32_t)((uint32_t)a.v[i] >> n));
+} /* logical */
 KI_INLINE vi vi_sar(vi a, unsigned n) { KI_LANES(vi, a.v[i] >> n); }
 KI_INLINE void vi_store_i8(int8_t *p, vi a) {
     for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i];
@@ -286,8 +343,8 @@ KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     memcpy(ub, &u, 64);
     memcpy(sb, &s, 64);
     for (int i = 0; i < 16; i++)
-        acc.v[i] += ub[4 * i] * sb[4 * i] + ub[4 * i + 1] * sb[4 * i + 1] + ub[4 * i + 2] * sb[4 * i + 2] +
-                    ub[4 * i + 3] * sb[4 * i + 3];
+        acc.v[i] += ub[4 * i] * sb[4 * i] + ub[4 * i + 1] * sb[4 * i + 1] +
+                    ub[4 * i + 2] * sb[4 * i + 2] + ub[4 * i + 3] * sb[4 * i + 3];
     return acc;
 }
 KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return vi_dot_u8(acc, u, s); }
@@ -313,14 +370,15 @@ KI_INLINE vi vi_set_bytes(const int8_t *four) {
     return vi_set(w);
 }
 
-/* e^x for x <= 0 (softmax) and moderate x > 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6 polynomial for e^r (Taylor
- * coefficients; remainder r^7/5040 < 1.2e-7 relative), times 2^n put into the exponent. Below -87 it gives 0, so that
- * a masked score of -inf weighs nothing; above 88 it stops at e^88. */
+/* e^x for x <= 0 (softmax) and moderate x > 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6
+ * polynomial for e^r (Taylor coefficients; remainder r^7/5040 < 1.2e-7 relative), times 2^n put
+ * into the exponent. Below -87 it gives 0, so that a masked score of -inf weighs nothing; above 88
+ * it stops at e^88. */
 KI_INLINE vf vf_exp(vf x) {
     vf c = vf_min2(vf_max2(x, vf_set(-87.0f)), vf_set(88.0f));
     vf n = vf_rint(vf_mul(c, vf_set(1.44269504f)));
-    vf r = vf_fma(n, vf_set(-0.693359375f), c);      /* ln 2 in two parts: the first has few bits, */
-    r = vf_fma(n, vf_set(2.12194440e-4f), r);        /* so n times it is exact */
+    vf r = vf_fma(n, vf_set(-0.693359375f), c); /* ln 2 in two parts: the first has few bits, */
+    r = vf_fma(n, vf_set(2.12194440e-4f), r);   /* so n times it is exact */
     vf p = vf_set(1.0f / 720);
     p = vf_fma(p, r, vf_set(1.0f / 120));
     p = vf_fma(p, r, vf_set(1.0f / 24));

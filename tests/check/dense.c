@@ -104,10 +104,8 @@ static void matrix_rows(ki_weight type) {
     check_end();
 }
 
-static int32_t activation(const ki_activations *a, size_t i) { return 128 * a->high[i] + a->low[i]; }
-
 /* The integer of an activation. */
-static int integer(const product *p, size_t at) { return 128 * p->a.high[at] + p->a.low[at]; }
+static int32_t activation(const ki_activations *a, size_t i) { return 128 * a->high[i] + a->low[i]; }
 
 static void check_activations(const product *p) {
     size_t n_blocks = p->a.n_cols / 32;
