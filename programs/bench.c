@@ -27,7 +27,7 @@ typedef struct result {
     double seconds[MAX_REPEATS];
     uint64_t median_step_ns; /* of all generated steps; 0 for a prompt */
     uint64_t kv_bytes;       /* what n_batch sequences take at the end of the test */
-    char time[32];
+    char started[32];        /* ISO 8601, UTC */
 } result;
 
 typedef struct bench {
@@ -178,7 +178,7 @@ static kivi_status measure(bench *b, const test *t, result *r, double *steps) {
     double warm_up;
     time_t now = time(NULL);
     struct tm utc;
-    strftime(r->time, sizeof r->time, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    strftime(r->started, sizeof r->started, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
     test_name(name, t);
     progress(b, "%s, warm-up", name);
     kivi_status status = cache_bytes(b, &r->kv_bytes, t);
@@ -323,7 +323,7 @@ static void put_result(writer *w, const bench *b, const test *t, const result *r
     put_whole(w, "n_gen", t->n_gen);
     put_whole(w, "n_depth", t->n_depth);
     put_whole(w, "kv_bytes", r->kv_bytes);
-    put_text(w, "test_time", r->time);
+    put_text(w, "test_time", r->started);
     put_whole(w, "avg_ns", (uint64_t)s.ns);
     put_whole(w, "stddev_ns", (uint64_t)s.ns_sd);
     put_real(w, "avg_ts", s.ts);
@@ -363,7 +363,7 @@ static void print_csv(const bench *b, const test *t, const result *r) {
 
 static void print_json(const bench *b, const test *t, const result *r) {
     writer w = {.form = b->form};
-    if (b->form == JSON) fputs(b->n_rows_done ? ",\n  {\n    " : "  {\n    ", stdout);
+    if (b->form == JSON) fputs(b->n_rows_done ? ",\n  {\n    " : "[\n  {\n    ", stdout);
     else putchar('{');
     put_machine(&w, b);
     put_result(&w, b, t, r);
@@ -479,10 +479,9 @@ int command_bench(const options *o) {
     int code = check_options(&b, kinds);
     if (code) return code;
     read_cpu(b.cpu, sizeof b.cpu);
-    if (b.form == JSON) puts("[");
     for (uint32_t i = 0; options_list_item(b.kv, sizeof b.kv, kinds, i) && !code; i++)
         code = run_kind(&b);
-    if (b.form == JSON) puts(b.n_rows_done ? "\n]" : "]");
+    if (b.form == JSON && b.n_rows_done) puts("\n]");
     if (b.form == MD && b.n_rows_done) printf("\nkivi %s, %s\n", KIVI_VERSION, b.cpu);
     return code;
 }

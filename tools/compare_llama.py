@@ -257,7 +257,7 @@ def kept(found, names, depth):
 
 
 def print_md(o, found):
-    names = [f'{engine}:{kind}' for engine, kind in o.kinds]
+    names = o.names
     own = o.main.split(':')[1] if o.main else 'kivi'
     head = ['tokens/s', *(name.replace(':', ' ') for name in names), f'{own} / best llama',
             f'{own} / llama f16']
@@ -391,8 +391,9 @@ def main():
     o = parse()
     if o.llama_job:
         return llama_job(json.loads(o.llama_job))
-    o.kinds = alternate(parse_kinds(o.kinds))
-    own = [f'kivi:{kind}' for engine, kind in o.kinds if engine == 'kivi']
+    kinds = parse_kinds(o.kinds)
+    o.kinds, o.names = alternate(kinds), [f'{engine}:{kind}' for engine, kind in kinds]
+    own = [name for name in o.names if name.startswith('kivi:')]
     o.main = 'kivi:kivi2' if 'kivi:kivi2' in own else own[-1] if own else None
     o.kivi, o.features = 'no kivi', ''
     if own and not os.access(KIVI, os.X_OK):

@@ -34,9 +34,15 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
     enum { N = 8192 };
     world w = world_small();
     w.isa = isa;
-    w.geometry = (kivi_cache_geometry){.n_layers = 1, .n_heads = heads, .n_kv_heads = kv_heads, .head_dim = d,
-                                       .n_pages = N / 128 + 1, .max_step_rows = 512, .n_threads = 1};
-    w.geometry.kv = (kivi_kv_options){.k_bits = bits, .v_bits = bits, .residual_tokens = 128, .rule = KIVI_RULE_STREAM};
+    w.geometry = (kivi_cache_geometry){.n_layers = 1,
+                                       .n_heads = heads,
+                                       .n_kv_heads = kv_heads,
+                                       .head_dim = d,
+                                       .n_pages = N / 128 + 1,
+                                       .max_step_rows = 512,
+                                       .n_threads = 1};
+    w.geometry.kv = (kivi_kv_options){
+        .k_bits = bits, .v_bits = bits, .residual_tokens = 128, .rule = KIVI_RULE_STREAM};
     static uint32_t tokens[N + 1];
     attend_bench b = {0};
     kivi_seq *seq = NULL;
@@ -48,10 +54,11 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
     float *k = check_alloc(2 * row * 4), *q = check_alloc(row * 4), *out = check_alloc(row * 4);
     world_rows(k, k + row, q, &b.cache->layout, tokens, 0, N, 1);
     if (kivi_seq_begin(seq, 1, NULL) || kivi_seq_append(seq, 0, k, k + row, KIVI_F32, NULL)) return;
-    b.item = (ki_attend_item){.seq = seq, .n_rows = 1, .q = q, .out = out, .q_stride = row, .out_stride = row};
+    b.item = (ki_attend_item){
+        .seq = seq, .n_rows = 1, .q = q, .out = out, .q_stride = row, .out_stride = row};
     double ns = time_ns(run_attend, &b), bytes = (double)b.cache->pool.id_bytes * (N / 128);
-    printf("attend  %-10s D %3u  H %2u/%u  %2u bits  %d tokens  %9.0f ns  %6.2f GB/s of pages\n", ki_isa_names[isa], d,
-           heads, kv_heads, bits, N, ns, bytes / ns);
+    printf("attend  %-10s D %3u  H %2u/%u  %2u bits  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
+           ki_isa_names[isa], d, heads, kv_heads, bits, N, ns, bytes / ns);
     fflush(stdout);
     kivi_seq_abort(seq);
     kivi_seq_destroy(&seq);
@@ -70,7 +77,8 @@ typedef struct matmul_bench {
 static void run_matmul(void *context) {
     matmul_bench *b = context;
     for (size_t i = 0; i < b->n_rows; i++) b->kernels->quantize_row(&b->a, i);
-    b->kernels->matmul(b->out, b->matrix.n_rows, &b->matrix, 0, b->matrix.n_rows / 16, &b->a, b->n_rows);
+    b->kernels->matmul(b->out, b->matrix.n_rows, &b->matrix, 0, b->matrix.n_rows / 16, &b->a,
+                       b->n_rows);
 }
 
 static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_rows) {
@@ -79,23 +87,33 @@ static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_
     size_t n_bytes;
     if (!ki_matrix_bytes(&n_bytes, type, 1536, 576)) return;
     b.matrix.tiles = check_alloc(n_bytes);
-    for (size_t i = 0; i < n_bytes; i++) b.matrix.tiles[i] = (uint8_t)(i * 7 % 59); /* small float16 numbers */
+    for (size_t i = 0; i < n_bytes; i++)
+        b.matrix.tiles[i] = (uint8_t)(i * 7 % 59); /* small float16 numbers */
     float *x = check_alloc(n_rows * 576 * 4);
     for (size_t i = 0; i < n_rows * 576; i++) x[i] = (float)(i % 17) - 8;
-    b.a = (ki_activations){.n_cols = 576, .x = x, .high = check_alloc(n_rows * 576), .low = check_alloc(n_rows * 576),
-                           .scales = check_alloc(n_rows * 18 * 4), .sums = check_alloc(n_rows * 18 * 4)};
+    b.a = (ki_activations){.n_cols = 576,
+                           .x = x,
+                           .high = check_alloc(n_rows * 576),
+                           .low = check_alloc(n_rows * 576),
+                           .scales = check_alloc(n_rows * 18 * 4),
+                           .sums = check_alloc(n_rows * 18 * 4)};
     b.out = check_alloc(n_rows * 1536 * 4);
     double ns = time_ns(run_matmul, &b);
-    printf("matmul  %-10s %s 1536x576 by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n", ki_isa_names[isa],
-           name, n_rows, ns, (double)n_bytes / ns, 1536.0 * 576 * (double)n_rows / ns);
+    printf(
+        "matmul  %-10s %s 1536x576 by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+        ki_isa_names[isa], name, n_rows, ns, (double)n_bytes / ns,
+        1536.0 * 576 * (double)n_rows / ns);
     fflush(stdout);
-    free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums), free(b.out);
+    free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
+        free(b.out);
 }
 
 void check_bench(void) {
     for (int i = 0; i < KI_ISA_COUNT; i++) {
         ki_isa isa = (ki_isa)i;
-        if (!ki_isa_available(isa) || (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[i]) != 0)) continue;
+        if (!ki_isa_available(isa) ||
+            (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[i]) != 0))
+            continue;
         bench_attend(isa, 64, 9, 3, 2);
         bench_attend(isa, 64, 9, 3, 4);
         bench_attend(isa, 64, 9, 3, 16);

@@ -10,7 +10,7 @@ typedef struct model {
     kivi_seq *seq;
     uint32_t tokens[MAX_LENGTH + 300];
     uint32_t n_tokens;
-    uint32_t reach_from;                 /* the longest it has been: rewind_tokens back from here is promised */
+    uint32_t reach_from; /* the longest it has been: rewind_tokens back from here is promised */
     uint32_t prompt_start, prompt_tokens, prompt_left;
 } model;
 
@@ -28,15 +28,16 @@ static void replay(play *p, const model *m, uint32_t n_rows, const float *got) {
     if (!seq) return;
     bool in_prompt = m->prompt_tokens > 0;
     uint32_t plain = in_prompt ? m->prompt_start : m->n_tokens;
-    while (seq->n_tokens < plain) CHECK_OK(world_step(seq, m->tokens, KI_MIN(plain - seq->n_tokens, 200u), NULL, err));
+    while (seq->n_tokens < plain)
+        CHECK_OK(world_step(seq, m->tokens, KI_MIN(plain - seq->n_tokens, 200u), NULL, err));
     if (in_prompt) CHECK_OK(kivi_seq_begin_prompt(seq, m->prompt_tokens, err));
     while (seq->n_tokens < m->n_tokens)
         CHECK_OK(world_step(seq, m->tokens, KI_MIN(m->n_tokens - seq->n_tokens, 70u), NULL, err));
     size_t n = world_out_floats(&p->cache->layout, n_rows);
     float *want = check_alloc(n * 4);
     CHECK_OK(world_step(seq, m->tokens, n_rows, want, err));
-    CHECK(!memcmp(want, got, n * 4), "step %u: %u rows after %u (%s) differ from a replay", p->n_steps, n_rows,
-          m->n_tokens, in_prompt ? "in a prompt" : "generated");
+    CHECK(!memcmp(want, got, n * 4), "step %u: %u rows after %u (%s) differ from a replay",
+          p->n_steps, n_rows, m->n_tokens, in_prompt ? "in a prompt" : "generated");
     p->n_replays++;
     free(want);
     kivi_seq_destroy(&seq);
@@ -103,8 +104,9 @@ static void rewind_one(play *p, model *m) {
     kivi_error e = {0};
     kivi_status status = kivi_seq_rewind(m->seq, to, &e);
     bool promised = to + p->w.geometry.kv.rewind_tokens >= m->reach_from || to == 0;
-    CHECK(status == KIVI_OK || (status == KIVI_ARG && !promised), "step %u: from %u (longest %u) back to %u: %s",
-          p->n_steps, m->n_tokens, m->reach_from, to, e.text);
+    CHECK(status == KIVI_OK || (status == KIVI_ARG && !promised),
+          "step %u: from %u (longest %u) back to %u: %s", p->n_steps, m->n_tokens, m->reach_from,
+          to, e.text);
     if (status != KIVI_OK) {
         const char *at = strstr(e.text, "are gone, ");
         uint32_t earliest = at ? (uint32_t)strtoul(at + 10, NULL, 10) : 0;
@@ -150,12 +152,14 @@ static void save_one(play *p, const model *m) {
     kivi_error e = {0};
     kivi_seq *seq = NULL;
     kivi_status status = kivi_seq_load(&seq, p->cache, path, &e);
-    CHECK(status == KIVI_OK || (status == KIVI_FULL && !seq), "step %u: load: %s", p->n_steps, e.text);
+    CHECK(status == KIVI_OK || (status == KIVI_FULL && !seq), "step %u: load: %s", p->n_steps,
+          e.text);
     remove(path);
     if (status != KIVI_OK) return;
     *to = *m;
     to->seq = seq;
-    to->reach_from = m->n_tokens + p->w.geometry.kv.rewind_tokens; /* older rows are not in the file */
+    to->reach_from =
+        m->n_tokens + p->w.geometry.kv.rewind_tokens; /* older rows are not in the file */
     p->n_saves++;
 }
 
@@ -164,11 +168,12 @@ static void check_references(const play *p) {
     for (int i = 0; i < MAX_SEQS; i++)
         if (p->models[i].seq) {
             held += p->models[i].seq->n_pages;
-            CHECK(kivi_seq_length(p->models[i].seq) == p->models[i].n_tokens, "step %u: length", p->n_steps);
+            CHECK(kivi_seq_length(p->models[i].seq) == p->models[i].n_tokens, "step %u: length",
+                  p->n_steps);
         }
     for (uint32_t i = 0; i < p->cache->pool.n_pages; i++) counted += p->cache->pool.counts[i];
-    CHECK(held == counted && ki_pool_check(&p->cache->pool), "step %u: %u pages held, %u counted", p->n_steps, held,
-          counted);
+    CHECK(held == counted && ki_pool_check(&p->cache->pool), "step %u: %u pages held, %u counted",
+          p->n_steps, held, counted);
 }
 
 static void one_step(play *p) {
@@ -190,8 +195,8 @@ static void one_step(play *p) {
 static void random_play(const world *w, uint32_t n_steps) {
     char kind[80];
     const kivi_kv_options *kv = &w->geometry.kv;
-    snprintf(kind, sizeof kind, "b%u.%u-r%u-s%u-w%u-%s", kv->k_bits, kv->v_bits, kv->residual_tokens, kv->sink_tokens,
-             kv->rewind_tokens, world_rule_name(kv));
+    snprintf(kind, sizeof kind, "b%u.%u-r%u-s%u-w%u-%s", kv->k_bits, kv->v_bits,
+             kv->residual_tokens, kv->sink_tokens, kv->rewind_tokens, world_rule_name(kv));
     if (!check_case("cache-random/%s", kind)) return;
     static play p;
     world other = *w;
@@ -199,29 +204,41 @@ static void random_play(const world *w, uint32_t n_steps) {
     other.geometry.n_pages = 16;
     CHECK_OK(world_create(&p.cache, w, err));
     CHECK_OK(world_create(&p.other, &other, err));
-    memset(p.cache->pool.data, 0xff, p.cache->pool.id_bytes * p.cache->pool.n_pages); /* what a fresh page never shows */
+    memset(p.cache->pool.data, 0xff,
+           p.cache->pool.id_bytes * p.cache->pool.n_pages); /* what a fresh page never shows */
     while (p.n_steps < n_steps && !check_failed()) one_step(&p);
     for (int i = 0; i < MAX_SEQS; i++) kivi_seq_destroy(&p.models[i].seq);
     CHECK(p.cache->pool.n_free == p.cache->pool.n_pages, "pages left");
     CHECK(p.cache->mem->bytes[KI_TAG_kv_residual] == 0, "window bytes left");
     kivi_cache_destroy(&p.cache);
     kivi_cache_destroy(&p.other);
-    check_note("%u steps: %u replays, %u full, %u forks, %u rewinds, %u refused, %u aborts, %u saves", p.n_steps,
-               p.n_replays, p.n_full, p.n_forks, p.n_rewinds, p.n_refused, p.n_aborts, p.n_saves);
+    check_note(
+        "%u steps: %u replays, %u full, %u forks, %u rewinds, %u refused, %u aborts, %u saves",
+        p.n_steps, p.n_replays, p.n_full, p.n_forks, p.n_rewinds, p.n_refused, p.n_aborts,
+        p.n_saves);
     check_end();
 }
 
 void check_cache_random(void) {
-    static const struct { uint32_t k, v, group, residual, sinks, back; kivi_rule rule; uint32_t span; } kinds[] = {
-        {2, 2, 32, 32, 0, 16, KIVI_RULE_PAPER, 0},    {2, 2, 32, 128, 32, 16, KIVI_RULE_STREAM, 0},
-        {4, 2, 16, 32, 16, 0, KIVI_RULE_SPAN, 128},   {2, 16, 32, 64, 0, 16, KIVI_RULE_PAPER, 0},
-        {16, 8, 32, 32, 0, 33, KIVI_RULE_SPAN, 256},  {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0}};
+    static const struct {
+        uint32_t k, v, group, residual, sinks, back;
+        kivi_rule rule;
+        uint32_t span;
+    } kinds[] = {
+        {2, 2, 32, 32, 0, 16, KIVI_RULE_PAPER, 0},   {2, 2, 32, 128, 32, 16, KIVI_RULE_STREAM, 0},
+        {4, 2, 16, 32, 16, 0, KIVI_RULE_SPAN, 128},  {2, 16, 32, 64, 0, 16, KIVI_RULE_PAPER, 0},
+        {16, 8, 32, 32, 0, 33, KIVI_RULE_SPAN, 256}, {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         world w = world_small();
-        w.geometry.n_heads = 2, w.geometry.n_kv_heads = 1, w.geometry.n_layers = 1, w.geometry.n_pages = 20;
-        w.geometry.kv = (kivi_kv_options){.k_bits = kinds[i].k, .v_bits = kinds[i].v, .group = kinds[i].group,
-                                          .residual_tokens = kinds[i].residual, .sink_tokens = kinds[i].sinks,
-                                          .rule = kinds[i].rule, .span_tokens = kinds[i].span,
+        w.geometry.n_heads = 2, w.geometry.n_kv_heads = 1, w.geometry.n_layers = 1,
+        w.geometry.n_pages = 13;
+        w.geometry.kv = (kivi_kv_options){.k_bits = kinds[i].k,
+                                          .v_bits = kinds[i].v,
+                                          .group = kinds[i].group,
+                                          .residual_tokens = kinds[i].residual,
+                                          .sink_tokens = kinds[i].sinks,
+                                          .rule = kinds[i].rule,
+                                          .span_tokens = kinds[i].span,
                                           .rewind_tokens = kinds[i].back};
         random_play(&w, check_opt.thorough ? 20000 : 2500);
     }

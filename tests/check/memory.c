@@ -16,7 +16,9 @@ static void feed(kivi_seq *seq, const uint32_t *tokens, uint32_t n) {
 }
 
 static void plan(const kivi_kv_options *kv) {
-    if (!check_case("memory/plan/b%u.%u-s%u-%s", kv->k_bits, kv->v_bits, kv->sink_tokens, world_rule_name(kv))) return;
+    if (!check_case("memory/plan/b%u.%u-s%u-%s", kv->k_bits, kv->v_bits, kv->sink_tokens,
+                    world_rule_name(kv)))
+        return;
     ki_mem mem;
     ki_mem_init(&mem);
     world w = world_small();
@@ -29,15 +31,17 @@ static void plan(const kivi_kv_options *kv) {
     for (uint64_t n = 0; cache && n <= 3; n++) {
         kivi_memory want, got = kivi_cache_memory(cache);
         CHECK(ki_layout_plan(&want, &cache->layout, w.geometry.n_pages, n), "plan");
-        CHECK(got.kv_codes == want.kv_codes && got.kv_scales == want.kv_scales && got.kv_residual == want.kv_residual,
-              "%u sequences: codes %llu scales %llu window %llu, planned %llu %llu %llu", (unsigned)n,
-              (unsigned long long)got.kv_codes, (unsigned long long)got.kv_scales, (unsigned long long)got.kv_residual,
-              (unsigned long long)want.kv_codes, (unsigned long long)want.kv_scales,
-              (unsigned long long)want.kv_residual);
+        CHECK(got.kv_codes == want.kv_codes && got.kv_scales == want.kv_scales &&
+                  got.kv_residual == want.kv_residual,
+              "%u sequences: codes %llu scales %llu window %llu, planned %llu %llu %llu",
+              (unsigned)n, (unsigned long long)got.kv_codes, (unsigned long long)got.kv_scales,
+              (unsigned long long)got.kv_residual, (unsigned long long)want.kv_codes,
+              (unsigned long long)want.kv_scales, (unsigned long long)want.kv_residual);
         if (n == 3) break;
         if (n == 2) CHECK_OK(kivi_seq_fork(&seqs[2], seqs[0], err));
         else CHECK_OK(kivi_seq_create(&seqs[n], cache, err));
-        CHECK_OK(kivi_seq_begin_prompt(seqs[n], 300, err)); /* a prompt borrows a larger window and gives it back */
+        CHECK_OK(kivi_seq_begin_prompt(
+            seqs[n], 300, err)); /* a prompt borrows a larger window and gives it back */
         for (int i = 0; i < 3; i++) feed(seqs[n], tokens, 100);
         feed(seqs[n], tokens, 20);
         feed(seqs[n], tokens, 1);
@@ -63,7 +67,8 @@ static void plan(const kivi_kv_options *kv) {
 
 /* ---- the failing allocation ---- */
 
-static kivi_status life(kivi_cache **cache, kivi_seq **a, kivi_seq **b, const world *w, const char *path) {
+static kivi_status life(kivi_cache **cache, kivi_seq **a, kivi_seq **b, const world *w,
+                        const char *path) {
     static uint32_t tokens[400];
     static float out[40 * 2 * 4 * 32];
     kivi_error e = {0}, *err = &e;
@@ -82,7 +87,8 @@ static kivi_status life(kivi_cache **cache, kivi_seq **a, kivi_seq **b, const wo
     KI_TRY(kivi_seq_load(b, *cache, path, err));
     static uint16_t half[2 * 64];
     KI_TRY(kivi_seq_begin(*b, 1, err));
-    for (uint32_t layer = 0; layer < 2; layer++) KI_TRY(kivi_seq_append(*b, layer, half, half, KIVI_F16, err));
+    for (uint32_t layer = 0; layer < 2; layer++)
+        KI_TRY(kivi_seq_append(*b, layer, half, half, KIVI_F16, err));
     return kivi_seq_commit(*b, err);
 }
 
@@ -102,7 +108,8 @@ static void sweep(kivi_rule rule) {
         kivi_seq *a = NULL, *b = NULL;
         atomic_store(&mem.fail_countdown, n);
         kivi_status status = life(&cache, &a, &b, &w, path);
-        CHECK(status == KIVI_OK || status == KIVI_NOMEM, "allocation %d: %s", (int)n, kivi_status_name(status));
+        CHECK(status == KIVI_OK || status == KIVI_NOMEM, "allocation %d: %s", (int)n,
+              kivi_status_name(status));
         atomic_store(&mem.fail_countdown, -1);
         if (a && status == KIVI_NOMEM) { /* still usable */
             static uint32_t tokens[500];
@@ -115,8 +122,8 @@ static void sweep(kivi_rule rule) {
         kivi_seq_destroy(&b);
         kivi_cache_destroy(&cache);
         kivi_memory left = ki_mem_report(&mem);
-        CHECK(atomic_load(&mem.n_blocks) == 0 && counted(&left) == 0, "allocation %d failing: %u blocks left", (int)n,
-              (unsigned)mem.n_blocks);
+        CHECK(atomic_load(&mem.n_blocks) == 0 && counted(&left) == 0,
+              "allocation %d failing: %u blocks left", (int)n, (unsigned)mem.n_blocks);
     }
     remove(path);
     check_note("%d allocations", (int)n - 2);
@@ -124,9 +131,11 @@ static void sweep(kivi_rule rule) {
 }
 
 void check_memory(void) {
-    static const uint32_t kinds[][3] = {{2, 2, 0}, {2, 2, 32}, {4, 8, 64}, {16, 2, 32}, {2, 16, 0}, {16, 16, 0}};
+    static const uint32_t kinds[][3] = {{2, 2, 0},   {2, 2, 32}, {4, 8, 64},
+                                        {16, 2, 32}, {2, 16, 0}, {16, 16, 0}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
-        kivi_kv_options kv = {.k_bits = kinds[i][0], .v_bits = kinds[i][1], .sink_tokens = kinds[i][2]};
+        kivi_kv_options kv = {
+            .k_bits = kinds[i][0], .v_bits = kinds[i][1], .sink_tokens = kinds[i][2]};
         kv.rewind_tokens = 16, kv.residual_tokens = 64;
         kv.rule = (kivi_rule)(i % 3), kv.span_tokens = i % 3 == 2 ? 128 : 0;
         plan(&kv);

@@ -77,7 +77,8 @@ static size_t read_file(uint8_t *bytes, size_t max) {
 
 static void write_file(const uint8_t *bytes, size_t n) {
     FILE *f = fopen(path, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n) check_fail(__FILE__, __LINE__, "%s cannot be written", path);
+    if (!f || fwrite(bytes, 1, n, f) != n)
+        check_fail(__FILE__, __LINE__, "%s cannot be written", path);
     if (f) fclose(f);
 }
 
@@ -88,7 +89,8 @@ static void expect_refused(kivi_cache *cache, const char *what, size_t at) {
     kivi_status status = kivi_seq_load(&seq, cache, path, &e);
     CHECK(status != KIVI_OK && !seq, "%s at %zu is believed", what, at);
     CHECK(e.status == status && e.text[0], "%s at %zu: no error text", what, at);
-    CHECK(status == KIVI_FORMAT || status == KIVI_ARG || status == KIVI_FULL, "%s at %zu: %s", what, at, e.text);
+    CHECK(status == KIVI_FORMAT || status == KIVI_ARG || status == KIVI_FULL, "%s at %zu: %s", what,
+          at, e.text);
     CHECK(atomic_load(&cache->mem->n_blocks) == before && cache->pool.n_free == cache->pool.n_pages,
           "%s at %zu: a leak", what, at);
     CHECK(ki_pool_check(&cache->pool), "pool");
@@ -114,7 +116,8 @@ static void damage(void) {
         expect_refused(cache, "truncation", cut);
     }
     for (size_t i = 0; i < 640 && !check_failed(); i++) {
-        size_t at = i < 480 ? i / 8 : rng_below(&r, (uint32_t)n), bit = i < 480 ? i % 8 : rng_below(&r, 8);
+        size_t at = i < 480 ? i / 8 : rng_below(&r, (uint32_t)n),
+               bit = i < 480 ? i % 8 : rng_below(&r, 8);
         memcpy(bad, good, n);
         bad[at] = (uint8_t)(bad[at] ^ 1u << bit);
         write_file(bad, n);
@@ -156,8 +159,8 @@ static void other_kinds(void) {
         kivi_error e = {0};
         CHECK_OK(world_create(&other, &w, err));
         kivi_status status = kivi_seq_load(&loaded, other, path, &e);
-        CHECK((status == KIVI_ARG || (i == 8 && status == KIVI_FULL)) && !loaded && e.text[0], "case %d gives %s: %s", i,
-              kivi_status_name(status), e.text);
+        CHECK((status == KIVI_ARG || (i == 8 && status == KIVI_FULL)) && !loaded && e.text[0],
+              "case %d gives %s: %s", i, kivi_status_name(status), e.text);
         CHECK(other->pool.n_free == other->pool.n_pages, "pages left");
         kivi_cache_destroy(&other);
     }
@@ -176,8 +179,10 @@ void check_save(void) {
     if (!check_wants("save/")) return;
     for (uint32_t i = 0; i < N_TOKENS; i++) tokens[i] = (uint32_t)hash_u64(check_opt.seed, i);
     snprintf(path, sizeof path, "check-save-%ld.seq", (long)getpid());
-    static const uint32_t kinds[][3] = {{2, 2, 0}, {2, 2, 32}, {4, 8, 64}, {16, 2, 32}, {2, 16, 0}, {16, 16, 0}, {8, 4, 0}};
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) round_trip(kinds[i][0], kinds[i][1], kinds[i][2]);
+    static const uint32_t kinds[][3] = {{2, 2, 0},  {2, 2, 32},  {4, 8, 64}, {16, 2, 32},
+                                        {2, 16, 0}, {16, 16, 0}, {8, 4, 0}};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        round_trip(kinds[i][0], kinds[i][1], kinds[i][2]);
     damage();
     other_kinds();
 }
