@@ -11,7 +11,14 @@ enum { MAX_LIST = 16, MAX_FILES = 64 };
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
 
-enum command { CMD_RUN = 1, CMD_INFO = 2, CMD_LOGITS = 4, CMD_BENCH = 8, CMD_EVAL = 16, CMD_ALL = 31 };
+enum command {
+    CMD_RUN = 1,
+    CMD_INFO = 2,
+    CMD_LOGITS = 4,
+    CMD_BENCH = 8,
+    CMD_EVAL = 16,
+    CMD_ALL = 31
+};
 
 typedef struct list {
     uint32_t values[MAX_LIST];

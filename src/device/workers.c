@@ -1,7 +1,7 @@
 /* The worker pool. One 64-bit word, `state`, holds the round and how many tasks of it are left:
  *
- *   caller   publish fn, context, n_tasks -> state = (round + 1, n_tasks) -> wake sleepers -> take tasks
- *            -> wait until n_done is n_tasks
+ *   caller   publish fn, context, n_tasks -> state = (round + 1, n_tasks) -> wake sleepers
+ *            -> take tasks -> wait until n_done is n_tasks
  *   worker   wait for a new round -> take tasks: state (r, n) becomes (r, n - 1) in one exchange
  *            -> n_done++ after each (the last one wakes the caller)
  *
@@ -71,8 +71,8 @@ static uint32_t wait_change(_Atomic uint32_t *word, uint32_t value, _Atomic uint
     return now;
 }
 
-/* The next task of `round`, if there is one. n_tasks is read only once a task is ours: until that is
- * done it cannot change, before that it may already be the next round's. */
+/* The next task of `round`, if there is one. n_tasks is read only once a task is ours: until that
+ * is done it cannot change, before that it may already be the next round's. */
 static bool take_task(ki_workers *w, uint32_t round, uint32_t *index) {
     uint64_t state = atomic_load_explicit(&w->state, memory_order_acquire);
     for (;;) {
