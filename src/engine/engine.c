@@ -107,10 +107,12 @@ static kivi_status rope_type_of(ki_weight *out, const char *name, kivi_error *er
 
 static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *err) {
     unsigned n_threads = e->options.n_threads ? e->options.n_threads : ki_cpu_count();
-    ki_weight rope_type;
-    KI_TRY(rope_type_of(&rope_type, e->options.rope_type, err));
+    ki_model_options mo = {.dummy = e->options.dummy_weights,
+                           .dummy_seed = e->options.dummy_seed,
+                           .dummy_type = e->options.dummy_type};
+    KI_TRY(rope_type_of(&mo.rope_type, e->options.rope_type, err));
     KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
-    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, rope_type, err));
+    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, &mo, err));
     fill_defaults(&e->options, &e->model->config);
     KI_TRY(ki_engine_load_vocab(e, file, err));
     KI_TRY(make_memory(e, err));
@@ -133,12 +135,14 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     e->options = *options;
     ki_file *file = NULL;
     ki_fpu fpu = ki_fpu_enter();
-    kivi_status status = ki_file_open(&file, &e->mem, options->model_path, err);
+    kivi_status status = options->dummy_weights
+                             ? ki_file_open_shape(&file, &e->mem, options->model_path, err)
+                             : ki_file_open(&file, &e->mem, options->model_path, err);
     if (status == KIVI_OK) status = engine_init(e, file, err);
     ki_file_close(&file);
     ki_fpu_leave(fpu);
     e->options.model_path = NULL; /* the caller's string need not outlive this call */
-    e->options.disable = e->options.rope_type = NULL;
+    e->options.disable = e->options.rope_type = e->options.dummy_type = NULL;
     if (status != KIVI_OK) kivi_engine_destroy(&e);
     *out = e;
     return status;
