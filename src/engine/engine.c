@@ -53,25 +53,31 @@ static void fill_info(kivi_engine *e, const ki_file *file) {
     i->kv = e->cache->layout.kv;
 }
 
+static kivi_cache_geometry geometry_of(const ki_config *c, const kivi_kv_options *kv) {
+    return (kivi_cache_geometry){.n_layers = c->n_layers,
+                                 .n_heads = c->n_heads,
+                                 .n_kv_heads = c->n_kv_heads,
+                                 .head_dim = c->head_dim,
+                                 .window_tokens = ki_config_window(c),
+                                 .kv = *kv};
+}
+
 static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
-    const ki_config *c = &e->model->config;
     kivi_engine_options *o = &e->options;
+    ki_layout layout;
     ki_cache_options co = {.mem = &e->mem,
                            .workers = e->workers,
                            .max_sequences = o->max_sessions,
                            .max_tokens = o->ctx_tokens};
+    co.geometry = geometry_of(&e->model->config, &o->kv);
+    KI_TRY(ki_layout_init(&layout, &co.geometry, err));
     uint64_t n_pages =
-        (uint64_t)o->max_sessions * ((o->ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS);
+        (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
                        o->ctx_tokens);
-    co.geometry = (kivi_cache_geometry){.n_layers = c->n_layers,
-                                        .n_heads = c->n_heads,
-                                        .n_kv_heads = c->n_kv_heads,
-                                        .head_dim = c->head_dim,
-                                        .kv = o->kv,
-                                        .n_pages = (uint32_t)n_pages,
-                                        .max_step_rows = o->step_rows};
+    co.geometry.n_pages = (uint32_t)n_pages;
+    co.geometry.max_step_rows = o->step_rows;
     KI_TRY(ki_isa_choose(&co.isa, o->disable, err));
     return ki_cache_create(&e->cache, &co, err);
 }
@@ -179,16 +185,11 @@ void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint
 
 kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine,
                              const kivi_kv_options *kv, uint32_t ctx_tokens, kivi_error *err) {
-    const ki_config *c = &engine->model->config;
-    kivi_cache_geometry g = {.n_layers = c->n_layers,
-                             .n_heads = c->n_heads,
-                             .n_kv_heads = c->n_kv_heads,
-                             .head_dim = c->head_dim,
-                             .kv = *kv};
+    kivi_cache_geometry g = geometry_of(&engine->model->config, kv);
     ki_layout layout;
     KI_TRY(ki_layout_init(&layout, &g, err));
-    if (!ki_layout_plan(out, &layout, ((uint64_t)ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
-                        1))
+    uint32_t n_pages = ki_layout_pages(&layout, ctx_tokens, engine->options.step_rows);
+    if (!ki_layout_plan(out, &layout, n_pages, 1))
         return KI_FAIL(err, ARG, "plan: %u tokens are too many", ctx_tokens);
     kivi_memory held = kivi_engine_memory(engine);
     out->weights = held.weights;
