@@ -117,13 +117,9 @@ void ki_rope_read(ki_rope *out, ki_reader *r, const ki_config *c, const char *hf
 
 /* ---- frequencies ---- */
 
-static float pow_f32(float base, float exponent) {
-    return (float)pow((double)base, (double)exponent);
-}
-
 /* base^(2j / D) */
 static float period(float base, uint32_t j, uint32_t head_dim) {
-    return pow_f32(base, (float)(2 * j) / (float)head_dim);
+    return (float)pow((double)base, (double)((float)(2 * j) / (float)head_dim));
 }
 
 /* Long wavelengths are stretched by the factor, short ones stay, between the two a smooth passage.
@@ -160,7 +156,8 @@ static float dynamic_base(const ki_rope *rope, uint32_t head_dim, uint32_t lengt
     if (length <= rope->original_ctx) return (float)rope->theta;
     float stretch = (float)rope->factor * (float)length / (float)rope->original_ctx;
     double exponent = (double)head_dim / (head_dim - 2.0);
-    return (float)rope->theta * pow_f32(stretch - (float)(rope->factor - 1), (float)exponent);
+    stretch -= (float)(rope->factor - 1);
+    return (float)rope->theta * (float)pow((double)stretch, exponent);
 }
 
 void ki_rope_frequencies(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length) {
