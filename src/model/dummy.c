@@ -41,19 +41,19 @@ static uint64_t next(uint64_t *state) {
     return z ^ z >> 31;
 }
 
-/* Uniform in +-unit: the top 16 bits of a word, moved so that they are symmetric around zero. */
-static float uniform(uint64_t bits, float unit) {
-    return ((float)(int16_t)(uint16_t)bits + 0.5f) * (unit / 32768);
-}
-
+/* One of 256 numbers spread evenly over +-unit for each random byte: no conversion an element. */
 static void plain_row(uint8_t *out, ki_dtype type, uint32_t n_cols, float unit, uint64_t state) {
+    float wide[256];
+    uint16_t narrow[256];
     uint64_t bits = 0;
-    for (uint32_t c = 0; c < n_cols; c++, bits >>= 16) {
-        if (c % 4 == 0) bits = next(&state);
-        float x = uniform(bits, unit);
-        uint16_t half = type == KI_F16 ? ki_f32_to_f16(x) : ki_f32_to_bf16(x);
-        if (type == KI_F32) memcpy(out + (size_t)c * 4, &x, 4);
-        else memcpy(out + (size_t)c * 2, &half, 2);
+    for (int i = 0; i < 256; i++) {
+        wide[i] = ((float)i - 127.5f) / 128 * unit;
+        narrow[i] = type == KI_F16 ? ki_f32_to_f16(wide[i]) : ki_f32_to_bf16(wide[i]);
+    }
+    for (uint32_t c = 0; c < n_cols; c++, bits >>= 8) {
+        if (c % 8 == 0) bits = next(&state);
+        if (type == KI_F32) memcpy(out + (size_t)c * 4, &wide[bits & 255], 4);
+        else memcpy(out + (size_t)c * 2, &narrow[bits & 255], 2);
     }
 }
 
