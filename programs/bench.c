@@ -26,8 +26,8 @@ typedef struct test {
 typedef struct result {
     double seconds[MAX_REPEATS];
     uint64_t median_step_ns; /* of all generated steps; 0 for a prompt */
-    uint64_t kv_bytes;       /* n_batch sequences at the end of the test, as the allocator sums them */
-    char time[32];
+    uint64_t kv_bytes;       /* what n_batch sequences take at the end of the test */
+    char started[32];        /* ISO 8601, UTC */
 } result;
 
 typedef struct bench {
@@ -64,19 +64,26 @@ static void test_name(char *name, const test *t) {
     if (t->n_batch > 1) snprintf(name + n, NAME_BYTES - n, ", b%u", t->n_batch);
 }
 
-static void progress(const bench *b, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
-static void progress(const bench *b, const char *format, ...) {
+/* One line on a terminal, overwritten in place and gone before anything else is printed. */
+static void clear_progress(void) {
+    if (isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
+}
+
+__attribute__((format(printf, 2, 3))) static void progress(const bench *b, const char *format,
+                                                           ...) {
     va_list args;
     if (!isatty(STDERR_FILENO)) return;
-    fputs("\r\033[K", stderr);
-    if (b->n_rows_done < b->n_rows) {
-        fprintf(stderr, "%u/%u %s ", b->n_rows_done + 1, b->n_rows, b->kv);
-        va_start(args, format);
-        vfprintf(stderr, format, args);
-        va_end(args);
-    }
+    clear_progress();
+    fprintf(stderr, "%u/%u %s ", b->n_rows_done + 1, b->n_rows, b->kv);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
     fflush(stderr);
+}
+
+static int failed(const bench *b) {
+    clear_progress();
+    return fail_with(&b->err);
 }
 
 /* ---- sessions ---- */
@@ -109,8 +116,7 @@ static kivi_status start(bench *b, const test *t) {
 static kivi_status run_prompts(bench *b, const test *t) {
     kivi_status status = KIVI_OK;
     for (uint32_t i = 0; i < t->n_batch && !status; i++)
-        status =
-            kivi_session_prompt(b->running[i], b->ids + i + t->n_depth, t->n_prompt, &b->err);
+        status = kivi_session_prompt(b->running[i], b->ids + i + t->n_depth, t->n_prompt, &b->err);
     return status;
 }
 
@@ -161,8 +167,7 @@ static double median(double *values, size_t n) {
 static kivi_status cache_bytes(bench *b, uint64_t *bytes, const test *t) {
     kivi_memory m;
     uint32_t n_tokens = t->n_depth + t->n_prompt + t->n_gen;
-    kivi_status status =
-        kivi_engine_plan(&m, NULL, b->engine, &b->info->kv, n_tokens, &b->err);
+    kivi_status status = kivi_engine_plan(&m, NULL, b->engine, &b->info->kv, n_tokens, &b->err);
     if (!status) *bytes = t->n_batch * (m.kv_codes + m.kv_scales + m.kv_residual);
     return status;
 }
@@ -173,7 +178,7 @@ static kivi_status measure(bench *b, const test *t, result *r, double *steps) {
     double warm_up;
     time_t now = time(NULL);
     struct tm utc;
-    strftime(r->time, sizeof r->time, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    strftime(r->started, sizeof r->started, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
     test_name(name, t);
     progress(b, "%s, warm-up", name);
     kivi_status status = cache_bytes(b, &r->kv_bytes, t);
@@ -318,7 +323,7 @@ static void put_result(writer *w, const bench *b, const test *t, const result *r
     put_whole(w, "n_gen", t->n_gen);
     put_whole(w, "n_depth", t->n_depth);
     put_whole(w, "kv_bytes", r->kv_bytes);
-    put_text(w, "test_time", r->time);
+    put_text(w, "test_time", r->started);
     put_whole(w, "avg_ns", (uint64_t)s.ns);
     put_whole(w, "stddev_ns", (uint64_t)s.ns_sd);
     put_real(w, "avg_ts", s.ts);
@@ -358,7 +363,7 @@ static void print_csv(const bench *b, const test *t, const result *r) {
 
 static void print_json(const bench *b, const test *t, const result *r) {
     writer w = {.form = b->form};
-    if (b->form == JSON) fputs(b->n_rows_done ? ",\n  {\n    " : "  {\n    ", stdout);
+    if (b->form == JSON) fputs(b->n_rows_done ? ",\n  {\n    " : "[\n  {\n    ", stdout);
     else putchar('{');
     put_machine(&w, b);
     put_result(&w, b, t, r);
@@ -377,8 +382,8 @@ static int run_test(bench *b, const test *t) {
     }
     kivi_status status = measure(b, t, &r, steps);
     free(steps);
-    progress(b, " ");
-    if (status) return fail_with(&b->err);
+    if (status) return failed(b);
+    clear_progress();
     if (b->form == MD) print_md(b, t, &r);
     else if (b->form == CSV) print_csv(b, t, &r);
     else print_json(b, t, &r);
@@ -391,7 +396,7 @@ static int run_test(bench *b, const test *t) {
 static int run_depth(bench *b, uint32_t depth) {
     const options *o = b->o;
     int code = EXIT_OK;
-    if (fill(b, depth)) return fail_with(&b->err);
+    if (fill(b, depth)) return failed(b);
     for (uint32_t i = 0; i < o->bench_batch.n && !code; i++) {
         test t = {.n_depth = depth, .n_batch = o->bench_batch.values[i]};
         for (uint32_t p = 0; p < o->bench_prompt.n && !code; p++)
@@ -410,7 +415,7 @@ static void size_engine(kivi_engine_options *eo, void *user) {
     eo->max_sessions = b->max_batch * (b->max_depth ? 2 : 1);
 }
 
-/* SplitMix64 from a fixed seed: the same ids everywhere, and tools/compare_llama.py draws them too. */
+/* SplitMix64 from a fixed seed, as tools/compare_llama.py has it. */
 static int draw_ids(bench *b) {
     size_t n = (size_t)b->ctx_tokens + b->max_batch;
     uint64_t state = 0;
@@ -430,6 +435,7 @@ static int draw_ids(bench *b) {
 static int run_kind(bench *b) {
     progress(b, "load");
     int code = open_engine(&b->engine, b->o, b->kv, size_engine, b);
+    clear_progress();
     if (code) return code;
     b->info = kivi_engine_info_get(b->engine);
     code = draw_ids(b);
@@ -446,7 +452,8 @@ static int run_kind(bench *b) {
 static int check_options(bench *b, const char *kinds) {
     const options *o = b->o;
     const char *format = o->format ? o->format : "md";
-    uint32_t n_tests = count_positive(&o->bench_prompt) + count_positive(&o->bench_gen), n_kinds = 0;
+    uint32_t n_tests = count_positive(&o->bench_prompt) + count_positive(&o->bench_gen);
+    uint32_t n_kinds = 0;
     kivi_kv_options kv;
     while (b->form <= JSONL && strcmp(form_names[b->form], format)) b->form++;
     if (b->form > JSONL) return usage_error("-o: '%s', expected md, csv, json or jsonl", format);
@@ -472,10 +479,9 @@ int command_bench(const options *o) {
     int code = check_options(&b, kinds);
     if (code) return code;
     read_cpu(b.cpu, sizeof b.cpu);
-    if (b.form == JSON) puts("[");
     for (uint32_t i = 0; options_list_item(b.kv, sizeof b.kv, kinds, i) && !code; i++)
         code = run_kind(&b);
-    if (b.form == JSON) puts(b.n_rows_done ? "\n]" : "]");
+    if (b.form == JSON && b.n_rows_done) puts("\n]");
     if (b.form == MD && b.n_rows_done) printf("\nkivi %s, %s\n", KIVI_VERSION, b.cpu);
     return code;
 }

@@ -16,6 +16,8 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
                 void (*adjust)(kivi_engine_options *, void *), void *user);
 /* A whole file, at most max_bytes; the caller frees *out. */
 int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes);
+/* Prints that there is no memory for `what`; returns the exit code. */
+int out_of_memory(const char *what);
 double now_seconds(void);
 uint64_t peak_rss_bytes(void);
 uint64_t memory_sum(const kivi_memory *m);

@@ -101,6 +101,11 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
 
 /* ---- files ---- */
 
+int out_of_memory(const char *what) {
+    fprintf(stderr, "kivi: error: %s: out of memory\n", what);
+    return EXIT_MEMORY;
+}
+
 int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes) {
     FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
     size_t cap = 1 << 16, n = 0;

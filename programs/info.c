@@ -15,14 +15,16 @@ static int make_plans(plan *plans, uint32_t *n, const options *o, const kivi_eng
                       uint32_t ctx) {
     const char *kinds = o->kv ? o->kv : all_kinds;
     kivi_error err = {0};
-    for (*n = 0; options_list_item(plans[*n].kv, sizeof plans->kv, kinds, *n);) {
+    char name[sizeof plans->kv];
+    for (*n = 0; options_list_item(name, sizeof name, kinds, *n); ++*n) {
+        if (*n == MAX_LIST) return usage_error("--kv: more than %d cache kinds", MAX_LIST);
         plan *p = &plans[*n];
+        memcpy(p->kv, name, sizeof name);
         kivi_kv_options kv;
         int code = options_kv(&kv, o, p->kv);
         if (code) return code;
         if (kivi_engine_plan(&p->bytes, &p->bits, engine, &kv, ctx, &err)) return fail_with(&err);
         if (kivi_engine_plan(&p->page, NULL, engine, &kv, 128, &err)) return fail_with(&err);
-        if (++*n == MAX_LIST) break;
     }
     return EXIT_OK;
 }
@@ -31,9 +33,15 @@ static double bytes_per_token(const plan *p) {
     return (double)(p->page.kv_codes + p->page.kv_scales) / 128.0;
 }
 
+/* A name can be any bytes, and cut; JSON must be UTF-8. */
 static void print_json_text(const char *text) {
+    kivi_utf8 utf8 = {0};
+    char whole[3 * (sizeof((kivi_engine_info *)0)->model_name + 8)];
+    size_t n = kivi_utf8_push(&utf8, text, strlen(text), whole);
+    n += kivi_utf8_push(&utf8, NULL, 0, whole + n);
+    whole[n] = 0;
     putchar('"');
-    for (const unsigned char *p = (const unsigned char *)text; *p; p++) {
+    for (const unsigned char *p = (const unsigned char *)whole; *p; p++) {
         if (*p == '"' || *p == '\\') printf("\\%c", *p);
         else if (*p < 32) printf("\\u%04x", *p);
         else putchar(*p);
@@ -65,7 +73,7 @@ static void print_text(const kivi_engine_info *i, const plan *plans, uint32_t n,
     const char *names[MAX_LIST];
     printf("%s: %s, %.1f M parameters, %s\n", i->model_name, i->architecture,
            (double)i->n_params / 1e6, i->weight_type);
-    printf("%u layers, width %u, %u heads over %u KV heads of %u, vocabulary %u, trained for %u "
+    printf("%u layers, width %u, %u heads over %u KV heads of %u, vocabulary %u, context %u "
            "tokens\n",
            i->n_layers, i->n_embd, i->n_heads, i->n_kv_heads, i->head_dim, i->n_vocab,
            i->ctx_tokens);

@@ -6,6 +6,7 @@
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum { MAX_TOKENS_BYTES = 256 << 20 };
 
@@ -19,7 +20,11 @@ static int read_tokens(int32_t **out, size_t *n, const char *path) {
     free(text);
     *n = json_array_size(array);
     *out = malloc((*n + 1) * sizeof **out);
-    bool ok = *out && *n;
+    if (!*out) {
+        json_decref(array);
+        return out_of_memory(path);
+    }
+    bool ok = *n > 0;
     for (size_t i = 0; ok && i < *n; i++) {
         const json_t *item = json_array_get(array, i);
         json_int_t value = json_integer_value(item);
@@ -30,9 +35,28 @@ static int read_tokens(int32_t **out, size_t *n, const char *path) {
     return ok ? EXIT_OK : usage_error("%s: expected a JSON array of token ids", path);
 }
 
+typedef struct job {
+    kivi_engine *engine;
+    kivi_session *session;
+    FILE *file;
+    const char *path;
+    kivi_error err;
+} job;
+
+static int write_failed(const job *j) {
+    fprintf(stderr, "kivi: error: %s: %s\n", j->path, strerror(errno));
+    return EXIT_IO;
+}
+
+static bool is_regular(FILE *file) {
+    struct stat st;
+    return fstat(fileno(file), &st) == 0 && S_ISREG(st.st_mode);
+}
+
 /* The .npy header of version 1.0 is 128 bytes here: magic, length, a Python dictionary padded with
  * blanks. */
-static bool write_header(FILE *file, size_t n_rows, uint32_t n_vocab) {
+static int write_header(const job *j, size_t n_rows) {
+    uint32_t n_vocab = kivi_engine_info_get(j->engine)->n_vocab;
     char header[129];
     memset(header, ' ', 128);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
@@ -41,16 +65,8 @@ static bool write_header(FILE *file, size_t n_rows, uint32_t n_vocab) {
                  n_rows, n_vocab);
     header[10 + n] = ' ';
     header[127] = '\n';
-    return fwrite(header, 1, 128, file) == 128;
+    return fwrite(header, 1, 128, j->file) == 128 ? EXIT_OK : write_failed(j);
 }
-
-typedef struct job {
-    kivi_engine *engine;
-    kivi_session *session;
-    FILE *file;
-    const char *path;
-    kivi_error err;
-} job;
 
 /* One step, and its rows written. */
 static int step(job *j, const int32_t *tokens, uint32_t n) {
@@ -60,10 +76,8 @@ static int step(job *j, const int32_t *tokens, uint32_t n) {
     if (item.status) return fail_with(&item.error);
     for (uint32_t r = 0; r < n; r++)
         if (fwrite(kivi_session_logits(j->session, r), sizeof(float), n_vocab, j->file) !=
-            n_vocab) {
-            fprintf(stderr, "kivi: error: %s: %s\n", j->path, strerror(errno));
-            return EXIT_IO;
-        }
+            n_vocab)
+            return write_failed(j);
     return EXIT_OK;
 }
 
@@ -99,18 +113,12 @@ int command_logits(const options *o) {
         return usage_error("logits needs --tokens FILE.json and --out FILE.npy");
     int code = read_tokens(&tokens, &n_tokens, o->tokens);
     if (!code) code = open_engine(&j.engine, o, o->kv ? o->kv : "kivi2", keep_all, (void *)o);
-    if (!code && !(j.file = fopen(o->out, "wb"))) {
-        fprintf(stderr, "kivi: error: %s: %s\n", o->out, strerror(errno));
-        code = EXIT_IO;
-    }
-    if (!code && !write_header(j.file, n_tokens, kivi_engine_info_get(j.engine)->n_vocab))
-        code = EXIT_IO;
+    if (!code && !(j.file = fopen(o->out, "wb"))) code = write_failed(&j);
+    if (!code) code = write_header(&j, n_tokens);
     if (!code) code = feed(&j, o, tokens, n_tokens);
-    if (j.file && fclose(j.file) && !code) {
-        fprintf(stderr, "kivi: error: %s: %s\n", o->out, strerror(errno));
-        code = EXIT_IO;
-    }
-    if (j.file && code) remove(o->out); /* never half a file */
+    bool own = j.file && is_regular(j.file); /* not a device or a pipe, which are not ours */
+    if (j.file && fclose(j.file) && !code) code = write_failed(&j);
+    if (own && code) remove(o->out); /* never half a file */
     kivi_session_destroy(&j.session);
     kivi_engine_destroy(&j.engine);
     free(tokens);

@@ -7,8 +7,8 @@ int main(int argc, char **argv) {
     bool done;
     signal(SIGPIPE, SIG_IGN); /* a closed pipe is a write error, reported like any other */
     int code = options_parse(&o, argc - 1, argv + 1, &done);
-    if (code || done) return code;
-    switch (o.command) {
+    if (code) return code;
+    if (!done) switch (o.command) {
     case CMD_RUN: code = command_run(&o); break;
     case CMD_INFO: code = command_info(&o); break;
     case CMD_LOGITS: code = command_logits(&o); break;

@@ -335,7 +335,11 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
     }
     int code = find_command(o, argv[0]);
     if (!code) code = from_environment(o);
+    const char *prompt = o->prompt, *file = o->file; /* of the environment */
     if (!code) code = parse_words(o, argc - 1, argv + 1, done);
+    /* Two ways to say one thing: the command line's hides the environment's other one. */
+    if (o->prompt != prompt && o->file == file) o->file = NULL;
+    else if (o->file != file && o->prompt == prompt) o->prompt = NULL;
     return code || *done ? code : check(o);
 }
 

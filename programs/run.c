@@ -23,7 +23,7 @@ typedef struct generation {
     kivi_session *session;
     kivi_sampler *sampler;
     int32_t *prompt;
-    size_t n_prompt;
+    size_t n_prompt, n_fed; /* n_fed < n_prompt: interrupted in the prompt */
     uint32_t n_generated;
     double prompt_seconds, gen_seconds;
     kivi_error err;
@@ -34,7 +34,7 @@ static int read_prompt(char **text, size_t *n_bytes, const options *o) {
     if (!o->prompt) return read_file(text, n_bytes, o->file ? o->file : "-", MAX_PROMPT_BYTES);
     *n_bytes = strlen(o->prompt);
     *text = malloc(*n_bytes + 1);
-    if (!*text) return EXIT_MEMORY;
+    if (!*text) return out_of_memory("the prompt");
     memcpy(*text, o->prompt, *n_bytes + 1);
     return EXIT_OK;
 }
@@ -48,7 +48,7 @@ static int tokenize(generation *g, const char *text, size_t n_bytes) {
     if (status && !(status == KIVI_ARG && g->n_prompt)) return fail_with(&g->err);
     if (g->n_prompt == 0) return usage_error("the prompt is empty");
     g->prompt = malloc(g->n_prompt * sizeof *g->prompt);
-    if (!g->prompt) return EXIT_MEMORY;
+    if (!g->prompt) return out_of_memory("the prompt");
     if (kivi_tokenize(g->engine, text, n_bytes, flags, g->prompt, g->n_prompt, &g->n_prompt,
                       &g->err))
         return fail_with(&g->err);
@@ -76,6 +76,7 @@ static int feed_prompt(generation *g) {
         if (kivi_engine_step(g->engine, &item, 1, &g->err)) return fail_with(&g->err);
         if (item.status) return fail_with(&item.error);
         done += n;
+        g->n_fed = done;
     }
     progress(g->n_prompt, g->n_prompt, 0);
     g->prompt_seconds = now_seconds() - start;
@@ -125,8 +126,8 @@ static void print_stats_text(const generation *g, const kivi_memory *memory) {
     kivi_kv_options f16 = {.k_bits = 16, .v_bits = 16};
     const kivi_engine_info *i = kivi_engine_info_get(g->engine);
     double bits[2] = {kivi_engine_bits(g->engine)};
-    fprintf(stderr, "\nprompt     %6zu tokens %9.1f tokens/s\n", g->n_prompt,
-            rate((double)g->n_prompt, g->prompt_seconds));
+    fprintf(stderr, "\nprompt     %6zu tokens %9.1f tokens/s\n", g->n_fed,
+            rate((double)g->n_fed, g->prompt_seconds));
     fprintf(stderr, "generation %6u tokens %9.1f tokens/s    %s, %u threads, %s\n\n",
             g->n_generated, rate(g->n_generated, g->gen_seconds), i->model_name, i->n_threads,
             i->isa);
@@ -142,7 +143,7 @@ static void print_stats_json(const generation *g, const kivi_memory *memory) {
     fprintf(stderr,
             "{\"prompt_tokens\": %zu, \"prompt_tps\": %.2f, \"gen_tokens\": %u, \"gen_tps\": %.2f, "
             "\"bytes\": ",
-            g->n_prompt, rate((double)g->n_prompt, g->prompt_seconds), g->n_generated,
+            g->n_fed, rate((double)g->n_fed, g->prompt_seconds), g->n_generated,
             rate(g->n_generated, g->gen_seconds));
     print_memory_json(stderr, memory);
     fprintf(stderr, ", \"peak_rss_bytes\": %llu}\n", (unsigned long long)peak_rss_bytes());
@@ -175,7 +176,8 @@ int command_run(const options *o) {
     char *text = NULL;
     size_t n_bytes = 0;
     struct sigaction action = {.sa_handler = on_interrupt,
-                               .sa_flags = (int)SA_RESETHAND}; /* a second one kills */
+                               /* A second one kills; a write that waits for its reader goes on. */
+                               .sa_flags = (int)SA_RESETHAND | SA_RESTART};
     int code = read_prompt(&text, &n_bytes, o);
     if (!code) code = open_engine(&g.engine, o, o->kv ? o->kv : "kivi2", NULL, NULL);
     if (!code) code = tokenize(&g, text, n_bytes);

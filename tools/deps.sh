@@ -16,7 +16,7 @@ packages() {
 probes() {
     case $1 in
         build) printf '%s\n' 'cc --version' 'make --version' \
-            'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' 'pkg-config --exists libcrypto' ;;
+            'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' ;;
         test) printf '%s\n' 'g++ --version' 'pkg-config --exists cmocka' \
             'python3 -c import\ numpy' 'valgrind --version' ;;
         model) printf '%s\n' 'python3 -m pip --version' ;;

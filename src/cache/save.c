@@ -122,8 +122,9 @@ static void plain_codes(uint8_t *bytes, uint8_t *codes, uint32_t d, uint32_t bit
     if (to_bytes) memset(bytes, 0, d * bits / 8);
     for (uint32_t c = 0; c < d; c++) {
         uint32_t shift = c % per_byte * bits;
-        if (to_bytes) bytes[c / per_byte] = (uint8_t)(bytes[c / per_byte] | codes[c] << shift);
-        else codes[c] = (uint8_t)(bytes[c / per_byte] >> shift & mask);
+        uint32_t byte = bytes[c / per_byte];
+        if (to_bytes) bytes[c / per_byte] = (uint8_t)(byte | (uint32_t)codes[c] << shift);
+        else codes[c] = (uint8_t)(byte >> shift & mask);
     }
 }
 

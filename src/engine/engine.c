@@ -137,6 +137,8 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     KI_TRY(ki_alloc(&p, &first, KI_TAG_other, sizeof(kivi_engine), err));
     kivi_engine *e = p;
     ki_mem_init(&e->mem);
+    ki_mem_count(&e->mem, KI_TAG_other, (int64_t)sizeof(kivi_engine)); /* its own block, too */
+    atomic_fetch_add(&e->mem.n_blocks, 1);
     if (options->fail_after) atomic_store(&e->mem.fail_countdown, (int64_t)options->fail_after);
     e->options = *options;
     ki_file *file = NULL;

@@ -19,6 +19,7 @@ struct kivi_engine {
     ki_batch_item *batch;    /* [max_sessions] */
     kivi_step_item **owners; /* [max_sessions]: the caller's item of each batch item */
     uint64_t fingerprint;
+    uint64_t n_steps; /* logits are those of the last one */
 };
 
 /* A prompt that was fed: needed to evaluate a history again exactly as it was. */
@@ -33,6 +34,7 @@ struct kivi_session {
     ki_buf runs;         /* of ki_run */
     const float *logits; /* rows of the last step, NULL when there are none */
     uint32_t n_logit_rows;
+    uint64_t logits_step; /* the engine's n_steps when they were made */
 };
 
 kivi_status ki_engine_load_vocab(kivi_engine *engine, const ki_file *file, kivi_error *err);

@@ -107,10 +107,42 @@ static int by_logit(const void *a, const void *b) {
     return x->id < y->id ? -1 : 1; /* a total order, so that sorting has one outcome */
 }
 
+static int by_logit_reversed(const void *a, const void *b) { return by_logit(b, a); }
+
+static void sift_down(candidate *heap, uint32_t n, candidate c) {
+    uint32_t i = 0;
+    for (uint32_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && by_logit(&heap[child + 1], &heap[child]) > 0) child++;
+        if (by_logit(&c, &heap[child]) >= 0) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = c;
+}
+
+/* The candidates worth sorting, best first: the top-k (a heap with the worst on top), or all whose
+ * weight is not zero in float32 anyway. Sorting a whole vocabulary would take longer than a small
+ * model's step. */
+static uint32_t gather(kivi_sampler *s) {
+    uint32_t k = s->options.top_k ? KI_MIN(s->options.top_k, s->n_vocab) : s->n_vocab, n = 0;
+    float best = s->logits[kivi_logits_argmax(s->logits, s->n_vocab)];
+    float floor = best - 104.0f * s->options.temperature; /* e^-104 is below the smallest float32 */
+    for (uint32_t i = 0; i < s->n_vocab; i++) {
+        candidate c = {.logit = s->logits[i], .id = (int32_t)i};
+        if (!(c.logit >= floor)) continue;
+        if (n == k) {
+            if (by_logit(&c, &s->candidates[0]) < 0) sift_down(s->candidates, n, c);
+            continue;
+        }
+        s->candidates[n++] = c;
+        if (n == k) qsort(s->candidates, n, sizeof c, by_logit_reversed); /* sorted: a heap */
+    }
+    qsort(s->candidates, n, sizeof *s->candidates, by_logit);
+    return n;
+}
+
 /* Weights relative to the best one; returns how many candidates stay. */
-static uint32_t cut(kivi_sampler *s) {
+static uint32_t cut(kivi_sampler *s, uint32_t n) {
     const kivi_sampler_options *o = &s->options;
-    uint32_t n = o->top_k && o->top_k < s->n_vocab ? o->top_k : s->n_vocab;
     double sum = 0, kept = 0;
     for (uint32_t i = 0; i < n; i++) {
         s->candidates[i].p =
@@ -144,9 +176,8 @@ kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *
         *id = kivi_logits_argmax(s->logits, s->n_vocab);
         return KIVI_OK;
     }
-    for (uint32_t i = 0; i < s->n_vocab; i++)
-        s->candidates[i] = (candidate){.logit = s->logits[i], .id = (int32_t)i};
-    qsort(s->candidates, s->n_vocab, sizeof *s->candidates, by_logit);
-    *id = pick(s, cut(s));
+    uint32_t n = gather(s);
+    if (n == 0) return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
+    *id = pick(s, cut(s, n));
     return KIVI_OK;
 }

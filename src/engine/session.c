@@ -46,6 +46,7 @@ uint32_t ki_session_runs(const kivi_session *session, const ki_run **runs) {
 
 const float *kivi_session_logits(const kivi_session *session, uint32_t row) {
     if (!session->logits || row >= session->n_logit_rows) return NULL;
+    if (session->logits_step != session->engine->n_steps) return NULL; /* others have them now */
     return session->logits + row * ki_logits_stride(&session->engine->model->config);
 }
 
@@ -81,10 +82,28 @@ static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_t
     return KIVI_OK;
 }
 
+/* Runs that began at or after n_tokens never were; the one across it was that much shorter. */
+static void cut_runs(kivi_session *session, uint32_t n_tokens) {
+    ki_run *runs = (ki_run *)(void *)session->runs.data;
+    uint32_t n = (uint32_t)(session->runs.n_bytes / sizeof *runs);
+    while (n && runs[n - 1].start >= n_tokens) n--;
+    if (n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens)
+        runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
+    session->runs.n_bytes = n * sizeof *runs;
+}
+
+/* Gives a prompt up that cannot go on: what was evaluated of it stays, as a shorter prompt. */
+static void give_up_prompt(kivi_session *session) {
+    kivi_seq_abort(session->seq);
+    cut_runs(session, kivi_session_length(session));
+}
+
 kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens, size_t n_tokens,
                                 kivi_error *err) {
     KI_TRY(kivi_session_begin_prompt(session, n_tokens, err));
-    return feed(session, tokens, n_tokens, err);
+    kivi_status status = feed(session, tokens, n_tokens, err);
+    if (status != KIVI_OK) give_up_prompt(session);
+    return status;
 }
 
 kivi_status kivi_session_decode(kivi_session *session, int32_t token, kivi_error *err) {
@@ -152,18 +171,20 @@ static void end_item(kivi_engine *e, kivi_step_item *item, const ki_batch_item *
     uint32_t length = kivi_session_length(s);
     item->status = result->status;
     if (item->status != KIVI_OK) {
-        kivi_seq_abort(s->seq);
+        give_up_prompt(s);
         return;
     }
     item->status = kivi_seq_commit(s->seq, &item->error);
-    memcpy(s->history + length, item->tokens, item->n_tokens * sizeof *item->tokens);
+    memmove(s->history + length, item->tokens, item->n_tokens * sizeof *item->tokens);
     s->logits = result->logits;
     s->n_logit_rows = e->options.all_logits ? item->n_tokens : 1;
+    s->logits_step = e->n_steps;
 }
 
 kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t n_items,
                              kivi_error *err) {
     KI_TRY(check_step(engine, items, n_items, err));
+    engine->n_steps++;
     ki_batch batch = {.items = engine->batch, .all_logits = engine->options.all_logits};
     batch.n_items = begin_items(engine, items, n_items);
     ki_fpu fpu = ki_fpu_enter();
@@ -187,16 +208,6 @@ kivi_status kivi_session_fork(kivi_session **out, const kivi_session *from, kivi
     if (status == KIVI_OK) status = kivi_seq_fork(&(*out)->seq, from->seq, err);
     if (status != KIVI_OK) kivi_session_destroy(out);
     return status;
-}
-
-/* Runs that began at or after n_tokens never were; the one across it was that much shorter. */
-static void cut_runs(kivi_session *session, uint32_t n_tokens) {
-    ki_run *runs = (ki_run *)(void *)session->runs.data;
-    uint32_t n = (uint32_t)(session->runs.n_bytes / sizeof *runs);
-    while (n && runs[n - 1].start >= n_tokens) n--;
-    if (n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens)
-        runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
-    session->runs.n_bytes = n * sizeof *runs;
 }
 
 /* The first n_tokens of the history once more, prompts as prompts. */
@@ -224,6 +235,7 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
     cut_runs(session, n_tokens);
     kivi_status status = kivi_seq_rewind(session->seq, n_tokens, NULL);
     if (status == KIVI_ARG) status = replay(session, n_tokens, err);
+    if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
     session->logits = NULL;
     return status;
 }

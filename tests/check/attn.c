@@ -13,13 +13,14 @@ typedef struct attn_case {
     uint32_t n_tokens;
     plan_step steps[MAX_STEPS];
     uint32_t n_steps, n_probes;
-    uint32_t probe_pos[MAX_PROBES], probe_start[MAX_PROBES]; /* start of its prompt, UINT32_MAX: generated */
+    uint32_t probe_pos[MAX_PROBES],
+        probe_start[MAX_PROBES]; /* start of its prompt, UINT32_MAX: generated */
 } attn_case;
 
 /* ---- the oracle ---- */
 
 typedef struct side {
-    float *exact;  /* [T][Hk][D] the float16 rows */
+    float *exact;        /* [T][Hk][D] the float16 rows */
     float *scale, *zero; /* the same shape, of the element's group */
     uint8_t *code;
 } side;
@@ -67,23 +68,30 @@ static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, u
         o->k.exact[i] = ki_f16_to_f32(ki_f32_to_f16(o->k.exact[i]));
         o->v.exact[i] = ki_f16_to_f32(ki_f32_to_f16(o->v.exact[i]));
     }
-    for (uint32_t t = 0; l->kv.k_bits < 16 && t + group <= n_tokens; t += group) /* whole groups of tokens */
+    for (uint32_t t = 0; l->kv.k_bits < 16 && t + group <= n_tokens;
+         t += group) /* whole groups of tokens */
         for (size_t c = 0; c < row; c++) oracle_group(&o->k, t * row + c, row, group, l->kv.k_bits);
-    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += group) oracle_group(&o->v, i, 1, group, l->kv.v_bits);
+    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += group)
+        oracle_group(&o->v, i, 1, group, l->kv.v_bits);
 }
 
 static void oracle_deinit(oracle *o) {
     side *sides[] = {&o->k, &o->v};
-    for (int i = 0; i < 2; i++) free(sides[i]->exact), free(sides[i]->scale), free(sides[i]->zero), free(sides[i]->code);
+    for (int i = 0; i < 2; i++)
+        free(sides[i]->exact), free(sides[i]->scale), free(sides[i]->zero), free(sides[i]->code);
 }
 
 /* DESIGN.md 3's table. A later prompt sees what a generated row at its start would, and everything since. */
-static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p, uint32_t prompt_start) {
+static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p,
+                           uint32_t prompt_start) {
     uint32_t r = kv->residual_tokens, generated = keys ? p - p % r : p > r ? p - r : 0;
     if (kv->rule == KIVI_RULE_STREAM || prompt_start == UINT32_MAX) return generated;
-    uint32_t start = keys ? prompt_start - prompt_start % r : prompt_start > r ? prompt_start - r : 0;
+    uint32_t start = keys               ? prompt_start - prompt_start % r
+                     : prompt_start > r ? prompt_start - r
+                                        : 0;
     uint32_t line = start;
-    if (kv->rule == KIVI_RULE_SPAN && p - p % kv->span_tokens > start) line = p - p % kv->span_tokens;
+    if (kv->rule == KIVI_RULE_SPAN && p - p % kv->span_tokens > start)
+        line = p - p % kv->span_tokens;
     return line < generated ? line : generated;
 }
 
@@ -93,8 +101,8 @@ static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p, uin
  * code; the D roundings are independent, their sum has a deviation of step / sqrt(12) sqrt(sum code^2), of which we
  * allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only float32 is left: the
  * product q s, the chain for q.z (D / 16 steps and 4 of the tree), a conversion and a last fused step. */
-static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head, bool exact,
-                    bool folded) {
+static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head,
+                    bool exact, bool folded) {
     uint32_t d = o->l.head_dim;
     size_t at = ((size_t)t * o->l.n_kv_heads + kv_head) * d;
     double sum = 0, size = 0, squares = 0;
@@ -118,7 +126,8 @@ static double score(double *error, const oracle *o, const float *q, uint32_t t, 
         size += fabs(qs * code) + fabs(z);
         squares += code * code;
     }
-    *error = size * 0x1p-24 * (d / 16 + 8) + (folded ? 0 : 6 * (double)step / sqrt(12) * sqrt(squares));
+    *error =
+        size * 0x1p-24 * (d / 16 + 8) + (folded ? 0 : 6 * (double)step / sqrt(12) * sqrt(squares));
     return sum;
 }
 
@@ -126,7 +135,7 @@ typedef struct row_state {
     const oracle *o;
     const float *q; /* scaled */
     uint32_t p, kv_head, k_line, v_line;
-    double *s, *e;  /* [T]: scores, then weights; their errors */
+    double *s, *e; /* [T]: scores, then weights; their errors */
 } row_state;
 
 static bool is_exact(const oracle *o, uint32_t bits, uint32_t t, uint32_t line) {
@@ -158,41 +167,52 @@ static double tile_step(const row_state *r, uint32_t tile, size_t channel) {
     return largest / 16256;
 }
 
-/* out[c] and its tolerance. To first order a score that is off by e moves the output by p e (v - out). Weights of packed
- * values are rounded as q is: six deviations again. Float32: each exact token is one fused step (independent: 4
- * sqrt(n)), each tile and merge a few, all of at most sum p (|code s| + |z|). */
+/* What the rounding of one tile's weights may do to a channel: a weight below half a step becomes 0, which is always
+ * the same side; the others' roundings are independent, six deviations. */
+typedef struct fold {
+    double step, lost, squares;
+} fold;
+
+static void fold_add(fold *f, double weight, double code) {
+    if (weight < f->step / 2) f->lost += weight * code;
+    else f->squares += f->step * f->step / 12 * code * code;
+}
+
+/* out[c] and its tolerance. To first order a score that is off by e moves the output by p e (v - out). Float32: each
+ * exact token is one fused step (independent: 4 sqrt(n)), each tile and merge a few, all of at most
+ * sum p (|code s| + |z|). */
 static void one_channel(double *out, double *tolerance, const row_state *r, uint32_t c) {
-    size_t row = (size_t)r->o->l.n_kv_heads * r->o->l.head_dim, channel = (size_t)r->kv_head * r->o->l.head_dim + c;
+    size_t row = (size_t)r->o->l.n_kv_heads * r->o->l.head_dim,
+           channel = (size_t)r->kv_head * r->o->l.head_dim + c;
     const side *v = &r->o->v;
-    double sum = 0, size = 0, moved = 0, folds = 0;
+    fold f = {0};
+    double sum = 0, size = 0, moved = 0;
     uint32_t n_exact = 0;
-    for (uint32_t t = 0; t <= r->p; t++) {
-        size_t at = t * row + channel;
-        bool exact = is_exact(r->o, r->o->l.kv.v_bits, t, r->v_line);
-        double cs = (double)v->code[at] * (double)v->scale[at], z = (double)v->zero[at];
-        double value = exact ? (double)v->exact[at] : cs + z;
-        n_exact += exact;
-        sum += r->s[t] * value;
-        size += r->s[t] * (exact ? fabs(value) : cs + fabs(z));
-    }
-    double squares = 0;
-    for (uint32_t t = 0; t <= r->p; t++) {
-        size_t at = t * row + channel;
-        bool exact = is_exact(r->o, r->o->l.kv.v_bits, t, r->v_line);
-        double value = (double)(exact ? v->exact[at] : v->code[at] * v->scale[at] + v->zero[at]);
-        moved += r->s[t] * r->e[t] * fabs(value - sum);
-        squares += exact ? 0 : (double)v->code[at] * v->code[at];
-        if (t % 128 != 127 && t != r->p) continue;
-        folds += squares > 0 ? pow(tile_step(r, t / 128 * 128, channel), 2) / 12 * squares : 0;
-        squares = 0;
-    }
+    for (int pass = 0; pass < 2; pass++) /* the second knows the output */
+        for (uint32_t t = 0; t <= r->p; t++) {
+            size_t at = t * row + channel;
+            bool exact = is_exact(r->o, r->o->l.kv.v_bits, t, r->v_line);
+            double s = (double)v->scale[at], cs = v->code[at] * s, z = (double)v->zero[at];
+            double value = exact ? (double)v->exact[at] : cs + z;
+            if (pass == 1) {
+                moved += r->s[t] * r->e[t] * fabs(value - sum);
+                if (t % 128 == 0) f.step = tile_step(r, t, channel);
+                if (!exact) fold_add(&f, r->s[t] * s, v->code[at]);
+                continue;
+            }
+            n_exact += exact;
+            sum += r->s[t] * value;
+            size += r->s[t] * (exact ? fabs(value) : cs + fabs(z));
+        }
     *out = sum;
-    *tolerance = 1.2 * moved + 6 * sqrt(folds) + (4 * sqrt(n_exact) + 8 * (r->p / 128 + 1) + 16) * 0x1p-24 * size;
+    *tolerance = 1.2 * moved + f.lost + 6 * sqrt(f.squares) +
+                 (4 * sqrt(n_exact) + 8 * (r->p / 128 + 1) + 16) * 0x1p-24 * size;
 }
 
 /* ---- running a plan ---- */
 
-static void add_step(attn_case *a, uint32_t n_rows, uint32_t prompt, bool attend, uint32_t prompt_start) {
+static void add_step(attn_case *a, uint32_t n_rows, uint32_t prompt, bool attend,
+                     uint32_t prompt_start) {
     a->steps[a->n_steps++] = (plan_step){n_rows, prompt, attend};
     for (uint32_t i = 0; attend && i < n_rows; i++) {
         a->probe_pos[a->n_probes] = a->n_tokens + i;
@@ -256,13 +276,15 @@ static void compare_head(const float *got, const row_state *r, const char *which
         double want, tolerance;
         one_channel(&want, &tolerance, r, c);
         double error = fabs((double)got[c] - want);
-        CHECK(error <= tolerance, "%s oracle: position %u, KV head %u, channel %u is %g, expected %g +- %g", which,
+        CHECK(error <= tolerance,
+              "%s oracle: position %u, KV head %u, channel %u is %g, expected %g +- %g", which,
               r->p, r->kv_head, c, (double)got[c], want, tolerance);
         *worst = fmax(*worst, error / tolerance);
     }
 }
 
-static void compare_oracle(const float *got, const attn_case *a, const oracle *o, const uint32_t *tokens) {
+static void compare_oracle(const float *got, const attn_case *a, const oracle *o,
+                           const uint32_t *tokens) {
     uint32_t d = o->l.head_dim, h_all = o->l.n_heads;
     float *q = check_alloc((size_t)h_all * d * 4), factor = 1.0f / sqrtf((float)d);
     double worst[2] = {0, 0};
@@ -278,7 +300,8 @@ static void compare_oracle(const float *got, const attn_case *a, const oracle *o
                 r.q = q + (size_t)h * d;
                 r.kv_head = h / o->l.head_group;
                 weights(&r, folded);
-                compare_head(got + ((size_t)i * h_all + h) * d, &r, folded ? "folded" : "true", &worst[folded]);
+                compare_head(got + ((size_t)i * h_all + h) * d, &r, folded ? "folded" : "true",
+                             &worst[folded]);
             }
     }
     check_note("error / tolerance %.2f true, %.2f folded", worst[0], worst[1]);
@@ -307,7 +330,8 @@ static void attn_cases(attn_case *a, const char *name) {
             run_plan(got, a, (ki_isa)isa, tokens);
             for (size_t i = 0; i < n; i++)
                 CHECK(!memcmp(&got[i], &want[i], 4), "probe %zu (position %u): %a, scalar %a",
-                      i / (n / a->n_probes), a->probe_pos[i / (n / a->n_probes)], (double)got[i], (double)want[i]);
+                      i / (n / a->n_probes), a->probe_pos[i / (n / a->n_probes)], (double)got[i],
+                      (double)want[i]);
         }
         check_end();
     }
@@ -317,24 +341,30 @@ static void attn_cases(attn_case *a, const char *name) {
 /* ---- which ---- */
 
 static const struct { uint32_t h, hk; } head_sets[] = {{4, 4}, {6, 2}, {4, 1}};
-static const uint32_t bit_sets[][2] = {{2, 2}, {4, 2}, {2, 4}, {4, 4}, {8, 8}, {16, 16}, {16, 2}, {2, 16}};
+static const uint32_t bit_sets[][2] = {{2, 2}, {4, 2},   {2, 4},  {4, 4},
+                                       {8, 8}, {16, 16}, {16, 2}, {2, 16}};
 
-static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint32_t residual, uint32_t sinks,
-                uint32_t rule, uint32_t n, bool decode_only) {
+static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint32_t residual,
+                uint32_t sinks, uint32_t rule, uint32_t n, bool decode_only) {
     static attn_case a;
     char name[120];
     a = (attn_case){.w = world_small()};
     kivi_cache_geometry *g = &a.w.geometry;
-    g->n_layers = 1, g->head_dim = d, g->n_heads = head_sets[heads].h, g->n_kv_heads = head_sets[heads].hk;
+    g->n_layers = 1, g->head_dim = d, g->n_heads = head_sets[heads].h,
+    g->n_kv_heads = head_sets[heads].hk;
     if (decode_only) g->n_heads = g->n_kv_heads = 1;
     g->n_pages = n / 128 + 2;
-    g->kv = (kivi_kv_options){.k_bits = bit_sets[bits][0], .v_bits = bit_sets[bits][1], .group = group,
-                              .residual_tokens = residual, .sink_tokens = sinks};
+    g->kv = (kivi_kv_options){.k_bits = bit_sets[bits][0],
+                              .v_bits = bit_sets[bits][1],
+                              .group = group,
+                              .residual_tokens = residual,
+                              .sink_tokens = sinks};
     g->kv.rule = rule == 0 ? KIVI_RULE_PAPER : rule == 1 ? KIVI_RULE_STREAM : KIVI_RULE_SPAN;
     g->kv.span_tokens = rule < 2 ? 0 : rule == 2 ? 128 : 256;
     make_plan(&a, n, decode_only);
-    snprintf(name, sizeof name, "d%u-h%u.%u-b%u.%u-g%u-r%u-s%u-%s-n%u", d, g->n_heads, g->n_kv_heads, g->kv.k_bits,
-             g->kv.v_bits, group, residual, sinks, world_rule_name(&g->kv), n);
+    snprintf(name, sizeof name, "d%u-h%u.%u-b%u.%u-g%u-r%u-s%u-%s-n%u", d, g->n_heads,
+             g->n_kv_heads, g->kv.k_bits, g->kv.v_bits, group, residual, sinks,
+             world_rule_name(&g->kv), n);
     attn_cases(&a, name);
 }
 
@@ -350,18 +380,23 @@ void check_attn(void) {
     static const uint32_t dims[] = {32, 64, 80, 96, 128, 256};
     if (!check_wants("attn/")) return;
     for (uint32_t i = 0; i < 6; i++)
-        for (uint32_t b = 0; b < 8; b++) { /* each head size with each pair of bits; the rest in turn */
+        for (uint32_t b = 0; b < 8;
+             b++) { /* each head size with each pair of bits; the rest in turn */
             uint32_t turn = i * 8 + b, group = group_for(dims[i], b + i);
-            uint32_t residual = turn % 2 && group <= 32 ? 32 : 128, sinks = turn / 2 % 2 ? KI_MAX(32u, group) : 0;
-            one(dims[i], turn % 3, b, group, residual, sinks, turn % 4, turn % 5 ? 337 : 100, false);
+            uint32_t residual = turn % 2 && group <= 32 ? 32 : 128,
+                     sinks = turn / 2 % 2 ? KI_MAX(32u, group) : 0;
+            one(dims[i], turn % 3, b, group, residual, sinks, turn % 4, turn % 5 ? 337 : 100,
+                false);
         }
     for (uint32_t b = 0; b < 8; b++)
-        for (uint32_t rule = 0; rule < 4; rule++) one(64, 1, b, 32, 32, rule % 2 ? 32 : 0, rule, 290, false);
+        for (uint32_t rule = 0; rule < 4; rule++)
+            one(64, 1, b, 32, 32, rule % 2 ? 32 : 0, rule, 290, false);
     one(64, 0, 0, 32, 128, 0, 0, 1, false);
     one(128, 2, 1, 64, 128, 64, 1, 1, false);
     static const uint32_t longer[] = {1000, 4000};
     for (uint32_t i = 0; i < 2; i++)
-        for (uint32_t rule = 0; rule < 4; rule++) one(64, 2, rule, 32, 128, rule % 2 ? 32 : 0, rule, longer[i], false);
+        for (uint32_t rule = 0; rule < 4; rule++)
+            one(64, 2, rule, 32, 128, rule % 2 ? 32 : 0, rule, longer[i], false);
     one(128, 2, 0, 32, 128, 0, 0, 1000, false);
     one(64, 0, 0, 32, 128, 0, 1, 32768, true);
     one(128, 0, 3, 128, 128, 128, 1, 32768, true);

@@ -34,9 +34,11 @@ static void f16_patterns(void) {
         float x = ki_f16_to_f32((uint16_t)h);
         double want = slow_f16_value((uint16_t)h);
         bool nan = (h & 0x7c00) == 0x7c00 && (h & 0x3ff);
-        CHECK(nan ? isnan(x) : (double)x == want && (signbit(x) != 0) == (h >> 15 != 0), "%04x gives %a", h, (double)x);
+        CHECK(nan ? isnan(x) : (double)x == want && (signbit(x) != 0) == (h >> 15 != 0),
+              "%04x gives %a", h, (double)x);
         uint16_t back = ki_f32_to_f16(x);
-        CHECK(nan ? (back & 0x7c00) == 0x7c00 && (back & 0x3ff) : back == h, "%04x comes back as %04x", h, back);
+        CHECK(nan ? (back & 0x7c00) == 0x7c00 && (back & 0x3ff) : back == h,
+              "%04x comes back as %04x", h, back);
     }
     check_end();
 }
@@ -45,9 +47,13 @@ static float random_f32(rng *r) {
     uint64_t u = rng_u64(r);
     uint32_t sign = (uint32_t)u & 0x80000000u, mantissa = (uint32_t)(u >> 32) & 0x7fffff;
     switch (rng_below(r, 4)) {
-    case 0: return ki_f32_from_bits(sign | (100 + rng_below(r, 20)) << 23 | mantissa); /* subnormal f16 */
-    case 1: return ki_f32_from_bits(sign | (108 + rng_below(r, 36)) << 23 | mantissa); /* normal, overflow */
-    case 2: { /* a tie or its neighbour: the middle of two float16 */
+    case 0:
+        return ki_f32_from_bits(sign | (100 + rng_below(r, 20)) << 23 |
+                                mantissa); /* subnormal f16 */
+    case 1:
+        return ki_f32_from_bits(sign | (108 + rng_below(r, 36)) << 23 |
+                                mantissa); /* normal, overflow */
+    case 2: {                              /* a tie or its neighbour: the middle of two float16 */
         uint16_t h = (uint16_t)rng_below(r, 0x7c00);
         double high = h + 1 == 0x7c00 ? 65536 : slow_f16_value((uint16_t)(h + 1));
         float middle = (float)((slow_f16_value(h) + high) / 2);
@@ -69,8 +75,10 @@ static void f16_random(void) {
         uint16_t got = ki_f32_to_f16(x), want = slow_f32_to_f16(x);
         CHECK(got == want, "%a gives %04x, expected %04x", (double)x, got, want);
     }
-    static const float special[] = {0.0f, -0.0f, 65504, 65519.996f, 65520, 65535, 65536, 1e38f, 0x1p-24f, 0x1p-25f,
-                                    0x1.000002p-25f, 0x1.8p-24f, 0x1p-14f, 0x1.ffcp-15f, 0x1.ffep-15f, 0x1p-149f};
+    static const float special[] = {0.0f,     -0.0f,        65504,           65519.996f,
+                                    65520,    65535,        65536,           1e38f,
+                                    0x1p-24f, 0x1p-25f,     0x1.000002p-25f, 0x1.8p-24f,
+                                    0x1p-14f, 0x1.ffcp-15f, 0x1.ffep-15f,    0x1p-149f};
     for (size_t i = 0; i < sizeof special / sizeof *special; i++)
         CHECK(ki_f32_to_f16(special[i]) == slow_f32_to_f16(special[i]), "%a", (double)special[i]);
     CHECK(ki_f32_to_f16(INFINITY) == 0x7c00 && ki_f32_to_f16(-INFINITY) == 0xfc00, "infinity");
@@ -141,14 +149,18 @@ static void allocator(void) {
           (unsigned long long)counted);
     for (size_t i = 0; i < 200; i++) ki_free(&mem, blocks[i]);
     ki_free(&mem, NULL);
-    for (int t = 0; t < KI_TAG_COUNT; t++) CHECK(atomic_load(&mem.bytes[t]) == 0, "tag %s", ki_tag_names[t]);
+    for (int t = 0; t < KI_TAG_COUNT; t++)
+        CHECK(atomic_load(&mem.bytes[t]) == 0, "tag %s", ki_tag_names[t]);
     CHECK(atomic_load(&mem.n_blocks) == 0, "blocks left");
     void *p = &r;
     kivi_error err = {0};
-    CHECK(ki_alloc_array(&p, &mem, KI_TAG_other, SIZE_MAX / 2, 3, &err) == KIVI_NOMEM && !p, "overflowing array");
-    CHECK(ki_alloc(&p, &mem, KI_TAG_other, SIZE_MAX - 10, &err) == KIVI_NOMEM && !p, "overflowing block");
+    CHECK(ki_alloc_array(&p, &mem, KI_TAG_other, SIZE_MAX / 2, 3, &err) == KIVI_NOMEM && !p,
+          "overflowing array");
+    CHECK(ki_alloc(&p, &mem, KI_TAG_other, SIZE_MAX - 10, &err) == KIVI_NOMEM && !p,
+          "overflowing block");
     CHECK(err.status == KIVI_NOMEM && err.text[0], "error not filled");
-    CHECK(ki_alloc(&p, &mem, KI_TAG_other, SIZE_MAX / 4, NULL) == KIVI_NOMEM, "huge block without an error");
+    CHECK(ki_alloc(&p, &mem, KI_TAG_other, SIZE_MAX / 4, NULL) == KIVI_NOMEM,
+          "huge block without an error");
     check_end();
 }
 
@@ -162,10 +174,12 @@ static void alloc_countdown(void) {
         for (int64_t i = 1; i < 8; i++) {
             void *p = NULL;
             kivi_status status = ki_alloc(&p, &mem, KI_TAG_other, 10, NULL);
-            CHECK((status == KIVI_OK) == (i < fails_at), "countdown %d, allocation %d", (int)n, (int)i);
+            CHECK((status == KIVI_OK) == (i < fails_at), "countdown %d, allocation %d", (int)n,
+                  (int)i);
             ki_free(&mem, p);
         }
-        CHECK(atomic_load(&mem.n_blocks) == 0 && atomic_load(&mem.bytes[KI_TAG_other]) == 0, "leak");
+        CHECK(atomic_load(&mem.n_blocks) == 0 && atomic_load(&mem.bytes[KI_TAG_other]) == 0,
+              "leak");
     }
     check_end();
 }
@@ -182,8 +196,10 @@ static void buffers(void) {
         CHECK_OK(ki_buf_append(&buf, bytes, sizeof bytes, err));
     }
     kivi_error full = {0};
-    CHECK(ki_buf_append(&buf, bytes, 1, &full) == KIVI_NOMEM && buf.n_bytes == 1000, "went past its maximum");
-    CHECK(ki_buf_append(&buf, bytes, SIZE_MAX, &full) == KIVI_NOMEM && buf.n_bytes == 1000, "overflow");
+    CHECK(ki_buf_append(&buf, bytes, 1, &full) == KIVI_NOMEM && buf.n_bytes == 1000,
+          "went past its maximum");
+    CHECK(ki_buf_append(&buf, bytes, SIZE_MAX, &full) == KIVI_NOMEM && buf.n_bytes == 1000,
+          "overflow");
     CHECK(ki_buf_append(&buf, NULL, 0, &full) == KIVI_OK, "nothing to append");
     for (size_t i = 0; i < 1000; i++) CHECK(buf.data[i] == i / 100, "byte %zu", i);
     ki_buf_deinit(&buf);
@@ -192,7 +208,8 @@ static void buffers(void) {
     atomic_store(&mem.fail_countdown, 2);
     CHECK_OK(ki_buf_append(&buf, bytes, 100, err));
     static uint8_t many[1000];
-    CHECK(ki_buf_append(&buf, many, sizeof many, &full) == KIVI_NOMEM && buf.n_bytes == 100, "failing growth");
+    CHECK(ki_buf_append(&buf, many, sizeof many, &full) == KIVI_NOMEM && buf.n_bytes == 100,
+          "failing growth");
     CHECK(buf.data && buf.data[99] == 9, "contents lost");
     ki_buf_deinit(&buf);
     CHECK(atomic_load(&mem.n_blocks) == 0, "leak");

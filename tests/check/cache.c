@@ -3,7 +3,8 @@
 #include "world.h"
 
 enum { MAX_TOKENS = 4096 };
-static uint32_t tokens_a[MAX_TOKENS], tokens_b[MAX_TOKENS]; /* b parts from a where a case says so */
+static uint32_t tokens_a[MAX_TOKENS],
+    tokens_b[MAX_TOKENS]; /* b parts from a where a case says so */
 
 static void make_tokens(uint32_t part) {
     for (uint32_t i = 0; i < MAX_TOKENS; i++) {
@@ -12,8 +13,9 @@ static void make_tokens(uint32_t part) {
     }
 }
 
-static const uint32_t kinds[][4] = { /* key bits, value bits, residual, sinks */
-    {2, 2, 32, 0}, {2, 2, 128, 0}, {4, 8, 32, 32}, {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0}};
+static const uint32_t kinds[][4] = {/* key bits, value bits, residual, sinks */
+                                    {2, 2, 32, 0},   {2, 2, 128, 0},   {4, 8, 32, 32},
+                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0}};
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
@@ -28,8 +30,8 @@ static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
 static const char *kind_name(const world *w) {
     static char name[80];
     const kivi_kv_options *kv = &w->geometry.kv;
-    snprintf(name, sizeof name, "b%u.%u-r%u-s%u-%s", kv->k_bits, kv->v_bits, kv->residual_tokens, kv->sink_tokens,
-             world_rule_name(kv));
+    snprintf(name, sizeof name, "b%u.%u-r%u-s%u-%s", kv->k_bits, kv->v_bits, kv->residual_tokens,
+             kv->sink_tokens, world_rule_name(kv));
     return name;
 }
 
@@ -50,7 +52,8 @@ static stage stage_open(const world *w) {
 static void stage_close(stage *s) {
     if (s->cache) CHECK(ki_pool_check(&s->cache->pool), "page pool is inconsistent");
     kivi_seq_destroy(&s->seq);
-    if (s->cache) CHECK(s->cache->pool.n_free == s->cache->pool.n_pages, "pages are not given back");
+    if (s->cache)
+        CHECK(s->cache->pool.n_free == s->cache->pool.n_pages, "pages are not given back");
     kivi_cache_destroy(&s->cache);
 }
 
@@ -100,7 +103,8 @@ static void chunks(const world *w) {
     uint64_t want = conversation(w, 300, 1000);
     static const uint32_t cuts[] = {1, 7, 64};
     for (int i = 0; i < 3; i++)
-        CHECK(conversation(w, 300, cuts[i]) == want, "chunks of %u give other bytes than one of 300", cuts[i]);
+        CHECK(conversation(w, 300, cuts[i]) == want,
+              "chunks of %u give other bytes than one of 300", cuts[i]);
     check_end();
 }
 
@@ -110,7 +114,8 @@ static void stream_rows(const world *w) {
     uint64_t h[3];
     for (int i = 0; i < 3; i++) {
         stage s = stage_open(w);
-        h[i] = i == 0 ? prompt(s.seq, tokens_a, 330, 1000) : feed(s.seq, tokens_a, 330, i == 1 ? 1 : 330);
+        h[i] = i == 0 ? prompt(s.seq, tokens_a, 330, 1000)
+                      : feed(s.seq, tokens_a, 330, i == 1 ? 1 : 330);
         stage_close(&s);
     }
     CHECK(h[0] == h[1], "a prompt gives other bytes than its rows one by one");
@@ -132,7 +137,8 @@ static void threads(const world *w) {
     if (!check_case("cache/threads/%s", kind_name(w))) return;
     make_tokens(0);
     uint64_t want = threaded(w, 1);
-    for (uint32_t n = 2; n <= 3; n++) CHECK(threaded(w, n) == want, "%u threads give other bytes than 1", n);
+    for (uint32_t n = 2; n <= 3; n++)
+        CHECK(threaded(w, n) == want, "%u threads give other bytes than 1", n);
     check_end();
 }
 
@@ -191,7 +197,8 @@ static void fork_at(const world *w, uint32_t n, uint32_t more) {
 static void forks(const world *w) {
     if (!check_case("cache/fork/%s", kind_name(w))) return;
     static const uint32_t lengths[] = {0, 1, 31, 128, 129, 257, 400};
-    for (size_t i = 0; i < sizeof lengths / sizeof *lengths && !check_failed(); i++) fork_at(w, lengths[i], 140);
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths && !check_failed(); i++)
+        fork_at(w, lengths[i], 140);
     /* the origin dies first; forks of forks; a rewound fork writes into shared pages' positions */
     make_tokens(300);
     stage s = stage_open(w);
@@ -238,13 +245,15 @@ static void rewind_far(const world *w, uint32_t from, uint32_t to) {
     unsigned earliest = at ? (unsigned)strtoul(at + 10, NULL, 10) : 0;
     const kivi_kv_options *kv = &w->geometry.kv;
     bool all_exact = kv->k_bits == 16 && kv->v_bits == 16;
-    CHECK(all_exact ? status == KIVI_OK : status == KIVI_ARG && at, "from %u to %u gives %s: %s", from, to,
-          kivi_status_name(status), e.text);
+    CHECK(all_exact ? status == KIVI_OK : status == KIVI_ARG && at, "from %u to %u gives %s: %s",
+          from, to, kivi_status_name(status), e.text);
     if (status != KIVI_OK && at) {
-        CHECK(kivi_seq_length(s.seq) == from && earliest > to && earliest <= from - kv->rewind_tokens,
+        CHECK(kivi_seq_length(s.seq) == from && earliest > to &&
+                  earliest <= from - kv->rewind_tokens,
               "%u is named as the earliest length", earliest);
         kivi_error none = {0};
-        CHECK(kivi_seq_rewind(s.seq, earliest - 1, &none) == KIVI_ARG, "%u works too", earliest - 1);
+        CHECK(kivi_seq_rewind(s.seq, earliest - 1, &none) == KIVI_ARG, "%u works too",
+              earliest - 1);
         status = kivi_seq_rewind(s.seq, earliest, &none);
         CHECK(status == KIVI_OK, "the named length %u is refused: %s", earliest, none.text);
         uint64_t h = feed(s.seq, tokens_a, 40, 1);
@@ -278,7 +287,8 @@ static void rewinds(const world *w) {
     if (!check_case("cache/rewind/%s", kind_name(w))) return;
     static const uint32_t ends[] = {20, 128, 129, 135, 143, 160, 300, 336};
     for (size_t i = 0; i < sizeof ends / sizeof *ends && !check_failed(); i++)
-        for (uint32_t back = 0; back <= 16; back += back < 2 ? 1 : 7) rewind_to(w, ends[i], ends[i] - back, i % 2);
+        for (uint32_t back = 0; back <= 16; back += back < 2 ? 1 : 7)
+            rewind_to(w, ends[i], ends[i] - back, i % 2);
     rewind_to(w, 300, 0, true);
     rewind_packed(w);
     rewind_far(w, 700, 350);
@@ -302,14 +312,17 @@ static void full(const world *w) {
     uint64_t before = pages_hash(s.seq);
     CHECK(kivi_seq_begin(s.seq, 100, &e) == KIVI_FULL && e.text[0], "a sixth page of five");
     kivi_seq *forked = NULL;
-    CHECK(kivi_seq_fork(&forked, s.seq, &e) == KIVI_FULL && !forked, "a fork without a page to copy into");
-    CHECK(pages_hash(s.seq) == before && kivi_seq_length(s.seq) == 250, "changed by a step that was refused");
+    CHECK(kivi_seq_fork(&forked, s.seq, &e) == KIVI_FULL && !forked,
+          "a fork without a page to copy into");
+    CHECK(pages_hash(s.seq) == before && kivi_seq_length(s.seq) == 250,
+          "changed by a step that was refused");
     CHECK(ki_pool_check(&s.cache->pool), "pool");
     uint64_t h = feed(s.seq, tokens_a, 6, 1);
     CHECK(h == replay(w, tokens_a, 250, 6), "goes on differently after FULL");
     CHECK(kivi_seq_begin(s.seq, 1, &e) == KIVI_FULL, "page boundary");
     kivi_seq_destroy(&other);
-    CHECK_OK(kivi_seq_fork(&forked, s.seq, err)); /* the window must be the right one after refused steps */
+    CHECK_OK(kivi_seq_fork(&forked, s.seq,
+                           err)); /* the window must be the right one after refused steps */
     h = feed(s.seq, tokens_a, 60, 60);
     CHECK(h == replay(w, tokens_a, 256, 60), "goes on differently once pages are free");
     if (forked) kivi_seq_destroy(&forked);
@@ -338,7 +351,9 @@ static void full_then_fork(const world *w) {
     CHECK(kivi_seq_begin(s.seq, 600, &e) == KIVI_FULL, "600 more rows in six pages");
     kivi_seq_abort(s.seq); /* the prompt is given up, its committed rows stay */
     CHECK_OK(kivi_seq_fork(&forked, s.seq, err));
-    if (forked) CHECK(feed(forked, tokens_a, 40, 1) == replay(w, tokens_a, 303, 40), "the fork after a prompt");
+    if (forked)
+        CHECK(feed(forked, tokens_a, 40, 1) == replay(w, tokens_a, 303, 40),
+              "the fork after a prompt");
     CHECK(feed(s.seq, tokens_a, 40, 1) == replay(w, tokens_a, 303, 40), "the origin");
     kivi_seq_destroy(&forked);
     stage_close(&s);
@@ -372,7 +387,8 @@ static void aborts(const world *w) {
             stage s = stage_open(w);
             prompt(s.seq, tokens_a, n, 500);
             abort_step(s.seq, tokens_b, rows[j]);
-            CHECK(kivi_seq_length(s.seq) == n && !s.seq->large.k && !s.seq->large.v, "state after an abort");
+            CHECK(kivi_seq_length(s.seq) == n && !s.seq->large.k && !s.seq->large.v,
+                  "state after an abort");
             uint64_t h = feed(s.seq, tokens_a, 40, 1);
             CHECK(h == replay(w, tokens_a, n, 40), "%u rows given up after %u", rows[j], n);
             stage_close(&s);
@@ -393,17 +409,19 @@ static void abort_rewind(const world *w) {
             kivi_error e = {0};
             uint32_t to = n - w->geometry.kv.rewind_tokens;
             kivi_status status = kivi_seq_rewind(s.seq, to, &e);
-            CHECK(status == KIVI_OK, "%u rows given up at %u, then back to %u: %s", rows[j], n, to, e.text);
+            CHECK(status == KIVI_OK, "%u rows given up at %u, then back to %u: %s", rows[j], n, to,
+                  e.text);
             if (status == KIVI_OK)
-                CHECK(feed(s.seq, tokens_a, 40, 1) == replay(w, tokens_a, to, 40), "%u rows given up at %u", rows[j], n);
+                CHECK(feed(s.seq, tokens_a, 40, 1) == replay(w, tokens_a, to, 40),
+                      "%u rows given up at %u", rows[j], n);
             stage_close(&s);
         }
     check_end();
 }
 
 /* Poisons one value of row `row` of a step of n rows. */
-static kivi_status poisoned_step(kivi_seq *seq, uint32_t n, uint32_t row, uint32_t lane, bool key, float bad,
-                                 kivi_float type) {
+static kivi_status poisoned_step(kivi_seq *seq, uint32_t n, uint32_t row, uint32_t lane, bool key,
+                                 float bad, kivi_float type) {
     const ki_layout *l = &seq->cache->layout;
     size_t kv = (size_t)n * l->n_kv_heads * l->head_dim;
     float *k = check_alloc(kv * 8), *v = k + kv;
@@ -412,7 +430,8 @@ static kivi_status poisoned_step(kivi_seq *seq, uint32_t n, uint32_t row, uint32
     kivi_status status = kivi_seq_begin(seq, n, &e);
     for (uint32_t layer = 0; status == KIVI_OK && layer < l->n_layers; layer++) {
         world_rows(k, v, NULL, l, tokens_b, layer, seq->n_tokens, n);
-        if (layer + 1 == l->n_layers) (key ? k : v)[(size_t)row * l->n_kv_heads * l->head_dim + lane] = bad;
+        if (layer + 1 == l->n_layers)
+            (key ? k : v)[(size_t)row * l->n_kv_heads * l->head_dim + lane] = bad;
         for (size_t i = 0; i < 2 * kv; i++) half[i] = ki_f32_to_f16(k[i]);
         if (type == KIVI_F32) status = kivi_seq_append(seq, layer, k, v, type, &e);
         else status = kivi_seq_append(seq, layer, half, half + kv, type, &e);
@@ -433,9 +452,11 @@ static void numeric(const world *w) {
     for (uint32_t lane = 0; lane < lanes && !check_failed(); lane++)
         for (uint32_t i = 0; i < 8; i++) {
             uint32_t rows = i % 4 == 3 ? 40 : 1;
-            kivi_status status = poisoned_step(s.seq, rows, rows / 2, lane, i & 1, ki_f32_from_bits(bad[i / 2]),
-                                               (kivi_float)(lane % 2));
-            CHECK(status == KIVI_NUMERIC, "%08x in lane %u gives %s", bad[i / 2], lane, kivi_status_name(status));
+            kivi_status status =
+                poisoned_step(s.seq, rows, rows / 2, lane, i & 1, ki_f32_from_bits(bad[i / 2]),
+                              (kivi_float)(lane % 2));
+            CHECK(status == KIVI_NUMERIC, "%08x in lane %u gives %s", bad[i / 2], lane,
+                  kivi_status_name(status));
         }
     CHECK(atomic_load(&s.cache->n_nonfinite) == lanes * 8, "counter");
     uint64_t h = feed(s.seq, tokens_a, 60, 1);
@@ -448,7 +469,8 @@ static void numeric(const world *w) {
 
 static void boundaries(const world *w) {
     if (!check_case("cache/lengths/%s", kind_name(w))) return;
-    uint32_t marks[] = {32, w->geometry.kv.residual_tokens, 128, 256, w->geometry.kv.residual_tokens + 128};
+    uint32_t marks[] = {32, w->geometry.kv.residual_tokens, 128, 256,
+                        w->geometry.kv.residual_tokens + 128};
     make_tokens(0);
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
         for (uint32_t n = marks[i] - 1; n <= marks[i] + 1 && !check_failed(); n++) {
@@ -472,7 +494,8 @@ static void half_rows(void) {
     stage a = stage_open(&w), b = stage_open(&w);
     const ki_layout *l = &a.cache->layout;
     enum { N = 90 };
-    size_t kv = (size_t)N * l->n_kv_heads * l->head_dim, n_out = (size_t)N * l->n_heads * l->head_dim;
+    size_t kv = (size_t)N * l->n_kv_heads * l->head_dim,
+           n_out = (size_t)N * l->n_heads * l->head_dim;
     float *k = check_alloc(kv * 8), *q = check_alloc(n_out * 4), *out = check_alloc(n_out * 8);
     uint16_t *half = check_alloc(kv * 4);
     CHECK_OK(kivi_seq_begin(a.seq, N, err));
@@ -491,7 +514,8 @@ static void half_rows(void) {
     k[3] = 7e4f, k[kv + 5] = -1e38f;
     CHECK_OK(kivi_seq_begin(a.seq, 1, err));
     CHECK_OK(kivi_seq_append(a.seq, 0, k, k + kv, KIVI_F32, err));
-    CHECK(atomic_load(&a.cache->n_saturated) == 2, "%u saturated values", (unsigned)a.cache->n_saturated);
+    CHECK(atomic_load(&a.cache->n_saturated) == 2, "%u saturated values",
+          (unsigned)a.cache->n_saturated);
     kivi_seq_abort(a.seq);
     free(k), free(q), free(out), free(half);
     stage_close(&a), stage_close(&b);
@@ -533,7 +557,8 @@ static void misuse(void) {
     g = good, g.head_dim = 40;
     CHECK(kivi_cache_create(&cache, &g, &e) != KIVI_OK, "head size 40");
     g = good, g.kv.group = 64;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG && strstr(e.text, "16, 32"), "group 64 of 32: %s", e.text);
+    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG && strstr(e.text, "16, 32"),
+          "group 64 of 32: %s", e.text);
     g = good, g.n_pages = 0;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "no pages");
     g = good, g.n_pages = UINT32_MAX;
@@ -566,7 +591,8 @@ static void batch(const world *w, uint32_t n_threads) {
     size_t row = (size_t)l->n_heads * l->head_dim, stride = row + 32;
     kivi_seq *seqs[N] = {0};
     ki_attend_item items[N];
-    float *q = check_alloc(64 * stride * 4), *got = check_alloc(N * 64 * stride * 4), *alone = check_alloc(64 * stride * 4);
+    float *q = check_alloc(64 * stride * 4), *got = check_alloc(N * 64 * stride * 4),
+          *alone = check_alloc(64 * stride * 4);
     float *k = check_alloc(64 * row * 8);
     rng r = check_rng();
     for (size_t i = 0; i < 64 * stride; i++) q[i] = rng_normal(&r);
@@ -576,8 +602,12 @@ static void batch(const world *w, uint32_t n_threads) {
         CHECK_OK(kivi_seq_begin(seqs[i], rows[i], err));
         world_rows(k, k + 64 * row, NULL, l, tokens_a, 0, lengths[i], rows[i]);
         CHECK_OK(kivi_seq_append(seqs[i], 0, k, k + 64 * row, KIVI_F32, err));
-        items[i] = (ki_attend_item){.seq = seqs[i], .n_rows = rows[i], .q = q + i, .out = got + i * 64 * stride,
-                                    .q_stride = stride, .out_stride = stride};
+        items[i] = (ki_attend_item){.seq = seqs[i],
+                                    .n_rows = rows[i],
+                                    .q = q + i,
+                                    .out = got + i * 64 * stride,
+                                    .q_stride = stride,
+                                    .out_stride = stride};
     }
     for (uint32_t window = 0; window <= 200; window += 100) {
         ki_attend_batch(s.cache, items, N, 0, window);
@@ -586,8 +616,8 @@ static void batch(const world *w, uint32_t n_threads) {
             one.out = alone;
             ki_attend_batch(s.cache, &one, 1, 0, window);
             for (uint32_t j = 0; j < rows[i]; j++)
-                CHECK(!memcmp(alone + j * stride, items[i].out + j * stride, row * 4), "window %u, item %u, row %u",
-                      window, i, j);
+                CHECK(!memcmp(alone + j * stride, items[i].out + j * stride, row * 4),
+                      "window %u, item %u, row %u", window, i, j);
         }
     }
     for (uint32_t i = 0; i < N; i++) kivi_seq_abort(seqs[i]), kivi_seq_destroy(&seqs[i]);
@@ -604,9 +634,11 @@ static void sliding(const world *w, uint32_t n, uint32_t rows) {
     make_tokens(0);
     const ki_layout *l = &s.cache->layout;
     size_t row = (size_t)l->n_heads * l->head_dim, kv = (size_t)l->n_kv_heads * l->head_dim;
-    float *k = check_alloc((n + rows) * kv * 4), *v = check_alloc((n + rows) * kv * 4), *q = check_alloc(rows * row * 4);
+    float *k = check_alloc((n + rows) * kv * 4), *v = check_alloc((n + rows) * kv * 4),
+          *q = check_alloc(rows * row * 4);
     float *out = check_alloc(rows * row * 4);
-    for (uint32_t t = 0; t < n + rows; t++) /* all keys alike: equal weights; value = 1 where visible is asked for */
+    for (uint32_t t = 0; t < n + rows;
+         t++) /* all keys alike: equal weights; value = 1 where visible is asked for */
         for (size_t c = 0; c < kv; c++) k[t * kv + c] = 0.25f, v[t * kv + c] = t % 2 ? 1.0f : 0.0f;
     for (size_t i = 0; i < rows * row; i++) q[i] = 1;
     for (uint32_t t = 0; t < n; t += 100) {
@@ -620,15 +652,17 @@ static void sliding(const world *w, uint32_t n, uint32_t rows) {
     CHECK_OK(kivi_seq_append(s.seq, 0, k + n * kv, v + n * kv, KIVI_F32, err));
     static const uint32_t windows[] = {1, 2, 15, 16, 17, 33, 100, 129, 255, 5000};
     for (size_t i = 0; i < sizeof windows / sizeof *windows; i++) {
-        ki_attend_item item = {.seq = s.seq, .n_rows = rows, .q = q, .out = out, .q_stride = row, .out_stride = row};
+        ki_attend_item item = {
+            .seq = s.seq, .n_rows = rows, .q = q, .out = out, .q_stride = row, .out_stride = row};
         ki_attend_batch(s.cache, &item, 1, 0, windows[i]);
         for (uint32_t j = 0; j < rows; j++) {
             uint32_t p = n + j, from = p + 1 > windows[i] ? p + 1 - windows[i] : 0, odd = 0;
             for (uint32_t t = from; t <= p; t++) odd += t % 2;
             double want = (double)odd / (p + 1 - from);
             for (size_t c = 0; c < row; c++)
-                CHECK(fabs((double)out[j * row + c] - want) < 1e-3, "window %u, position %u: %g, not %g", windows[i], p,
-                      (double)out[j * row + c], want);
+                CHECK(fabs((double)out[j * row + c] - want) < 1e-3,
+                      "window %u, position %u: %g, not %g", windows[i], p, (double)out[j * row + c],
+                      want);
         }
     }
     kivi_seq_abort(s.seq);
@@ -639,8 +673,10 @@ static void sliding(const world *w, uint32_t n, uint32_t rows) {
 
 void check_cache(void) {
     if (!check_wants("cache/")) return;
-    static const struct { kivi_rule rule; uint32_t span; } rules[] = {
-        {KIVI_RULE_PAPER, 0}, {KIVI_RULE_STREAM, 0}, {KIVI_RULE_SPAN, 128}};
+    static const struct {
+        kivi_rule rule;
+        uint32_t span;
+    } rules[] = {{KIVI_RULE_PAPER, 0}, {KIVI_RULE_STREAM, 0}, {KIVI_RULE_SPAN, 128}};
     half_rows();
     misuse();
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {

@@ -20,9 +20,11 @@ extern check_options check_opt;
 bool check_case(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* The same for an instruction set; its name is appended. Reports `skip` where the machine lacks it. */
 bool check_case_isa(ki_isa isa, const char *format, ...) __attribute__((format(printf, 2, 3)));
-void check_fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void check_fail(const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 bool check_failed(void);
-void check_note(const char *format, ...) __attribute__((format(printf, 1, 2))); /* shown behind ok */
+void check_note(const char *format, ...)
+    __attribute__((format(printf, 1, 2))); /* shown behind ok */
 void check_end(void);
 /* True when some case of the group may run: lets a group skip costly preparation. */
 bool check_wants(const char *group);
@@ -49,8 +51,8 @@ rng rng_make(uint64_t seed);
 rng check_rng(void); /* of the open case */
 uint64_t rng_u64(rng *r);
 uint32_t rng_below(rng *r, uint32_t n);
-double rng_unit(rng *r);   /* [0, 1) */
-float rng_normal(rng *r);  /* mean 0, deviation 1 */
+double rng_unit(rng *r);  /* [0, 1) */
+float rng_normal(rng *r); /* mean 0, deviation 1 */
 /* A number of its own for each key: token-deterministic contents. */
 uint64_t hash_u64(uint64_t a, uint64_t b);
 

@@ -1,7 +1,8 @@
 /* Matrix products against doubles, and the small steps between them; every instruction set gives the bytes of scalar. */
 #include "check.h"
 
-static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32", "f16", "bf16", "q4_0", "q4_1", "q8_0"};
+static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32",  "f16",  "bf16",
+                                                          "q4_0", "q4_1", "q8_0"};
 
 static size_t file_row_bytes(ki_weight type, uint32_t n_cols) {
     static const size_t per_32[KI_WEIGHT_COUNT] = {128, 64, 64, 18, 20, 34};
@@ -28,7 +29,9 @@ static double file_value(const uint8_t *row, ki_weight type, uint32_t c) {
 }
 
 static void random_row(uint8_t *row, ki_weight type, uint32_t n_cols, rng *r) {
-    size_t n = file_row_bytes(type, n_cols), block = type == KI_WEIGHT_Q4_0 ? 18 : type == KI_WEIGHT_Q4_1 ? 20 : 34;
+    size_t n = file_row_bytes(type, n_cols), block = type == KI_WEIGHT_Q4_0   ? 18
+                                                     : type == KI_WEIGHT_Q4_1 ? 20
+                                                                              : 34;
     for (uint32_t c = 0; c < n_cols && type < KI_WEIGHT_Q4_0; c++) {
         float x = rng_normal(r);
         uint16_t h = type == KI_WEIGHT_F16 ? ki_f32_to_f16(x) : (uint16_t)(ki_f32_bits(x) >> 16);
@@ -46,20 +49,22 @@ static void random_row(uint8_t *row, ki_weight type, uint32_t n_cols, rng *r) {
 
 typedef struct product {
     ki_matrix matrix;
-    uint8_t *file;   /* [n_rows] file rows */
+    uint8_t *file; /* [n_rows] file rows */
     size_t row_bytes;
     ki_activations a;
-    size_t n;        /* activation rows */
+    size_t n; /* activation rows */
     float *x;
 } product;
 
-static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n, rng *r) {
+static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n,
+                         rng *r) {
     size_t n_bytes = 0;
     *p = (product){.matrix = {.type = type, .n_rows = n_rows, .n_cols = n_cols}, .n = n};
     p->row_bytes = file_row_bytes(type, n_cols);
     p->file = check_alloc(p->row_bytes * n_rows);
     for (uint32_t i = 0; i < n_rows; i++) random_row(p->file + i * p->row_bytes, type, n_cols, r);
-    CHECK(ki_matrix_bytes(&n_bytes, type, n_rows, n_cols) && n_bytes == (n_rows + 15) / 16 * 16 * p->row_bytes,
+    CHECK(ki_matrix_bytes(&n_bytes, type, n_rows, n_cols) &&
+              n_bytes == (n_rows + 15) / 16 * 16 * p->row_bytes,
           "%zu bytes for %u rows of %zu", n_bytes, n_rows, p->row_bytes);
     p->matrix.tiles = check_alloc(n_bytes);
     uint32_t n_tiles = (n_rows + 15) / 16, half = n_tiles / 2;
@@ -67,7 +72,8 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
     ki_matrix_pack(&p->matrix, p->file, 0, half);
     p->x = check_alloc(n * n_cols * 4);
     for (size_t i = 0; i < n * n_cols; i++) p->x[i] = rng_normal(r) * (i % 97 == 5 ? 30 : 1);
-    for (uint32_t c = 0; c < n_cols && c < 32; c++) p->x[c] = n > 2 ? 0 : p->x[c]; /* a block of zeros */
+    for (uint32_t c = 0; c < n_cols && c < 32; c++)
+        p->x[c] = n > 2 ? 0 : p->x[c]; /* a block of zeros */
     p->a = (ki_activations){.n_cols = n_cols, .x = p->x};
     p->a.high = check_alloc(n * n_cols);
     p->a.low = check_alloc(n * n_cols);
@@ -76,7 +82,8 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
 }
 
 static void product_deinit(product *p) {
-    free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.high), free(p->a.low), free(p->a.scales), free(p->a.sums);
+    free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.high), free(p->a.low),
+        free(p->a.scales), free(p->a.sums);
 }
 
 static void matrix_rows(ki_weight type) {
@@ -92,20 +99,24 @@ static void matrix_rows(ki_weight type) {
             for (uint32_t c = 0; c < n_cols; c++) {
                 double want = file_value(p.file + i * p.row_bytes, type, c);
                 /* d c is exact in float32 (11 + 8 bits); Q4_1 rounds its sum once */
-                CHECK((double)out[c] == (double)(float)want, "row %u of %u, column %u: %g, not %g", i, n_rows, c,
-                      (double)out[c], want);
+                CHECK((double)out[c] == (double)(float)want, "row %u of %u, column %u: %g, not %g",
+                      i, n_rows, c, (double)out[c], want);
             }
         }
         product_deinit(&p);
     }
     size_t n_bytes;
     CHECK(ki_weight_is_quantized(type) == (type >= KI_WEIGHT_Q4_0), "is_quantized");
-    CHECK(!ki_matrix_bytes(&n_bytes, type, UINT32_MAX, UINT32_MAX / 64 * 64) || n_bytes > SIZE_MAX / 64, "overflow");
+    CHECK(!ki_matrix_bytes(&n_bytes, type, UINT32_MAX, UINT32_MAX / 64 * 64) ||
+              n_bytes > SIZE_MAX / 64,
+          "overflow");
     check_end();
 }
 
 /* The integer of an activation. */
-static int32_t activation(const ki_activations *a, size_t i) { return 128 * a->high[i] + a->low[i]; }
+static int32_t activation(const ki_activations *a, size_t i) {
+    return 128 * a->high[i] + a->low[i];
+}
 
 static void check_activations(const product *p) {
     size_t n_blocks = p->a.n_cols / 32;
@@ -150,7 +161,8 @@ static double reference(double *tolerance, const product *p, size_t row, uint32_
     return sum;
 }
 
-static void matmul_one(ki_isa isa, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n, rng *r) {
+static void matmul_one(ki_isa isa, ki_weight type, uint32_t n_rows, uint32_t n_cols, size_t n,
+                       rng *r) {
     product p;
     product_init(&p, type, n_rows, n_cols, n, r);
     uint32_t n_tiles = (n_rows + 15) / 16;
@@ -164,17 +176,19 @@ static void matmul_one(ki_isa isa, ki_weight type, uint32_t n_rows, uint32_t n_c
     if (ki_weight_is_quantized(type)) check_activations(&p);
     scalar->matmul(want, stride, &p.matrix, 0, n_tiles, &p.a, n);
     memset(p.a.high, 0, n * n_cols);
-        memset(p.a.low, 0, n * n_cols);
+    memset(p.a.low, 0, n * n_cols);
     for (size_t i = 0; ki_weight_is_quantized(type) && i < n; i++) kernels->quantize_row(&p.a, i);
     kernels->matmul(out, stride, &p.matrix, n_tiles / 2, n_tiles, &p.a, n);
     kernels->matmul(out, stride, &p.matrix, 0, n_tiles / 2, &p.a, n);
-    CHECK(!memcmp(out, want, n_out * 4), "%ux%u by %zu: bytes differ from scalar", n_rows, n_cols, n);
+    CHECK(!memcmp(out, want, n_out * 4), "%ux%u by %zu: bytes differ from scalar", n_rows, n_cols,
+          n);
     for (size_t i = 0; i < n; i++)
         for (uint32_t j = 0; j < n_tiles * 16; j++) {
             double tolerance = 0, expected = j < n_rows ? reference(&tolerance, &p, i, j) : 0;
             double got = (double)out[i * stride + j];
-            CHECK(fabs(got - expected) <= tolerance, "%ux%u by %zu: [%zu][%u] is %g, expected %g +- %g", n_rows,
-                  n_cols, n, i, j, got, expected, tolerance);
+            CHECK(fabs(got - expected) <= tolerance,
+                  "%ux%u by %zu: [%zu][%u] is %g, expected %g +- %g", n_rows, n_cols, n, i, j, got,
+                  expected, tolerance);
         }
     free(out), free(want);
     product_deinit(&p);
@@ -215,7 +229,8 @@ static void same(const char *what, size_t n) {
 
 static void norm(ki_isa isa) {
     if (!check_case_isa(isa, "dense/rms-norm")) return;
-    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense,
+                           *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
     rng r = check_rng();
     for (uint32_t n = 16; n <= 2048; n += n < 128 ? 16 : 480) {
         fill(&r, n % 32 ? 1e-3f : 3);
@@ -229,8 +244,8 @@ static void norm(ki_isa isa) {
         double relative = (n / 32 + 10) * 0x1p-24;
         for (uint32_t i = 0; i < n; i++) {
             double want = (double)v.x[i] * factor * (double)v.y[i];
-            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * relative, "[%u] of %u: %g, not %g", i, n,
-                  (double)v.got[i], want);
+            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * relative, "[%u] of %u: %g, not %g",
+                  i, n, (double)v.got[i], want);
         }
         memcpy(v.got, v.x, n * 4); /* in place */
         k->rms_norm(v.got, v.got, v.y, n, 1e-5f);
@@ -241,7 +256,8 @@ static void norm(ki_isa isa) {
 
 static void rope(ki_isa isa) {
     if (!check_case_isa(isa, "dense/rope")) return;
-    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense,
+                           *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
     static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
     rng r = check_rng();
     for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
@@ -258,10 +274,12 @@ static void rope(ki_isa isa) {
         scalar->rope(v.want, v.y, v.z, n);
         same("rope", n + 1);
         for (uint32_t j = 0; j < half; j++) { /* three roundings of at most |a| + |b| */
-            double a = (double)v.x[j], b = (double)v.x[half + j], c = (double)v.y[j], s = (double)v.z[j];
+            double a = (double)v.x[j], b = (double)v.x[half + j], c = (double)v.y[j],
+                   s = (double)v.z[j];
             double tolerance = 3 * 0x1p-24 * (fabs(a) + fabs(b));
             CHECK(fabs((double)v.got[j] - (a * c - b * s)) <= tolerance, "D = %u, %u", n, j);
-            CHECK(fabs((double)v.got[half + j] - (b * c + a * s)) <= tolerance, "D = %u, %u", n, half + j);
+            CHECK(fabs((double)v.got[half + j] - (b * c + a * s)) <= tolerance, "D = %u, %u", n,
+                  half + j);
         }
     }
     check_end();
@@ -269,7 +287,8 @@ static void rope(ki_isa isa) {
 
 static void elementwise(ki_isa isa) {
     if (!check_case_isa(isa, "dense/elementwise")) return;
-    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense,
+                           *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
     rng r = check_rng();
     for (uint32_t n = 16; n <= 2048; n += n < 64 ? 16 : 496) {
         fill(&r, 8);
@@ -279,8 +298,8 @@ static void elementwise(ki_isa isa) {
         same("silu_mul", n);
         for (uint32_t i = 0; i < n; i++) { /* e^-x to 4 ulp, then a sum, a quotient, a product */
             double g = (double)v.x[i], want = g / (1 + exp(-g)) * (double)v.z[i];
-            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * 8 * 0x1p-23 + 1e-35, "silu(%g) %g, not %g", g,
-                  (double)v.got[i], want);
+            CHECK(fabs((double)v.got[i] - want) <= fabs(want) * 8 * 0x1p-23 + 1e-35,
+                  "silu(%g) %g, not %g", g, (double)v.got[i], want);
         }
         memcpy(v.got, v.x, n * 4);
         k->add(v.got, v.y, n);
@@ -316,7 +335,8 @@ static void expect_exp(const float *x, const float *e, double *worst) {
 
 static void exponential(ki_isa isa) {
     if (!check_case_isa(isa, "dense/exp")) return;
-    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense, *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense,
+                           *scalar = &ki_kernels_get(KI_ISA_SCALAR)->dense;
     rng r = check_rng();
     float x[16], got[16], want[16];
     double worst = 0;
@@ -333,14 +353,17 @@ static void exponential(ki_isa isa) {
         CHECK(!memcmp(got, want, sizeof got), "bytes differ from scalar");
         expect_exp(x, got, &worst);
     }
-    static const float edges[16] = {0, -0.0f, -INFINITY, -87, -87.0001f, -88, -1000, -1e30f, -3e38f, 88, 89, 1e30f,
-                                    INFINITY, 1, -1, -86.999f};
+    static const float edges[16] = {0,        -0.0f,  -INFINITY, -87,     -87.0001f, -88,
+                                    -1000,    -1e30f, -3e38f,    88,      89,        1e30f,
+                                    INFINITY, 1,      -1,        -86.999f};
     k->exp(got, edges, 16);
     scalar->exp(want, edges, 16);
     CHECK(!memcmp(got, want, sizeof got), "edges differ from scalar");
     CHECK(got[0] == 1 && got[1] == 1, "e^0 is %a and %a", (double)got[0], (double)got[1]);
-    for (int i = 2; i <= 8; i++) CHECK(got[i] == 0 && !signbit(got[i]), "e^%g is %g", (double)edges[i], (double)got[i]);
-    CHECK(got[10] == got[9] && got[11] == got[9] && got[12] == got[9] && isfinite(got[9]), "above 88");
+    for (int i = 2; i <= 8; i++)
+        CHECK(got[i] == 0 && !signbit(got[i]), "e^%g is %g", (double)edges[i], (double)got[i]);
+    CHECK(got[10] == got[9] && got[11] == got[9] && got[12] == got[9] && isfinite(got[9]),
+          "above 88");
     /* monotone over runs of neighbours on both sides of 0 */
     for (int side = 0; side < 2; side++)
         for (int e = -30; e <= -1; e++) {
@@ -350,7 +373,8 @@ static void exponential(ki_isa isa) {
                 for (uint32_t j = 0; j < 16; j++) x[j] = ki_f32_from_bits(bits + i * 16 + j);
                 k->exp(got, x, 16);
                 for (int j = 0; j < 16; j++) {
-                    CHECK(side ? got[j] <= last : got[j] >= last, "not monotone at %a", (double)x[j]);
+                    CHECK(side ? got[j] <= last : got[j] >= last, "not monotone at %a",
+                          (double)x[j]);
                     last = got[j];
                 }
             }

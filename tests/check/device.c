@@ -15,24 +15,35 @@ static ki_isa richest(ki_isa limit) {
 
 static void choose(void) {
     if (!check_case("cpu/choose")) return;
-    static const struct { const char *disabled; ki_isa limit; } good[] = {
-        {NULL, KI_ISA_AVX512VNNI},         {"", KI_ISA_AVX512VNNI},     {"avx512vnni", KI_ISA_AVX512},
-        {"avx512", KI_ISA_AVX2},           {"avx2", KI_ISA_SCALAR},     {"avx512,avx2", KI_ISA_SCALAR},
-        {"avx2,avx512vnni", KI_ISA_SCALAR}, {"avx512vnni,", KI_ISA_AVX512}, {",avx512", KI_ISA_AVX2},
-        {",,", KI_ISA_AVX512VNNI}};
+    static const struct {
+        const char *disabled;
+        ki_isa limit;
+    } good[] = {{NULL, KI_ISA_AVX512VNNI},
+                {"", KI_ISA_AVX512VNNI},
+                {"avx512vnni", KI_ISA_AVX512},
+                {"avx512", KI_ISA_AVX2},
+                {"avx2", KI_ISA_SCALAR},
+                {"avx512,avx2", KI_ISA_SCALAR},
+                {"avx2,avx512vnni", KI_ISA_SCALAR},
+                {"avx512vnni,", KI_ISA_AVX512},
+                {",avx512", KI_ISA_AVX2},
+                {",,", KI_ISA_AVX512VNNI}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ki_isa isa = KI_ISA_COUNT;
         CHECK_OK(ki_isa_choose(&isa, good[i].disabled, err));
         CHECK(isa == richest(good[i].limit), "'%s' gives %d", good[i].disabled, (int)isa);
     }
-    static const char *const bad[] = {"avx", "avx5122", "AVX2", "avx2;avx512", " avx2", "avx512,nonsense", "scalar"};
+    static const char *const bad[] = {"avx",   "avx5122",         "AVX2",  "avx2;avx512",
+                                      " avx2", "avx512,nonsense", "scalar"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ki_isa isa;
         kivi_error err = {0};
-        CHECK(ki_isa_choose(&isa, bad[i], &err) == KIVI_ARG && err.text[0], "'%s' is accepted", bad[i]);
+        CHECK(ki_isa_choose(&isa, bad[i], &err) == KIVI_ARG && err.text[0], "'%s' is accepted",
+              bad[i]);
     }
     for (int i = 0; i < KI_ISA_COUNT; i++)
-        if (ki_isa_available((ki_isa)i)) CHECK(ki_kernels_get((ki_isa)i)->isa == (ki_isa)i, "table %d", i);
+        if (ki_isa_available((ki_isa)i))
+            CHECK(ki_kernels_get((ki_isa)i)->isa == (ki_isa)i, "table %d", i);
     CHECK(ki_isa_available(KI_ISA_SCALAR) && !ki_isa_available(KI_ISA_COUNT), "availability");
     CHECK(ki_cpu_count() >= 1, "no processor");
     check_end();
@@ -70,13 +81,15 @@ static void workers(unsigned n_threads) {
         for (uint32_t i = 0; i < n; i++) want[i]++;
         if (round % 500 == 0) { /* long enough for the others to fall asleep */
             double until = check_seconds() + 0.003;
-            while (check_seconds() < until) {}
+            while (check_seconds() < until) {
+            }
         }
         for (uint32_t i = 0; i < MAX_TASKS && round % 50 == 0; i++)
-            CHECK(atomic_load(&t.counts[i]) == want[i], "round %d: task %u ran %u times, not %u", round, i,
-                  atomic_load(&t.counts[i]), want[i]);
+            CHECK(atomic_load(&t.counts[i]) == want[i], "round %d: task %u ran %u times, not %u",
+                  round, i, atomic_load(&t.counts[i]), want[i]);
     }
-    for (uint32_t i = 0; i < MAX_TASKS; i++) CHECK(atomic_load(&t.counts[i]) == want[i], "task %u", i);
+    for (uint32_t i = 0; i < MAX_TASKS; i++)
+        CHECK(atomic_load(&t.counts[i]) == want[i], "task %u", i);
     CHECK(!atomic_load(&t.bad_workers), "worker index");
     ki_workers_destroy(&w);
     ki_workers_destroy(&w);
@@ -115,7 +128,8 @@ typedef struct quant_out {
 static void quantize_all(quant_out *out, const uint16_t *x, const ki_quant_kernels *kernels) {
     for (unsigned bits = 2, i = 0; bits <= 8; bits *= 2, i++) {
         size_t first = i * 16, n = 16;
-        kernels->quantize(out->codes + first * 32, out->scale + first, out->zero + first, x + first * 32, n, 32, bits);
+        kernels->quantize(out->codes + first * 32, out->scale + first, out->zero + first,
+                          x + first * 32, n, 32, bits);
     }
 }
 

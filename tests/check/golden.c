@@ -16,14 +16,16 @@ EMBED_BITS(b2)
 EMBED_BITS(b4)
 EMBED_BITS(b8)
 
-#define FILE_OF(symbol) {symbol, symbol##_end}
+#define FILE_OF(symbol)                                                                            \
+    { symbol, symbol##_end }
 #define SET_OF(n_bits, n_group)                                                                    \
-    {.bits = (n_bits),                                                                             \
-     .group = (n_group),                                                                           \
-     .x = FILE_OF(b##n_bits##_g##n_group##_x),                                                     \
-     .code = FILE_OF(b##n_bits##_g##n_group##_code),                                               \
-     .scale = FILE_OF(b##n_bits##_g##n_group##_scale),                                             \
-     .zero = FILE_OF(b##n_bits##_g##n_group##_zero),                                               \
-     .kind = FILE_OF(b##n_bits##_g##n_group##_kind)}
-#define SETS_OF(n_bits) SET_OF(n_bits, 16), SET_OF(n_bits, 32), SET_OF(n_bits, 64), SET_OF(n_bits, 128)
+    {                                                                                              \
+        .bits = (n_bits), .group = (n_group), .x = FILE_OF(b##n_bits##_g##n_group##_x),            \
+        .code = FILE_OF(b##n_bits##_g##n_group##_code),                                            \
+        .scale = FILE_OF(b##n_bits##_g##n_group##_scale),                                          \
+        .zero = FILE_OF(b##n_bits##_g##n_group##_zero),                                            \
+        .kind = FILE_OF(b##n_bits##_g##n_group##_kind)                                             \
+    }
+#define SETS_OF(n_bits)                                                                            \
+    SET_OF(n_bits, 16), SET_OF(n_bits, 32), SET_OF(n_bits, 64), SET_OF(n_bits, 128)
 const golden_set golden_sets[GOLDEN_SETS] = {SETS_OF(2), SETS_OF(4), SETS_OF(8)};

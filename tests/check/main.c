@@ -168,7 +168,8 @@ static bool option(const char *arg, const char *name, const char **value) {
 }
 
 static int usage(void) {
-    fputs("check-kernels [--list] [--test=PREFIX] [--seed=N] [--isa=NAME] [--long] [--bench]\n", stderr);
+    fputs("check-kernels [--list] [--test=PREFIX] [--seed=N] [--isa=NAME] [--long] [--bench]\n",
+          stderr);
     return 2;
 }
 

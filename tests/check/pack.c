@@ -18,7 +18,8 @@ static void expect_keys(uint32_t *words, const uint8_t *plain, unsigned head_dim
     unsigned n = 32 / bits;
     for (unsigned t = 0; t < 128; t++)
         for (unsigned c = 0; c < head_dim; c += n)
-            words[(t / 16 * (head_dim / n) + c / n) * 16 + t % 16] = draw_word(plain + t * head_dim + c, bits);
+            words[(t / 16 * (head_dim / n) + c / n) * 16 + t % 16] =
+                draw_word(plain + t * head_dim + c, bits);
 }
 
 static void expect_values(uint32_t *words, const uint8_t *plain, unsigned head_dim, unsigned bits) {
@@ -31,15 +32,17 @@ static void expect_values(uint32_t *words, const uint8_t *plain, unsigned head_d
         }
 }
 
-static void pack_page(uint32_t *keys, uint32_t *values, const uint8_t *plain, unsigned head_dim, unsigned bits,
-                      unsigned group) {
+static void pack_page(uint32_t *keys, uint32_t *values, const uint8_t *plain, unsigned head_dim,
+                      unsigned bits, unsigned group) {
     static uint8_t turned[128 * 256];
     for (unsigned first = 0; first < 128; first += group) { /* [D][G], as key groups come */
         for (unsigned c = 0; c < head_dim; c++)
-            for (unsigned t = 0; t < group; t++) turned[c * group + t] = plain[(first + t) * head_dim + c];
+            for (unsigned t = 0; t < group; t++)
+                turned[c * group + t] = plain[(first + t) * head_dim + c];
         ki_pack_keys(keys, turned, first, group, head_dim, bits);
     }
-    for (unsigned t = 0; t < 128; t++) ki_pack_values(values, plain + t * head_dim, t, head_dim, bits);
+    for (unsigned t = 0; t < 128; t++)
+        ki_pack_values(values, plain + t * head_dim, t, head_dim, bits);
 }
 
 static void pack(unsigned head_dim, unsigned bits) {
@@ -68,7 +71,8 @@ static void pack(unsigned head_dim, unsigned bits) {
     }
     /* one token again: its neighbours in the word stay */
     unsigned t = 1 + rng_below(&r, 126);
-    for (unsigned c = 0; c < head_dim; c++) plain[t * head_dim + c] = (uint8_t)rng_below(&r, 1u << bits);
+    for (unsigned c = 0; c < head_dim; c++)
+        plain[t * head_dim + c] = (uint8_t)rng_below(&r, 1u << bits);
     ki_pack_values(v, plain + t * head_dim, t, head_dim, bits);
     expect_values(want, plain, head_dim, bits);
     CHECK(!memcmp(v, want, n_words * 4), "token %u's neighbours changed", t);

@@ -39,20 +39,23 @@ typedef struct golden {
 
 static void golden_open(golden *g, const golden_set *set) {
     bool ok = npy_open(&g->x, set->x, "'<f2'", 2) && npy_open(&g->code, set->code, "'|u1'", 1) &&
-              npy_open(&g->scale, set->scale, "'<f2'", 2) && npy_open(&g->zero, set->zero, "'<f2'", 2) &&
+              npy_open(&g->scale, set->scale, "'<f2'", 2) &&
+              npy_open(&g->zero, set->zero, "'<f2'", 2) &&
               npy_open(&g->kind, set->kind, "'|u1'", 1);
     CHECK(ok, "a golden file is not what numpy.save writes");
     g->n_groups = ok ? g->x.shape[0] : 0;
     CHECK(!ok || (g->x.shape[1] == set->group && g->code.n_items == g->x.n_items &&
                   g->scale.n_items == g->n_groups && g->zero.n_items == g->n_groups &&
-                  g->kind.n_items == g->n_groups), "shapes of the golden files disagree");
+                  g->kind.n_items == g->n_groups),
+          "shapes of the golden files disagree");
 }
 
 static void golden_compare(const golden_set *set, const ki_quant_kernels *kernels) {
     golden g;
     golden_open(&g, set);
     size_t n = g.n_groups * set->group;
-    uint16_t *x = check_alloc(n * 2), *scale = check_alloc(g.n_groups * 2), *zero = check_alloc(g.n_groups * 2);
+    uint16_t *x = check_alloc(n * 2), *scale = check_alloc(g.n_groups * 2),
+             *zero = check_alloc(g.n_groups * 2);
     uint8_t *codes = check_alloc(n);
     memcpy(x, g.x.data, n * 2);
     kernels->quantize(codes, scale, zero, x, g.n_groups, set->group, set->bits);
@@ -61,11 +64,12 @@ static void golden_compare(const golden_set *set, const ki_quant_kernels *kernel
         memcpy(&want[0], g.scale.data + 2 * i, 2);
         memcpy(&want[1], g.zero.data + 2 * i, 2);
         CHECK(scale[i] == want[0] && zero[i] == want[1],
-              "group %zu (kind %u): scale %04x zero %04x, expected %04x %04x", i, g.kind.data[i], scale[i], zero[i],
-              want[0], want[1]);
+              "group %zu (kind %u): scale %04x zero %04x, expected %04x %04x", i, g.kind.data[i],
+              scale[i], zero[i], want[0], want[1]);
         for (size_t j = i * set->group; j < (i + 1) * set->group; j++)
-            CHECK(codes[j] == g.code.data[j], "group %zu (kind %u), element %zu: code %u, expected %u", i,
-                  g.kind.data[i], j % set->group, codes[j], g.code.data[j]);
+            CHECK(codes[j] == g.code.data[j],
+                  "group %zu (kind %u), element %zu: code %u, expected %u", i, g.kind.data[i],
+                  j % set->group, codes[j], g.code.data[j]);
     }
     free(x), free(scale), free(zero), free(codes);
 }
@@ -87,8 +91,9 @@ static void golden_cases(const golden_set *set) {
 
 enum { N_KINDS = 14, BLOCK_GROUPS = 64 };
 static const char *const kind_names[N_KINDS] = {
-    "normal",     "outlier",      "constant", "two values", "subnormal",    "huge",       "large mean",
-    "exact ties", "negative",     "tiny range", "full range", "signed zeros", "minus zero", "any pattern"};
+    "normal",     "outlier",      "constant",   "two values", "subnormal",
+    "huge",       "large mean",   "exact ties", "negative",   "tiny range",
+    "full range", "signed zeros", "minus zero", "any pattern"};
 
 static float element(unsigned kind, unsigned i, float constant, rng *r) {
     float n = rng_normal(r);
@@ -116,7 +121,8 @@ static void make_groups(uint16_t *x, unsigned kind, size_t n_groups, unsigned gr
             float v = element(kind, i, constant, r);
             v = v > 65504 ? 65504 : v < -65504 ? -65504 : v;
             x[g * group + i] = ki_f32_to_f16(v);
-            if (kind == 13) do x[g * group + i] = (uint16_t)rng_u64(r);
+            if (kind == 13) do
+                    x[g * group + i] = (uint16_t)rng_u64(r);
                 while ((x[g * group + i] & 0x7c00) == 0x7c00);
         }
     }
@@ -142,15 +148,16 @@ static void check_bound(const block *b, unsigned kind, unsigned group, unsigned 
             max = x > max ? x : max;
             double error = fabs(x - (b->codes[i] * scale + zero));
             if (error > bound || b->codes[i] > levels)
-                check_fail(__FILE__, __LINE__, "kind %s: x %g code %u scale %g zero %g", kind_names[kind], x,
-                           b->codes[i], scale, zero);
+                check_fail(__FILE__, __LINE__, "kind %s: x %g code %u scale %g zero %g",
+                           kind_names[kind], x, b->codes[i], scale, zero);
         }
         /* the smallest scale that reaches the maximum, and the zero as written */
         uint16_t s = b->scale[g];
         double below = s ? (double)ki_f16_to_f32((uint16_t)(s - 1)) : 0;
         bool tight = zero == min && !(b->zero[g] == 0x8000) && (s ? s < 0x7c00 : max == min) &&
                      (!s || below * levels < (max - min) * (1 + 0x1p-22));
-        CHECK(tight, "kind %s: scale %04x zero %04x for [%g, %g]", kind_names[kind], s, b->zero[g], min, max);
+        CHECK(tight, "kind %s: scale %04x zero %04x for [%g, %g]", kind_names[kind], s, b->zero[g],
+              min, max);
     }
 }
 
@@ -182,13 +189,15 @@ static void equal(unsigned bits, unsigned group, ki_isa isa) {
     for (size_t n = 0; n < blocks_of(group) && !check_failed(); n++)
         for (unsigned kind = 0; kind < N_KINDS; kind++) {
             make_groups(want.x, kind, BLOCK_GROUPS, group, &r);
-            ki_quantize_scalar(want.codes, want.scale, want.zero, want.x, BLOCK_GROUPS, group, bits);
+            ki_quantize_scalar(want.codes, want.scale, want.zero, want.x, BLOCK_GROUPS, group,
+                               bits);
             kernels->quantize(got.codes, got.scale, got.zero, want.x, BLOCK_GROUPS, group, bits);
             for (size_t g = 0; g < BLOCK_GROUPS; g++)
                 CHECK(got.scale[g] == want.scale[g] && got.zero[g] == want.zero[g],
-                      "kind %s: scale %04x zero %04x, expected %04x %04x", kind_names[kind], got.scale[g],
-                      got.zero[g], want.scale[g], want.zero[g]);
-            CHECK(!memcmp(got.codes, want.codes, BLOCK_GROUPS * group), "kind %s: codes", kind_names[kind]);
+                      "kind %s: scale %04x zero %04x, expected %04x %04x", kind_names[kind],
+                      got.scale[g], got.zero[g], want.scale[g], want.zero[g]);
+            CHECK(!memcmp(got.codes, want.codes, BLOCK_GROUPS * group), "kind %s: codes",
+                  kind_names[kind]);
         }
     check_end();
 }
@@ -202,18 +211,23 @@ static void guarded(ki_isa isa) {
     for (unsigned group = 16; group <= 128; group *= 2)
         for (size_t n = 1; n <= 5; n++) {
             guard x = guard_alloc(n * group * 2), codes = guard_alloc(n * group);
-            guard scale = guard_alloc(n * 2), zero = guard_alloc(n * 2), f32 = guard_alloc(n * group * 4);
+            guard scale = guard_alloc(n * 2), zero = guard_alloc(n * 2),
+                  f32 = guard_alloc(n * group * 4);
             uint8_t *fronts[] = {codes.data - 8, scale.data - 8, zero.data - 8, x.data - 8};
             for (int i = 0; i < 4; i++) memset(fronts[i], 0xa5, 8);
             for (size_t i = 0; i < n * group; i++) ((float *)f32.data)[i] = rng_normal(&r);
             uint64_t n_saturated = 0;
-            CHECK(kernels->to_f16((uint16_t *)x.data, &n_saturated, (const float *)f32.data, n * group), "to_f16");
+            CHECK(kernels->to_f16((uint16_t *)x.data, &n_saturated, (const float *)f32.data,
+                                  n * group),
+                  "to_f16");
             for (unsigned bits = 2; bits <= 8; bits *= 2)
                 kernels->quantize(codes.data, (uint16_t *)scale.data, (uint16_t *)zero.data,
                                   (const uint16_t *)x.data, n, group, bits);
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 8; j++) CHECK(fronts[i][j] == 0xa5, "wrote before buffer %d", i);
-            guard_free(&x), guard_free(&codes), guard_free(&scale), guard_free(&zero), guard_free(&f32);
+                for (int j = 0; j < 8; j++)
+                    CHECK(fronts[i][j] == 0xa5, "wrote before buffer %d", i);
+            guard_free(&x), guard_free(&codes), guard_free(&scale), guard_free(&zero),
+                guard_free(&f32);
         }
     check_end();
 }
@@ -237,7 +251,8 @@ static void to_f16_values(ki_isa isa) {
         }
         uint64_t n_got = 5, n_want = 5, n_counted = 5;
         for (size_t i = 0; i < n; i++) n_counted += fabsf(x[i]) > 65504;
-        bool got_ok = kernels->to_f16(got, &n_got, x, n), want_ok = ki_to_f16_scalar(want, &n_want, x, n);
+        bool got_ok = kernels->to_f16(got, &n_got, x, n),
+             want_ok = ki_to_f16_scalar(want, &n_want, x, n);
         CHECK(got_ok && want_ok, "a finite row is refused");
         CHECK(n_got == n_counted && n_want == n_counted, "%llu values saturated, counted %llu",
               (unsigned long long)n_counted - 5, (unsigned long long)n_got - 5);
@@ -254,7 +269,8 @@ static void to_f16_values(ki_isa isa) {
 static void to_f16_not_finite(ki_isa isa) {
     if (!check_case_isa(isa, "quant/to-f16/not-finite")) return;
     const ki_quant_kernels *kernels = &ki_kernels_get(isa)->quant;
-    static const uint32_t patterns[] = {0x7f800000, 0xff800000, 0x7fc00000, 0xffc00000, 0x7f800001, 0xff812345};
+    static const uint32_t patterns[] = {0x7f800000, 0xff800000, 0x7fc00000,
+                                        0xffc00000, 0x7f800001, 0xff812345};
     rng r = check_rng();
     float x[64];
     uint16_t out[64];
@@ -265,12 +281,13 @@ static void to_f16_not_finite(ki_isa isa) {
                     for (size_t i = 0; i < n; i++) x[i] = rng_normal(&r) * (big ? 1e5f : 1.0f);
                     memcpy(&x[lane], &patterns[p], 4);
                     uint64_t n_saturated = 0;
-                    CHECK(!kernels->to_f16(out, &n_saturated, x, n), "%08x in lane %zu of %zu is not seen",
-                          patterns[p], lane, n);
+                    CHECK(!kernels->to_f16(out, &n_saturated, x, n),
+                          "%08x in lane %zu of %zu is not seen", patterns[p], lane, n);
                     CHECK(!ki_to_f16_scalar(out, &n_saturated, x, n), "the definition misses it");
                     memset(out, 0, sizeof out);
                     out[lane] = (uint16_t)(patterns[p] >> 16 | 0x7c00);
-                    CHECK(!ki_f16_all_finite(out, n) && ki_f16_all_finite(out, lane), "ki_f16_all_finite");
+                    CHECK(!ki_f16_all_finite(out, n) && ki_f16_all_finite(out, lane),
+                          "ki_f16_all_finite");
                 }
     check_end();
 }

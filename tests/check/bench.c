@@ -1,0 +1,126 @@
+/* Speeds; they decide nothing. */
+#include "world.h"
+
+/* Times a call: repeats until half a second is over and gives the fastest of five such rounds' means, in ns. */
+typedef void (*bench_fn)(void *context);
+static double time_ns(bench_fn fn, void *context) {
+    double best = 1e30;
+    fn(context);
+    for (int round = 0; round < 5; round++) {
+        uint32_t n = 0;
+        double start = check_seconds(), end;
+        do {
+            fn(context);
+            n++;
+            end = check_seconds();
+        } while (end - start < 0.1);
+        double ns = (end - start) * 1e9 / n;
+        best = ns < best ? ns : best;
+    }
+    return best;
+}
+
+typedef struct attend_bench {
+    kivi_cache *cache;
+    ki_attend_item item;
+} attend_bench;
+
+static void run_attend(void *context) {
+    attend_bench *b = context;
+    ki_attend_batch(b->cache, &b->item, 1, 0, 0);
+}
+
+static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads, uint32_t bits) {
+    enum { N = 8192 };
+    world w = world_small();
+    w.isa = isa;
+    w.geometry = (kivi_cache_geometry){.n_layers = 1,
+                                       .n_heads = heads,
+                                       .n_kv_heads = kv_heads,
+                                       .head_dim = d,
+                                       .n_pages = N / 128 + 1,
+                                       .max_step_rows = 512,
+                                       .n_threads = 1};
+    w.geometry.kv = (kivi_kv_options){
+        .k_bits = bits, .v_bits = bits, .residual_tokens = 128, .rule = KIVI_RULE_STREAM};
+    static uint32_t tokens[N + 1];
+    attend_bench b = {0};
+    kivi_seq *seq = NULL;
+    if (world_create(&b.cache, &w, NULL) || kivi_seq_create(&seq, b.cache, NULL)) return;
+    for (uint32_t i = 0; i < N; i++) tokens[i] = i;
+    for (int i = 0; i < N / 512; i++)
+        if (world_step(seq, tokens, 512, NULL, NULL)) return;
+    size_t row = (size_t)heads * d;
+    float *k = check_alloc(2 * row * 4), *q = check_alloc(row * 4), *out = check_alloc(row * 4);
+    world_rows(k, k + row, q, &b.cache->layout, tokens, 0, N, 1);
+    if (kivi_seq_begin(seq, 1, NULL) || kivi_seq_append(seq, 0, k, k + row, KIVI_F32, NULL)) return;
+    b.item = (ki_attend_item){
+        .seq = seq, .n_rows = 1, .q = q, .out = out, .q_stride = row, .out_stride = row};
+    double ns = time_ns(run_attend, &b), bytes = (double)b.cache->pool.id_bytes * (N / 128);
+    printf("attend  %-10s D %3u  H %2u/%u  %2u bits  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
+           ki_isa_names[isa], d, heads, kv_heads, bits, N, ns, bytes / ns);
+    fflush(stdout);
+    kivi_seq_abort(seq);
+    kivi_seq_destroy(&seq);
+    kivi_cache_destroy(&b.cache);
+    free(k), free(q), free(out);
+}
+
+typedef struct matmul_bench {
+    const ki_dense_kernels *kernels;
+    ki_matrix matrix;
+    ki_activations a;
+    float *out;
+    size_t n_rows;
+} matmul_bench;
+
+static void run_matmul(void *context) {
+    matmul_bench *b = context;
+    for (size_t i = 0; i < b->n_rows; i++) b->kernels->quantize_row(&b->a, i);
+    b->kernels->matmul(b->out, b->matrix.n_rows, &b->matrix, 0, b->matrix.n_rows / 16, &b->a,
+                       b->n_rows);
+}
+
+static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_rows) {
+    matmul_bench b = {.kernels = &ki_kernels_get(isa)->dense, .n_rows = n_rows};
+    b.matrix = (ki_matrix){.type = type, .n_rows = 1536, .n_cols = 576};
+    size_t n_bytes;
+    if (!ki_matrix_bytes(&n_bytes, type, 1536, 576)) return;
+    b.matrix.tiles = check_alloc(n_bytes);
+    for (size_t i = 0; i < n_bytes; i++)
+        b.matrix.tiles[i] = (uint8_t)(i * 7 % 59); /* small float16 numbers */
+    float *x = check_alloc(n_rows * 576 * 4);
+    for (size_t i = 0; i < n_rows * 576; i++) x[i] = (float)(i % 17) - 8;
+    b.a = (ki_activations){.n_cols = 576,
+                           .x = x,
+                           .high = check_alloc(n_rows * 576),
+                           .low = check_alloc(n_rows * 576),
+                           .scales = check_alloc(n_rows * 18 * 4),
+                           .sums = check_alloc(n_rows * 18 * 4)};
+    b.out = check_alloc(n_rows * 1536 * 4);
+    double ns = time_ns(run_matmul, &b);
+    printf(
+        "matmul  %-10s %s 1536x576 by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+        ki_isa_names[isa], name, n_rows, ns, (double)n_bytes / ns,
+        1536.0 * 576 * (double)n_rows / ns);
+    fflush(stdout);
+    free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
+        free(b.out);
+}
+
+void check_bench(void) {
+    for (int i = 0; i < KI_ISA_COUNT; i++) {
+        ki_isa isa = (ki_isa)i;
+        if (!ki_isa_available(isa) ||
+            (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[i]) != 0))
+            continue;
+        bench_attend(isa, 64, 9, 3, 2);
+        bench_attend(isa, 64, 9, 3, 4);
+        bench_attend(isa, 64, 9, 3, 16);
+        bench_attend(isa, 128, 32, 8, 2);
+        bench_attend(isa, 128, 32, 8, 16);
+        bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 1);
+        bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 16);
+        bench_matmul(isa, KI_WEIGHT_F16, "f16", 1);
+    }
+}

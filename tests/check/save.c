@@ -1,0 +1,188 @@
+/* A sequence in a file: what is loaded goes on as the saved one, and no damaged file is believed. */
+#include "world.h"
+
+#include <unistd.h>
+
+enum { N_TOKENS = 600 };
+static uint32_t tokens[N_TOKENS];
+static char path[64];
+
+static uint64_t go_on(kivi_seq *seq) {
+    size_t n = world_out_floats(&seq->cache->layout, 1);
+    float *out = check_alloc(n * 4);
+    uint64_t h = 0;
+    for (int i = 0; i < 70 && !check_failed(); i++) {
+        CHECK_OK(world_step(seq, tokens, 1, out, err));
+        h = hash_u64(h, world_hash(out, n * 4));
+    }
+    free(out);
+    return h;
+}
+
+static kivi_seq *fed(kivi_cache *cache, uint32_t n) {
+    kivi_seq *seq = NULL;
+    CHECK_OK(kivi_seq_create(&seq, cache, err));
+    if (n) CHECK_OK(kivi_seq_begin_prompt(seq, n, err));
+    if (n) CHECK_OK(world_step(seq, tokens, n, NULL, err));
+    return seq;
+}
+
+static world world_of(uint32_t k_bits, uint32_t v_bits, uint32_t sinks) {
+    world w = world_small();
+    w.geometry.kv.k_bits = k_bits, w.geometry.kv.v_bits = v_bits, w.geometry.kv.sink_tokens = sinks;
+    return w;
+}
+
+static void round_trip(uint32_t k_bits, uint32_t v_bits, uint32_t sinks) {
+    if (!check_case("save/continue/b%u.%u-s%u", k_bits, v_bits, sinks)) return;
+    world w = world_of(k_bits, v_bits, sinks);
+    kivi_cache *cache = NULL, *other = NULL;
+    CHECK_OK(world_create(&cache, &w, err));
+    w.geometry.n_pages = 8;
+    CHECK_OK(world_create(&other, &w, err)); /* another pool: page ids must not matter */
+    static const uint32_t lengths[] = {0, 1, 20, 32, 63, 127, 128, 129, 300};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths && !check_failed(); i++) {
+        kivi_seq *seq = fed(cache, lengths[i]), *loaded = NULL;
+        uint32_t n = lengths[i];
+        if (n > 100) { /* also the state after steps back, before the prompt's start too */
+            uint32_t more = 10;
+            CHECK_OK(kivi_seq_begin_prompt(seq, more, err));
+            CHECK_OK(world_step(seq, tokens, more, NULL, err));
+            CHECK_OK(kivi_seq_rewind(seq, n - 3, err));
+        }
+        CHECK_OK(kivi_seq_save(seq, path, err));
+        CHECK_OK(kivi_seq_load(&loaded, other, path, err));
+        if (loaded) {
+            CHECK(kivi_seq_length(loaded) == kivi_seq_length(seq), "length");
+            CHECK(go_on(loaded) == go_on(seq), "%u tokens: goes on differently", n);
+        }
+        kivi_seq_destroy(&loaded);
+        kivi_seq_destroy(&seq);
+    }
+    CHECK(other->pool.n_free == other->pool.n_pages, "pages left");
+    kivi_cache_destroy(&cache);
+    kivi_cache_destroy(&other);
+    remove(path);
+    check_end();
+}
+
+/* ---- damage ---- */
+
+static size_t read_file(uint8_t *bytes, size_t max) {
+    FILE *f = fopen(path, "rb");
+    size_t n = f ? fread(bytes, 1, max, f) : 0;
+    if (f) fclose(f);
+    return n;
+}
+
+static void write_file(const uint8_t *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n)
+        check_fail(__FILE__, __LINE__, "%s cannot be written", path);
+    if (f) fclose(f);
+}
+
+static void expect_refused(kivi_cache *cache, const char *what, size_t at) {
+    kivi_seq *seq = NULL;
+    kivi_error e = {0};
+    uint64_t before = atomic_load(&cache->mem->n_blocks);
+    kivi_status status = kivi_seq_load(&seq, cache, path, &e);
+    CHECK(status != KIVI_OK && !seq, "%s at %zu is believed", what, at);
+    CHECK(e.status == status && e.text[0], "%s at %zu: no error text", what, at);
+    CHECK(status == KIVI_FORMAT || status == KIVI_ARG || status == KIVI_FULL, "%s at %zu: %s", what,
+          at, e.text);
+    CHECK(atomic_load(&cache->mem->n_blocks) == before && cache->pool.n_free == cache->pool.n_pages,
+          "%s at %zu: a leak", what, at);
+    CHECK(ki_pool_check(&cache->pool), "pool");
+    kivi_seq_destroy(&seq);
+}
+
+static void damage(void) {
+    if (!check_case("save/damage")) return;
+    world w = world_of(2, 4, 32);
+    w.geometry.n_pages = 8;
+    kivi_cache *cache = NULL;
+    CHECK_OK(world_create(&cache, &w, err));
+    kivi_seq *seq = fed(cache, 200), *loaded = NULL;
+    CHECK_OK(kivi_seq_save(seq, path, err));
+    kivi_seq_destroy(&seq);
+    static uint8_t good[1 << 20], bad[1 << 20];
+    size_t n = read_file(good, sizeof good - 1);
+    CHECK(n > 1000 && n < sizeof good - 1, "a file of %zu bytes", n);
+    rng r = check_rng();
+    for (size_t i = 0; i < 160 && !check_failed(); i++) { /* every length of the head, then some */
+        size_t cut = i < 100 ? i : i < 120 ? n - 1 - (i - 100) : rng_below(&r, (uint32_t)n);
+        write_file(good, cut);
+        expect_refused(cache, "truncation", cut);
+    }
+    for (size_t i = 0; i < 640 && !check_failed(); i++) {
+        size_t at = i < 480 ? i / 8 : rng_below(&r, (uint32_t)n),
+               bit = i < 480 ? i % 8 : rng_below(&r, 8);
+        memcpy(bad, good, n);
+        bad[at] = (uint8_t)(bad[at] ^ 1u << bit);
+        write_file(bad, n);
+        expect_refused(cache, "a flipped bit", at);
+    }
+    good[n] = 0;
+    write_file(good, n + 1);
+    expect_refused(cache, "a byte too many", n);
+    write_file(good, n);
+    CHECK_OK(kivi_seq_load(&loaded, cache, path, err)); /* and the good file is good */
+    kivi_seq_destroy(&loaded);
+    remove(path);
+    kivi_error e = {0};
+    CHECK(kivi_seq_load(&loaded, cache, path, &e) == KIVI_IO && e.text[0] && !loaded, "no file");
+    kivi_cache_destroy(&cache);
+    check_end();
+}
+
+static void other_kinds(void) {
+    if (!check_case("save/other-geometry")) return;
+    world good = world_of(2, 2, 0);
+    kivi_cache *cache = NULL;
+    CHECK_OK(world_create(&cache, &good, err));
+    kivi_seq *seq = fed(cache, 200);
+    CHECK_OK(kivi_seq_save(seq, path, err));
+    for (int i = 0; i < 9; i++) {
+        world w = good;
+        if (i == 0) w.geometry.n_layers = 3;
+        if (i == 1) w.geometry.n_kv_heads = 4;
+        if (i == 2) w.geometry.head_dim = 64;
+        if (i == 3) w.geometry.kv.k_bits = 4;
+        if (i == 4) w.geometry.kv.v_bits = 16;
+        if (i == 5) w.geometry.kv.group = 16;
+        if (i == 6) w.geometry.kv.residual_tokens = 64;
+        if (i == 7) w.geometry.kv.sink_tokens = 32;
+        if (i == 8) w.geometry.n_pages = 1;
+        kivi_cache *other = NULL;
+        kivi_seq *loaded = NULL;
+        kivi_error e = {0};
+        CHECK_OK(world_create(&other, &w, err));
+        kivi_status status = kivi_seq_load(&loaded, other, path, &e);
+        CHECK((status == KIVI_ARG || (i == 8 && status == KIVI_FULL)) && !loaded && e.text[0],
+              "case %d gives %s: %s", i, kivi_status_name(status), e.text);
+        CHECK(other->pool.n_free == other->pool.n_pages, "pages left");
+        kivi_cache_destroy(&other);
+    }
+    kivi_error e = {0};
+    CHECK(kivi_seq_save(seq, "/nonexistent-folder/x", &e) == KIVI_IO && e.text[0], "no folder");
+    CHECK_OK(kivi_seq_begin(seq, 1, err));
+    CHECK(kivi_seq_save(seq, path, &e) == KIVI_ARG, "within a step");
+    kivi_seq_abort(seq);
+    kivi_seq_destroy(&seq);
+    kivi_cache_destroy(&cache);
+    remove(path);
+    check_end();
+}
+
+void check_save(void) {
+    if (!check_wants("save/")) return;
+    for (uint32_t i = 0; i < N_TOKENS; i++) tokens[i] = (uint32_t)hash_u64(check_opt.seed, i);
+    snprintf(path, sizeof path, "check-save-%ld.seq", (long)getpid());
+    static const uint32_t kinds[][3] = {{2, 2, 0},  {2, 2, 32},  {4, 8, 64}, {16, 2, 32},
+                                        {2, 16, 0}, {16, 16, 0}, {8, 4, 0}};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        round_trip(kinds[i][0], kinds[i][1], kinds[i][2]);
+    damage();
+    other_kinds();
+}

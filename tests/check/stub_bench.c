@@ -1,2 +1,0 @@
-#include "check.h"
-void check_bench(void) {}
