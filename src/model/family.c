@@ -6,7 +6,7 @@
 /* Mistral in GGUF calls itself llama. */
 static const ki_family families[] = {
     {"llama", "llama", ki_llama_read, ki_llama_names, ki_llama_layers},
-    {NULL, "mistral", ki_llama_read, ki_llama_names, ki_llama_layers},
+    {NULL, "mistral", ki_mistral_read, ki_llama_names, ki_llama_layers},
     {"qwen2", "qwen2", ki_qwen2_read, ki_llama_names, ki_llama_layers},
     {"qwen3", "qwen3", ki_qwen3_read, ki_llama_names, ki_llama_layers},
     {"gemma3", "gemma3_text", ki_gemma3_read, ki_gemma_names, ki_llama_layers},

@@ -81,16 +81,28 @@ static void llama_like(ki_config *c, ki_reader *r) {
     ki_refuse_flag(r, "mlp_bias");
 }
 
-/* Llama, and Mistral: every layer has the window if there is one. Their q and k rows are permuted in
- * GGUF, for a rope of neighbouring pairs. */
+static void all_local(ki_config *c, ki_reader *r) {
+    read_window(c, r);
+    for (uint32_t i = 0; i < c->n_layers; i++) c->local[i] = c->window > 0;
+}
+
+/* The q and k rows of Llama and Mistral are permuted in GGUF, for a rope of neighbouring pairs. */
 void ki_llama_read(ki_config *c, ki_reader *r) {
     llama_like(c, r);
     ki_refuse_flag(r, "attention_bias");
     c->paired_rows = r->is_gguf;
-    read_window(c, r);
-    for (uint32_t i = 0; i < c->n_layers; i++) c->local[i] = c->window > 0;
+    if (r->is_gguf) all_local(c, r); /* a Mistral calls itself llama there */
+    else if (ki_read_kind(r, NULL, "sliding_window") != KI_VALUE_NONE)
+        ki_refuse(r, NULL, "sliding_window", "set", "none");
     if (r->status == KIVI_OK && ki_read_kind(r, "expert_count", "num_local_experts"))
         ki_refuse(r, "expert_count", "num_local_experts", "set", "a model without experts");
+}
+
+/* Every layer has the window, if there is one. */
+void ki_mistral_read(ki_config *c, ki_reader *r) {
+    llama_like(c, r);
+    ki_refuse_flag(r, "attention_bias");
+    all_local(c, r);
 }
 
 /* Qwen: a window only where use_sliding_window is on, in the layers from max_window_layers on. */

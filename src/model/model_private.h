@@ -95,6 +95,7 @@ void ki_part_name(char *name, size_t n_bytes, const ki_family *family, bool is_g
 extern const char *const ki_llama_names[KI_PART_COUNT][2], *const ki_gemma_names[KI_PART_COUNT][2],
     *const ki_falcon_names[KI_PART_COUNT][2];
 void ki_llama_read(ki_config *c, ki_reader *r);
+void ki_mistral_read(ki_config *c, ki_reader *r);
 void ki_qwen2_read(ki_config *c, ki_reader *r);
 void ki_qwen3_read(ki_config *c, ki_reader *r);
 void ki_gemma3_read(ki_config *c, ki_reader *r);

@@ -171,10 +171,24 @@ void ki_pass_multiply(ki_pass *p, uint32_t n_rows, const ki_product *products, s
                    (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
 }
 
+/* n is a multiple of 16. */
+static bool is_finite_row(const float *x, uint32_t n) {
+    uint32_t largest[16] = {0}, worst = 0;
+    for (uint32_t i = 0; i < n; i += 16)
+        for (uint32_t j = 0; j < 16; j++)
+            largest[j] = KI_MAX(largest[j], ki_f32_bits(x[i + j]) & 0x7fffffff);
+    for (uint32_t j = 0; j < 16; j++) worst = KI_MAX(worst, largest[j]);
+    return worst < 0x7f800000;
+}
+
+/* An integer cannot say that a number is not finite; the row's first scale does, so that it reaches
+ * every product of the row and is found where keys and values are stored. */
 void ki_pass_quantize(ki_pass *p, uint32_t row) {
     if (!p->quantize) return;
     ki_activations x = activations_of(p);
     p->dense->quantize_row(&x, row);
+    if (!is_finite_row(p->source + (size_t)row * p->source_cols, p->source_cols))
+        x.scales[(size_t)row * (p->source_cols / 32)] = NAN;
 }
 
 void ki_pass_source(ki_pass *p, const float *rows, uint32_t n_cols, const ki_product *products,
@@ -314,6 +328,14 @@ static void final_norm_row(ki_pass *p, uint32_t row) {
     ki_pass_quantize(p, row);
 }
 
+/* What went wrong behind the last keys and values shows only here. */
+static void fail_result(ki_pass *p, ki_batch_item *item, uint32_t row) {
+    atomic_fetch_add(&p->cache->n_nonfinite, 1);
+    item->status = KI_FAIL(item->err, NUMERIC,
+                           "model: the result at position %u is infinite or not a number",
+                           item->seq->n_tokens + row);
+}
+
 /* The rows that asked are gathered in h, then one product. */
 static void make_logits(ki_pass *p) {
     const ki_config *c = &p->m->config;
@@ -323,10 +345,11 @@ static void make_logits(ki_pass *p) {
         ki_batch_item *item = &p->batch->items[i];
         uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
         item->logits = rows ? a->logits + (size_t)n * stride : NULL;
-        for (uint32_t r = first; r < rows; r++, n++)
-            memcpy(a->h + (size_t)n * c->n_embd,
-                   a->x + (size_t)(a->places[i].first_row + r) * c->n_embd,
-                   c->n_embd * sizeof(float));
+        for (uint32_t r = first; r < rows; r++, n++) {
+            const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
+            memcpy(a->h + (size_t)n * c->n_embd, x, c->n_embd * sizeof(float));
+            if (item->status == KIVI_OK && !is_finite_row(x, c->n_embd)) fail_result(p, item, r);
+        }
     }
     ki_product out[] = {{a->logits, stride, &p->m->output}};
     ki_pass_source(p, a->h, c->n_embd, out, 1);
