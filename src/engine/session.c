@@ -93,6 +93,124 @@ static bool cut_runs(kivi_session *session, uint32_t n_tokens) {
     return is_cut;
 }
 
+/* Gives a prompt up that cannot go on: what was evaluated of it stays, as a shorter prompt. */
+static void give_up_prompt(kivi_session *session) {
+    kivi_seq_abort(session->seq);
+    cut_runs(session, kivi_session_length(session));
+}
+
+kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens, size_t n_tokens,
+                                kivi_error *err) {
+    KI_TRY(kivi_session_begin_prompt(session, n_tokens, err));
+    kivi_status status = feed(session, tokens, n_tokens, err);
+    if (status != KIVI_OK) give_up_prompt(session);
+    return status;
+}
+
+kivi_status kivi_session_decode(kivi_session *session, int32_t token, kivi_error *err) {
+    return feed(session, &token, 1, err);
+}
+
+/* ---- the step ---- */
+
+static kivi_status check_item(const kivi_engine *e, const kivi_step_item *item, kivi_error *err) {
+    const kivi_session *s = item->session;
+    uint32_t length = kivi_session_length(s), ctx = e->options.ctx_tokens;
+    if (item->n_tokens > ctx - length)
+        return KI_FAIL(err, ARG, "session: %u more tokens after %u exceed the context of %u",
+                       item->n_tokens, length, ctx);
+    for (uint32_t i = 0; i < item->n_tokens; i++)
+        if (item->tokens[i] < 0 || (uint32_t)item->tokens[i] >= e->info.n_vocab)
+            return KI_FAIL(err, ARG, "session: token %d at %u, expected 0 to %u", item->tokens[i],
+                           i, e->info.n_vocab - 1);
+    return KIVI_OK;
+}
+
+static kivi_status check_step(const kivi_engine *e, const kivi_step_item *items, size_t n_items,
+                              kivi_error *err) {
+    uint64_t n_rows = 0;
+    if (n_items == 0 || n_items > e->options.max_sessions)
+        return KI_FAIL(err, ARG, "step: %zu sessions, expected 1 to %u", n_items,
+                       e->options.max_sessions);
+    for (size_t i = 0; i < n_items; i++) {
+        if (!items[i].session || items[i].session->engine != e || items[i].n_tokens == 0)
+            return KI_FAIL(err, ARG, "step: item %zu has no session of this engine or no tokens",
+                           i);
+        for (size_t j = 0; j < i; j++)
+            if (items[j].session == items[i].session)
+                return KI_FAIL(err, ARG, "step: items %zu and %zu are the same session", j, i);
+        n_rows += items[i].n_tokens;
+    }
+    if (n_rows > e->options.step_rows)
+        return KI_FAIL(err, ARG, "step: %llu rows, expected at most %u", (unsigned long long)n_rows,
+                       e->options.step_rows);
+    return KIVI_OK;
+}
+
+/* Items that can go become the batch; the others keep their own error. */
+static size_t begin_items(kivi_engine *e, kivi_step_item *items, size_t n_items) {
+    size_t n = 0;
+    for (size_t i = 0; i < n_items; i++) {
+        kivi_step_item *item = &items[i];
+        item->session->logits = NULL;
+        item->error = (kivi_error){0};
+        item->status = check_item(e, item, &item->error);
+        if (item->status == KIVI_OK)
+            item->status = kivi_seq_begin(item->session->seq, item->n_tokens, &item->error);
+        if (item->status != KIVI_OK) continue;
+        e->batch[n] = (ki_batch_item){.seq = item->session->seq,
+                                      .tokens = item->tokens,
+                                      .n_rows = item->n_tokens,
+                                      .err = &item->error};
+        e->owners[n++] = item;
+    }
+    return n;
+}
+
+static void end_item(kivi_engine *e, kivi_step_item *item, const ki_batch_item *result) {
+    kivi_session *s = item->session;
+    uint32_t length = kivi_session_length(s);
+    item->status = result->status;
+    if (item->status != KIVI_OK) {
+        give_up_prompt(s);
+        return;
+    }
+    item->status = kivi_seq_commit(s->seq, &item->error);
+    memmove(s->history + length, item->tokens, item->n_tokens * sizeof *item->tokens);
+    s->logits = result->logits;
+    s->n_logit_rows = e->options.all_logits ? item->n_tokens : 1;
+    s->logits_step = e->n_steps;
+}
+
+kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t n_items,
+                             kivi_error *err) {
+    KI_TRY(check_step(engine, items, n_items, err));
+    engine->n_steps++;
+    ki_batch batch = {.items = engine->batch, .all_logits = engine->options.all_logits};
+    batch.n_items = begin_items(engine, items, n_items);
+    ki_fpu fpu = ki_fpu_enter();
+    ki_forward(engine->model, engine->arena, engine->cache, &batch);
+    ki_fpu_leave(fpu);
+    for (size_t i = 0; i < batch.n_items; i++) end_item(engine, engine->owners[i], &batch.items[i]);
+    return KIVI_OK;
+}
+
+/* ---- forks and steps back ---- */
+
+static kivi_status copy_history(kivi_session *to, const kivi_session *from, uint32_t n_tokens,
+                                kivi_error *err) {
+    memcpy(to->history, from->history, n_tokens * sizeof *to->history);
+    return ki_buf_append(&to->runs, from->runs.data, from->runs.n_bytes, err);
+}
+
+kivi_status kivi_session_fork(kivi_session **out, const kivi_session *from, kivi_error *err) {
+    KI_TRY(ki_session_new(out, from->engine, err));
+    kivi_status status = copy_history(*out, from, kivi_session_length(from), err);
+    if (status == KIVI_OK) status = kivi_seq_fork(&(*out)->seq, from->seq, err);
+    if (status != KIVI_OK) kivi_session_destroy(out);
+    return status;
+}
+
 /* The first n_tokens of the history once more, prompts as prompts. */
 static kivi_status replay(kivi_session *session, uint32_t n_tokens, kivi_error *err) {
     const ki_run *runs;
@@ -118,8 +236,7 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
     /* under dynamic NTK the keys of a shorter prompt are other keys */
     bool other_keys = cut_runs(session, n_tokens) &&
                       session->engine->model->config.rope[0].scaling == KI_ROPE_DYNAMIC;
-    kivi_status status =
-        other_keys ? KIVI_ARG : kivi_seq_rewind(session->seq, n_tokens, NULL);
+    kivi_status status = other_keys ? KIVI_ARG : kivi_seq_rewind(session->seq, n_tokens, NULL);
     if (status == KIVI_ARG) status = replay(session, n_tokens, err);
     if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
     session->logits = NULL;
