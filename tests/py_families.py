@@ -28,7 +28,8 @@ def read_safetensors(path):
         data = f.read()
     n = struct.unpack('<Q', data[:8])[0]
     header, body = json.loads(data[8:8 + n]), data[8 + n:]
-    return {k: (v['dtype'], v['shape'], body[slice(*v['data_offsets'])]) for k, v in header.items() if k != '__metadata__'}
+    header.pop('__metadata__', None)
+    return {k: (v['dtype'], v['shape'], body[slice(*v['data_offsets'])]) for k, v in header.items()}
 
 
 def write_safetensors(path, tensors):
@@ -65,7 +66,7 @@ def write_gguf(path, kvs, tensors, version=3):
     out = b'GGUF' + struct.pack('<IQQ', version, len(tensors), len(kvs)) + b''.join(gguf_kv(*kv) for kv in kvs.items())
     at, body = 0, b''
     for name, (dtype, shape, data) in tensors.items():
-        out += gguf_string(name) + struct.pack('<I', len(shape)) + b''.join(struct.pack('<Q', d) for d in reversed(shape))
+        out += gguf_string(name) + struct.pack(f'<I{len(shape)}Q', len(shape), *reversed(shape))
         out += struct.pack('<IQ', TYPES[dtype], at)
         body += data + bytes(-len(data) % 32)
         at = len(body)
@@ -152,7 +153,8 @@ def llama3_divisors(config):
     wave, old = 2 * np.pi / freq, r['original_max_position_embeddings']
     smooth = (old / wave - r['low_freq_factor']) / (r['high_freq_factor'] - r['low_freq_factor'])
     middle = 1 / ((1 - smooth) / r['factor'] + smooth)
-    out = np.where(wave < old / r['high_freq_factor'], 1, np.where(wave > old / r['low_freq_factor'], r['factor'], middle))
+    long = np.where(wave > old / r['low_freq_factor'], r['factor'], middle)
+    out = np.where(wave < old / r['high_freq_factor'], 1, long)
     return out.astype(np.float32)
 
 

@@ -8,9 +8,8 @@ static void write_shard(const char *leaf, const char *header, size_t data_bytes)
     drop(&o);
 }
 
-static const char shard_a[] =
-    "{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]},"
-    "\"pos\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[16,24]}}";
+static const char shard_a[] = "{\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]},"
+                              "\"pos\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[16,24]}}";
 static const char shard_b[] = "{\"b\":{\"dtype\":\"F16\",\"shape\":[2,3],\"data_offsets\":[0,12]}}";
 
 /* The folder "m" with two shards and this index. */
@@ -57,11 +56,16 @@ static void test_index(void **state) {
 
 /* HAZARDS 14: nothing outside the folder is opened, whatever the index says. */
 static void test_index_names(void **state) {
-    static const char *const names[] = {"\"../one.safetensors\"", "\"/etc/passwd\"",
-                                        "\"sub/one.safetensors\"", "\"..\"",
-                                        "\".hidden\"",             "\"\"",
-                                        "\"a\\u0001b\"",           "7",
-                                        "null",                    "[\"one.safetensors\"]"};
+    static const char *const names[] = {"\"../one.safetensors\"",
+                                        "\"/etc/passwd\"",
+                                        "\"sub/one.safetensors\"",
+                                        "\"..\"",
+                                        "\".hidden\"",
+                                        "\"\"",
+                                        "\"a\\u0001b\"",
+                                        "7",
+                                        "null",
+                                        "[\"one.safetensors\"]"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char index[256];
@@ -227,10 +231,10 @@ static void test_allocation_failures(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_index),           cmocka_unit_test(test_index_names),
-        cmocka_unit_test(test_index_lies),      cmocka_unit_test(test_shape),
-        cmocka_unit_test(test_gguf_parts),      cmocka_unit_test(test_gguf_parts_bad),
-        cmocka_unit_test(test_version_2),       cmocka_unit_test(test_allocation_failures),
+        cmocka_unit_test(test_index),      cmocka_unit_test(test_index_names),
+        cmocka_unit_test(test_index_lies), cmocka_unit_test(test_shape),
+        cmocka_unit_test(test_gguf_parts), cmocka_unit_test(test_gguf_parts_bad),
+        cmocka_unit_test(test_version_2),  cmocka_unit_test(test_allocation_failures),
     };
     return cmocka_run_group_tests_name("parts", tests, make_folder, remove_folder);
 }

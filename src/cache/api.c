@@ -55,8 +55,7 @@ kivi_status kivi_cache_create(kivi_cache **out, const kivi_cache_geometry *geome
     if (geometry->max_tokens > UINT32_MAX / 4)
         return KI_FAIL(err, ARG, "cache: %u tokens, expected at most %u", geometry->max_tokens,
                        UINT32_MAX / 4);
-    o.max_tokens =
-        geometry->max_tokens ? geometry->max_tokens : geometry->n_pages * KI_PAGE_TOKENS;
+    o.max_tokens = geometry->max_tokens ? geometry->max_tokens : geometry->n_pages * KI_PAGE_TOKENS;
     KI_TRY(ki_isa_choose(&o.isa, NULL, err));
     return ki_cache_create(out, &o, err);
 }

@@ -215,11 +215,13 @@ static void header(ki_stream *s, kivi_seq *seq) {
     ki_stream_bytes(s, magic, sizeof magic);
     if (!memcmp(magic, "KIVISEQ", 7) && (magic[7] == '1' || magic[7] == '2') &&
         magic[7] != expected[7])
-        ki_stream_fail(s, KIVI_ARG, l->window ? "saved without a sliding window, this cache has one"
-                                              : "saved with a sliding window, this cache has none");
+        ki_stream_fail(s, KIVI_ARG,
+                       l->window ? "saved without a sliding window, this cache has one"
+                                 : "saved with a sliding window, this cache has none");
     else if (memcmp(magic, expected, sizeof magic))
-        ki_stream_fail(s, KIVI_FORMAT, l->window ? "not a saved kivi sequence, version 2"
-                                                 : "not a saved kivi sequence, version 1");
+        ki_stream_fail(s, KIVI_FORMAT,
+                       l->window ? "not a saved kivi sequence, version 2"
+                                 : "not a saved kivi sequence, version 1");
     const struct {
         uint32_t value;
         const char *name;

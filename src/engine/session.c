@@ -82,7 +82,7 @@ static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_t
     return KIVI_OK;
 }
 
-/* Runs that began at or after n_tokens never were; the one across it was that much shorter: true. */
+/* Runs that began at or after n_tokens never were; one across it was that much shorter: true. */
 static bool cut_runs(kivi_session *session, uint32_t n_tokens) {
     ki_run *runs = (ki_run *)(void *)session->runs.data;
     uint32_t n = (uint32_t)(session->runs.n_bytes / sizeof *runs);

@@ -57,9 +57,9 @@ typedef enum ki_file_kind { KI_FILE_GGUF, KI_FILE_HF } ki_file_kind;
 typedef struct ki_file ki_file;
 
 /* Opens a GGUF file of version 2 or 3, or a folder with config.json and model.safetensors. In parts:
- * of a GGUF file the first one, NAME-00001-of-000NN.gguf, is given and the others lie beside it; a
- * folder has model.safetensors.index.json, which may name files of that folder only. Never blocks: a
- * pipe, device or socket is refused. Headers are read and copied; tensor data is mapped read-only
+ * of a GGUF file the first one, NAME-00001-of-000NN.gguf, is given and the others lie beside it;
+ * a folder has model.safetensors.index.json, which may name files of that folder only. Never
+ * blocks: a pipe, device or socket is refused. Headers are read and copied; tensor data is mapped read-only
  * (MAP_PRIVATE) and not counted in mem: the caller counts what it keeps. mem must outlive the file;
  * parsed JSON is held by jansson outside of it. On failure *out is NULL and nothing is held. */
 kivi_status ki_file_open(ki_file **out, ki_mem *mem, const char *path, kivi_error *err);

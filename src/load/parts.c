@@ -96,8 +96,10 @@ static kivi_status open_mapped(ki_file *file, int folder, const json_t *map, kiv
         const char *leaf = json_string_value(value);
         ki_show(shown, ki_str_of(tensor));
         if (!leaf || !is_plain_name(leaf))
-            return KI_FAIL(err, FORMAT, "%s: tensor %s is in \"%s\", expected the name of a file in "
-                           "this folder", file->label, shown,
+            return KI_FAIL(err, FORMAT,
+                           "%s: tensor %s is in \"%s\", expected the name of a file in "
+                           "this folder",
+                           file->label, shown,
                            leaf ? ki_show(name, ki_str_of(leaf)) : "(no string)");
         if (find_part(file, leaf) < file->n_parts) continue;
         if (file->n_parts == KI_MAX_PARTS)
@@ -141,8 +143,8 @@ static kivi_status check_parts(const ki_file *file, const json_t *map, kivi_erro
 static kivi_status load_map(ki_file *file, int folder, const json_t *map, kivi_error *err) {
     size_t n = json_object_size(map);
     if (!json_is_object(map) || n == 0 || n > KI_MAX_ENTRIES)
-        return KI_FAIL(err, FORMAT, "%s: weight_map has %zu tensors, expected 1 to %d",
-                       file->label, n, (int)KI_MAX_ENTRIES);
+        return KI_FAIL(err, FORMAT, "%s: weight_map has %zu tensors, expected 1 to %d", file->label,
+                       n, (int)KI_MAX_ENTRIES);
     KI_TRY(reserve_parts(file, KI_MIN(n, (size_t)KI_MAX_PARTS), err));
     KI_TRY(open_mapped(file, folder, map, err));
     KI_TRY(check_map(file, map, err));
@@ -159,11 +161,10 @@ kivi_status ki_parts_load_index(ki_file *file, int folder, kivi_error *err) {
     size_t n_bytes;
     ki_label(file->label, file->path, leaf);
     KI_TRY(ki_fd_open(&fd, &n_bytes, folder, leaf, file->label, err));
-    kivi_status status =
-        n_bytes > KI_MAX_ST_HEAD_BYTES
-            ? KI_FAIL(err, FORMAT, "%s: has %zu bytes, at most %d", file->label, n_bytes,
-                      (int)KI_MAX_ST_HEAD_BYTES)
-            : ki_alloc(&text, file->mem, KI_TAG_other, n_bytes, err);
+    kivi_status status = n_bytes > KI_MAX_ST_HEAD_BYTES
+                             ? KI_FAIL(err, FORMAT, "%s: has %zu bytes, at most %d", file->label,
+                                       n_bytes, (int)KI_MAX_ST_HEAD_BYTES)
+                             : ki_alloc(&text, file->mem, KI_TAG_other, n_bytes, err);
     if (status == KIVI_OK) {
         status = ki_fd_read(text, fd, 0, n_bytes, file->label, err);
         if (status == KIVI_OK)
@@ -199,9 +200,10 @@ static char *part_number(char *path, uint64_t n_parts) {
 static kivi_status open_gguf_parts(ki_file *file, char *path, uint64_t n_parts, kivi_error *err) {
     char *number = part_number(path, n_parts), digits[8];
     if (!number)
-        return KI_FAIL(err, FORMAT, "%s: is part 1 of %llu by split.count, expected a name that ends "
-                       "with -00001-of-%05u.gguf", file->label, (unsigned long long)n_parts,
-                       (unsigned)n_parts);
+        return KI_FAIL(err, FORMAT,
+                       "%s: is part 1 of %llu by split.count, expected a name that ends "
+                       "with -00001-of-%05u.gguf",
+                       file->label, (unsigned long long)n_parts, (unsigned)n_parts);
     KI_TRY(reserve_parts(file, (size_t)n_parts - 1, err));
     for (uint64_t i = 1; i < n_parts; i++) {
         uint64_t no, count;
@@ -212,8 +214,10 @@ static kivi_status open_gguf_parts(ki_file *file, char *path, uint64_t n_parts, 
         KI_TRY(read_split(part, "split.no", KI_MAX_PARTS, &no, err));
         KI_TRY(read_split(part, "split.count", KI_MAX_PARTS, &count, err));
         if (no != i || count != n_parts)
-            return KI_FAIL(err, FORMAT, "%s: key split.no %llu of split.count %llu, expected %llu of "
-                           "%llu", part->label, (unsigned long long)no, (unsigned long long)count,
+            return KI_FAIL(err, FORMAT,
+                           "%s: key split.no %llu of split.count %llu, expected %llu of "
+                           "%llu",
+                           part->label, (unsigned long long)no, (unsigned long long)count,
                            (unsigned long long)i, (unsigned long long)n_parts);
     }
     return KIVI_OK;

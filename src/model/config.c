@@ -45,8 +45,7 @@ bool ki_read_bool(ki_reader *r, const char *gguf, const char *hf, bool fallback)
     char buffer[KEY_BYTES];
     const char *key = key_of(buffer, r, gguf, hf);
     bool value = fallback, found = false;
-    if (r->status == KIVI_OK && key)
-        r->status = ki_file_bool(&value, &found, r->file, key, r->err);
+    if (r->status == KIVI_OK && key) r->status = ki_file_bool(&value, &found, r->file, key, r->err);
     return value;
 }
 
@@ -57,8 +56,7 @@ void ki_read_text(ki_reader *r, char *out, size_t n_bytes, const char *gguf, con
     ki_str value = {0};
     bool found = false;
     out[0] = 0;
-    if (r->status == KIVI_OK && key)
-        r->status = ki_file_str(&value, &found, r->file, key, r->err);
+    if (r->status == KIVI_OK && key) r->status = ki_file_str(&value, &found, r->file, key, r->err);
     if (r->status != KIVI_OK || !found) return;
     snprintf(out, n_bytes, "%.*s", (int)KI_MIN(value.n_bytes, n_bytes - 1), value.bytes);
 }
@@ -74,8 +72,9 @@ void ki_refuse(ki_reader *r, const char *gguf, const char *hf, const char *found
     char buffer[KEY_BYTES];
     const char *key = key_of(buffer, r, gguf, hf);
     if (r->status == KIVI_OK)
-        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%.40s', not built yet; expected %s",
-                            ki_file_label(r->file), key ? key : "?", found, expected);
+        r->status =
+            KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%.40s', not built yet; expected %s",
+                    ki_file_label(r->file), key ? key : "?", found, expected);
 }
 
 void ki_refuse_flag(ki_reader *r, const char *hf) {
@@ -141,8 +140,8 @@ static void read_head_dim(ki_config *c, ki_reader *r) {
 void ki_config_sizes(ki_config *c, ki_reader *r, const ki_size_keys *keys) {
     c->n_layers = ki_read_uint(r, "block_count", keys->layers, KI_MAX_LAYERS, 0);
     c->n_embd = ki_read_uint(r, "embedding_length", "hidden_size", KI_MAX_WIDTH, 0);
-    c->n_ff = ki_read_uint(r, "feed_forward_length", keys->ff, KI_MAX_WIDTH,
-                           keys->ff_times * c->n_embd);
+    c->n_ff =
+        ki_read_uint(r, "feed_forward_length", keys->ff, KI_MAX_WIDTH, keys->ff_times * c->n_embd);
     c->n_heads = ki_read_uint(r, "attention.head_count", keys->heads, KI_MAX_HEADS, 0);
     c->n_kv_heads = read_kv_heads(r, c, keys->kv_heads);
     c->ctx_tokens = ki_read_uint(r, "context_length", "max_position_embeddings", KI_MAX_CTX,
@@ -220,8 +219,9 @@ static const ki_family *read_family(ki_config *c, ki_reader *r) {
     const ki_family *family = ki_family_find(r->is_gguf, c->architecture);
     if (family) return family;
     ki_family_list(list, sizeof list, r->is_gguf);
-    r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%s', not built yet; expected one of %s",
-                        ki_file_label(r->file), key, c->architecture, list);
+    r->status =
+        KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%s', not built yet; expected one of %s",
+                ki_file_label(r->file), key, c->architecture, list);
     return NULL;
 }
 

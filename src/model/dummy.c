@@ -1,5 +1,6 @@
-/* dummy.c: random weights, for timing and measuring shapes that no file is at hand for. A row's bytes
- * depend on the seed, the matrix and the row alone, so any number of threads makes the same model. */
+/* dummy.c: random weights, for timing and measuring shapes that no file is at hand for. A row's
+ * bytes depend on the seed, the matrix and the row alone, so any number of threads makes the same
+ * model. */
 #include "model_private.h"
 
 #include <math.h>
@@ -33,7 +34,7 @@ kivi_status ki_dummy_type(ki_dtype *out, const ki_file *file, const char *name, 
                    name ? name : from_config);
 }
 
-/* SplitMix64: eight random bytes a call, each call independent of the others but for the counter. */
+/* SplitMix64: eight random bytes a call; only the counter ties one call to the next. */
 static uint64_t next(uint64_t *state) {
     uint64_t z = *state += 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;

@@ -1,5 +1,5 @@
-/* falcon.c: Falcon. Attention and MLP read the same x and are added to it together; the norms have a
- * mean and a bias; q, k and v are one matrix in the file.
+/* falcon.c: Falcon. Attention and MLP read the same x and are added to it together; the norms have
+ * a mean and a bias; q, k and v are one matrix in the file.
  *
  *     each layer:  h = norm(x); q, k, v = h Wqkv; rope(q), rope(k); append(k, v); d = attend(q) Wo
  *                  h = the same h (7B) or a second norm(x) (40B and newer)

@@ -1,5 +1,5 @@
-/* llama.c: the Llama family: Llama, Mistral, Qwen2, Qwen3 and Gemma 3. What each has beyond Llama is
- * a flag of its configuration; one pass serves all, read top to bottom (ki_llama_layers).
+/* llama.c: the Llama family: Llama, Mistral, Qwen2, Qwen3 and Gemma 3. What each has beyond Llama
+ * is a flag of its configuration; one pass serves all, read top to bottom (ki_llama_layers).
  *
  *     x = embedding[token]
  *     each layer:  h = norm(x); q, k, v = h W (+ bias)
@@ -130,9 +130,8 @@ void ki_qwen3_read(ki_config *c, ki_reader *r) {
 /* Global layers have their own base, and in the larger models a linear factor; local ones neither.
  */
 static void gemma_ropes(ki_config *c, ki_reader *r) {
-    bool nested =
-        ki_read_kind(r, NULL, "rope_parameters.full_attention") == KI_VALUE_OBJECT ||
-        ki_read_kind(r, NULL, "rope_parameters.sliding_attention") == KI_VALUE_OBJECT;
+    bool nested = ki_read_kind(r, NULL, "rope_parameters.full_attention") == KI_VALUE_OBJECT ||
+                  ki_read_kind(r, NULL, "rope_parameters.sliding_attention") == KI_VALUE_OBJECT;
     c->n_ropes = 2;
     ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters.full_attention" : "rope_scaling",
                  "rope_theta", 1e6);

@@ -58,7 +58,7 @@ enum ki_part {
     KI_PART_EMBEDDING,
     KI_PART_OUTPUT,
     KI_PART_OUTPUT_NORM,
-    KI_PART_ONE_NORM, /* where attention and MLP share one (config one_norm), */
+    KI_PART_ONE_NORM,  /* where attention and MLP share one (config one_norm), */
     KI_PART_ATTN_NORM, /* else these two */
     KI_PART_FFN_NORM,
     KI_PART_POST_ATTN_NORM,
@@ -92,8 +92,8 @@ void ki_family_list(char *text, size_t n_bytes, bool is_gguf);
 void ki_part_name(char *name, size_t n_bytes, const ki_family *family, bool is_gguf,
                   enum ki_part part, uint32_t layer, const char *suffix);
 
-extern const char *const ki_llama_names[KI_PART_COUNT][2], *const ki_gemma_names[KI_PART_COUNT][2],
-    *const ki_falcon_names[KI_PART_COUNT][2];
+extern const char *const ki_llama_names[KI_PART_COUNT][2],
+    *const ki_gemma_names[KI_PART_COUNT][2], *const ki_falcon_names[KI_PART_COUNT][2];
 void ki_llama_read(ki_config *c, ki_reader *r);
 void ki_mistral_read(ki_config *c, ki_reader *r);
 void ki_qwen2_read(ki_config *c, ki_reader *r);

@@ -331,9 +331,9 @@ static void final_norm_row(ki_pass *p, uint32_t row) {
 /* What went wrong behind the last keys and values shows only here. */
 static void fail_result(ki_pass *p, ki_batch_item *item, uint32_t row) {
     atomic_fetch_add(&p->cache->n_nonfinite, 1);
-    item->status = KI_FAIL(item->err, NUMERIC,
-                           "model: the result at position %u is infinite or not a number",
-                           item->seq->n_tokens + row);
+    item->status =
+        KI_FAIL(item->err, NUMERIC, "model: the result at position %u is infinite or not a number",
+                item->seq->n_tokens + row);
 }
 
 /* The rows that asked are gathered in h, then one product. */

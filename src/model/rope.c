@@ -29,8 +29,8 @@ static void gguf_rope(ki_rope *out, ki_reader *r, const ki_config *c, const char
         out->scaling = KI_ROPE_YARN;
         out->low = ki_read_real(r, "rope.scaling.yarn_beta_slow", NULL, 1.0);
         out->high = ki_read_real(r, "rope.scaling.yarn_beta_fast", NULL, 32.0);
-        out->attention = ki_read_real(r, "rope.scaling.attn_factor", NULL, 1.0) *
-                         yarn_mscale(out->factor, 1.0);
+        out->attention =
+            ki_read_real(r, "rope.scaling.attn_factor", NULL, 1.0) * yarn_mscale(out->factor, 1.0);
     } else if (is_present(type) && strcmp(type, "none"))
         ki_refuse(r, "rope.scaling.type", NULL, type, "none, linear or yarn");
 }

@@ -102,9 +102,8 @@ static kivi_status load_biases(ki_layer *out, loader *l, uint32_t layer) {
     const struct {
         enum ki_part part;
         uint32_t at, n;
-    } parts[] = {{KI_PART_Q, 0, q_dim},
-                 {KI_PART_K, q_dim, kv_dim},
-                 {KI_PART_V, q_dim + kv_dim, kv_dim}};
+    } parts[] = {
+        {KI_PART_Q, 0, q_dim}, {KI_PART_K, q_dim, kv_dim}, {KI_PART_V, q_dim + kv_dim, kv_dim}};
     KI_TRY(new_vector(&out->qkv_bias, l, q_dim + 2 * kv_dim));
     for (size_t i = 0; i < 3; i++) {
         char name[128];
@@ -150,8 +149,7 @@ static void pack_task(void *context, size_t index, unsigned worker) {
     uint32_t end = KI_MIN(first + call->tiles_per_task * KI_TILE_ROWS, call->matrix->n_rows);
     for (uint32_t r = first; r < end; r++) {
         const uint8_t *row = l->dummy_rows + worker * l->dummy_row_bytes;
-        if (call->tensor)
-            row = call->tensor->data + source_row(&call->map, r) * call->row_bytes;
+        if (call->tensor) row = call->tensor->data + source_row(&call->map, r) * call->row_bytes;
         else
             ki_dummy_row(l->dummy_rows + worker * l->dummy_row_bytes, l->dummy_type,
                          call->matrix->n_cols, l->options->dummy_seed + call->number, r);
@@ -218,8 +216,8 @@ static kivi_status load_qkv(ki_layer *out, loader *l, uint32_t layer) {
             map.first_head = l->is_gguf ? parts[i].first_gguf : parts[i].first_hf;
         }
         name_of(name, l, c->fused_qkv ? KI_PART_QKV : parts[i].part, layer, ".weight");
-        KI_TRY(load_matrix(parts[i].matrix, l, name, parts[i].n_heads * c->head_dim, c->n_embd,
-                           map));
+        KI_TRY(
+            load_matrix(parts[i].matrix, l, name, parts[i].n_heads * c->head_dim, c->n_embd, map));
     }
     return KIVI_OK;
 }
@@ -294,7 +292,8 @@ uint64_t ki_model_fingerprint(const ki_model *m) {
         size_t n_bytes;
         if (ki_matrix_bytes(&n_bytes, m->layers[i].q.type, KI_TILE_ROWS, c->n_embd))
             hash = hash_bytes(hash, m->layers[i].q.tiles, KI_MIN(n_bytes, (size_t)1024));
-        hash = hash_bytes(hash, m->layers[i].attn_norm.weight, KI_MIN(c->n_embd, 64u) * sizeof(float));
+        hash =
+            hash_bytes(hash, m->layers[i].attn_norm.weight, KI_MIN(c->n_embd, 64u) * sizeof(float));
     }
     return hash_bytes(hash, m->rope_freq, c->n_ropes * c->head_dim / 2 * sizeof(float));
 }
@@ -323,8 +322,8 @@ static kivi_status load_output(loader *l) {
 /* Tensors that may stand in a file without a use: the embedding once more, and tables that older
  * programs wrote. */
 static bool is_known_extra(const char *name) {
-    static const char *const extras[] = {"lm_head.weight", "rotary_emb.inv_freq",
-                                         "attention.bias", "attention.masked_bias"};
+    static const char *const extras[] = {"lm_head.weight", "rotary_emb.inv_freq", "attention.bias",
+                                         "attention.masked_bias"};
     size_t n = strlen(name);
     for (size_t i = 0; i < sizeof extras / sizeof *extras; i++) {
         size_t n_end = strlen(extras[i]);
