@@ -12,7 +12,7 @@
  *     #include <stdio.h>
  *
  *     int main(int argc, char **argv) {
- *         kivi_error err = {0};
+ *         kivi_error err = {KIVI_OK, ""};
  *         kivi_engine *engine = NULL;
  *         kivi_session *session = NULL;
  *         kivi_engine_options options = kivi_engine_defaults();

@@ -10,7 +10,7 @@
  *     #include <stdio.h>
  *
  *     int main(void) {
- *         kivi_error err = {0};
+ *         kivi_error err = {KIVI_OK, ""};
  *         kivi_cache *cache = NULL;
  *         kivi_seq *seq = NULL;
  *         kivi_cache_geometry geometry = kivi_cache_defaults();

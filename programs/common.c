@@ -111,20 +111,26 @@ int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes) {
     size_t cap = 1 << 16, n = 0;
     char *data = malloc(cap + 1);
     *out = NULL;
-    if (!file || !data) {
+    if (!file) {
         fprintf(stderr, "kivi: error: %s: %s\n", path, strerror(errno));
         free(data);
         return EXIT_IO;
     }
-    for (size_t got; (got = fread(data + n, 1, cap - n, file)) > 0;) {
+    bool no_memory = !data;
+    for (size_t got; !no_memory && (got = fread(data + n, 1, cap - n, file)) > 0;) {
         n += got;
         if (n < cap) continue;
-        char *bigger = cap < max_bytes ? realloc(data, (cap *= 2) + 1) : NULL;
-        if (!bigger) break;
-        data = bigger;
+        if (cap >= max_bytes) break;
+        char *bigger = realloc(data, (cap *= 2) + 1);
+        if (bigger) data = bigger;
+        no_memory = !bigger;
     }
     bool bad = ferror(file), large = !feof(file);
     if (file != stdin) fclose(file);
+    if (no_memory) {
+        free(data);
+        return out_of_memory(path);
+    }
     if (bad || large) {
         fprintf(stderr, "kivi: error: %s: %s\n", path, bad ? "cannot be read" : "is too large");
         free(data);

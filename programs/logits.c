@@ -18,6 +18,8 @@ static int read_tokens(int32_t **out, size_t *n, const char *path) {
     if (code) return code;
     json_t *array = json_loadb(text, n_bytes, JSON_REJECT_DUPLICATES, &fault);
     free(text);
+    /* A fault of the text is described, a lack of memory is not. */
+    if (!array && !fault.text[0]) return out_of_memory(path);
     *n = json_array_size(array);
     *out = malloc((*n + 1) * sizeof **out);
     if (!*out) {

@@ -13,6 +13,7 @@ int main(int argc, char **argv) {
     case CMD_INFO: code = command_info(&o); break;
     case CMD_LOGITS: code = command_logits(&o); break;
     case CMD_BENCH: code = command_bench(&o); break;
+    case CMD_EVAL: code = command_eval(&o); break;
     case CMD_ALL: break;
     }
     if (fflush(stdout) && !code) {

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum kind { TEXT, UINT, UINT64, REAL, LIST, FLAG };
+enum kind { TEXT, FILES, UINT, UINT64, REAL, LIST, FLAG };
 
 typedef struct option {
     const char *name;   /* long, without the dashes; also KIVI_<NAME> */
@@ -56,6 +56,12 @@ static const option table[] = {
     {"n-batch", "-b", LIST, CMD_BENCH, AT(bench_batch), 0, "N,..", "sequences at once (1)", 1, 256},
     {"repetitions", "-r", UINT, CMD_BENCH, AT(repeats), 0, "N", "timed repetitions (5)", 1, 1000},
     {"output", "-o", TEXT, CMD_BENCH, AT(format), 0, "FORM", "md, csv, json or jsonl (md)", 0, 0},
+    {"file", "-f", FILES, CMD_EVAL, AT(files), 0, "FILE", "a text to score; may be given again", 0,
+     0},
+    {"skip", "", UINT, CMD_EVAL, AT(skip), AT(skip_given), "N", "score positions from N on (128)",
+     0, 1e8},
+    {"chunks", "", UINT, CMD_EVAL, AT(chunks), 0, "N", "windows of each file (all)", 1, 1e8},
+    {"output", "-o", TEXT, CMD_EVAL, AT(format), 0, "FORM", "md or json (md)", 0, 0},
     {"kv", "--kv-cache-dtype", TEXT, CMD_ALL, AT(kv), 0, "KIND",
      "cache: f16 kivi8 kivi4 k4v2 kivi2 (kivi2)", 0, 0},
     {"k-bits", "--kv-bits-k", UINT, CMD_ALL, AT(k_bits), 0, "B", "bits of keys: 2, 4, 8, 16", 2,
@@ -94,8 +100,9 @@ static const struct {
     {"info", CMD_INFO, "what a model is, and the memory each cache kind takes"},
     {"logits", CMD_LOGITS, "logits of given token ids, as a .npy file"},
     {"bench", CMD_BENCH, "tokens per second at depths and batch sizes"},
+    {"eval", CMD_EVAL, "perplexity, or divergence from a 16-bit cache: eval ppl|kld MODEL -f TEXT"},
 };
-static const char *const later[] = {"chat", "serve", "eval", "study", "batch", "convert"};
+static const char *const later[] = {"chat", "serve", "study", "batch", "convert"};
 
 int usage_error(const char *format, ...) {
     va_list args;
@@ -189,6 +196,10 @@ static int set_value(options *o, const option *opt, const char *text, const char
     double real;
     bool ok = true;
     switch (opt->kind) {
+    case FILES:
+        if (o->n_files == MAX_FILES) return usage_error("%s: more than %d files", where, MAX_FILES);
+        o->files[o->n_files++] = text;
+        break;
     case TEXT: memcpy(at, &text, sizeof text); break;
     case FLAG:
         *(bool *)at = strcmp(text, "0") && strcmp(text, "off") && strcmp(text, "false");
@@ -257,6 +268,10 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
             return EXIT_OK;
         }
         if (word[0] != '-' || !word[1]) {
+            if (o->command == CMD_EVAL && !o->what) {
+                o->what = word;
+                continue;
+            }
             if (o->model && strcmp(word, o->model))
                 return usage_error("'%s': the model is '%s' already", word, o->model);
             o->model = word;

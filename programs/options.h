@@ -6,12 +6,19 @@
 
 #include <stdio.h>
 
-enum { MAX_LIST = 16 };
+enum { MAX_LIST = 16, MAX_FILES = 64 };
 
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
 
-enum command { CMD_RUN = 1, CMD_INFO = 2, CMD_LOGITS = 4, CMD_BENCH = 8, CMD_ALL = 15 };
+enum command {
+    CMD_RUN = 1,
+    CMD_INFO = 2,
+    CMD_LOGITS = 4,
+    CMD_BENCH = 8,
+    CMD_EVAL = 16,
+    CMD_ALL = 31
+};
 
 typedef struct list {
     uint32_t values[MAX_LIST];
@@ -30,6 +37,9 @@ typedef struct options {
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed, dummy_seed;
     bool dummy;
+    const char *what, *files[MAX_FILES]; /* eval: ppl or kld, and its texts */
+    uint32_t n_files, skip, chunks;
+    bool skip_given;
     list bench_prompt, bench_gen, bench_depth, bench_batch;
     bool json, ignore_eos;
 } options;

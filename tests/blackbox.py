@@ -1,7 +1,7 @@
 """blackbox.py: what the tests written in Python (py_*.py) share. They know the program `kivi` only from outside.
 
-A case is `with case(NAME):`; it prints `ok NAME`, or `not ok NAME: why` if an assertion in it fails, or `skip NAME: why`
-if it calls skip(). The last statement of a script is `finish()`.
+A case is `with case(NAME):`; it prints `ok NAME`, or `not ok NAME: why` if an assertion in it fails, or
+`skip NAME: why` if it calls skip(). The last statement of a script is `finish()`.
 """
 import contextlib
 import json

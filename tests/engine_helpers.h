@@ -264,7 +264,8 @@ static inline bool actor_item(kivi_step_item *item, const actor *a) {
     if (a->chunk) n = KI_MIN(n, a->chunk);
     if (a->until) n = KI_MIN(n, a->until - pos);
     n = KI_MIN(n, a->session->engine->options.step_rows);
-    *item = (kivi_step_item){.session = a->session, .tokens = a->script->tokens + pos, .n_tokens = n};
+    *item = (kivi_step_item){
+        .session = a->session, .tokens = a->script->tokens + pos, .n_tokens = n};
     return true;
 }
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""py_limits.py: memory. With too little of it kivi says so and ends with 4, wherever it runs out; and the 2-bit cache is
-small in the allocator's count, in the formula and in what the process really takes.
+"""py_limits.py: memory. With too little of it kivi says so and ends with 4, wherever it runs out; and the 2-bit cache
+is small in the allocator's count, in the formula and in what the process really takes.
 """
 import json
 import os
 import resource
 
-from blackbox import GOLDEN, UNDER, bad, case, finish, good, kivi, needs_model, scratch, skip, write
+from blackbox import GOLDEN, MODEL, UNDER, bad, case, finish, good, kivi, needs_model, scratch, skip, write
 
 MIB = 1 << 20
 GQA = os.path.join(GOLDEN, 'llama-gqa')
@@ -43,7 +43,7 @@ def address_space():
         os.remove(scratch('many.json'))
     # Each limit stops the program somewhere else: mapping, weights, cache, stacks of threads, vocabulary, arena.
     for name, limits, args in (
-            ('run', (*range(96, 260, 8), 300, 400), ['run', needs_model_or_none(), *few, '--threads', 2]),
+            ('run', (*range(96, 260, 8), 300, 400), ['run', MODEL, *few, '--threads', 2]),
             ('info', (*range(12, 60, 3), 100), ['info', GQA, '--ctx', 4096, '--threads', 4]),
             ('logits', (*range(12, 60, 3), 100), ['logits', GQA, '--tokens', tokens, '--out', scratch('out.npy')])):
         with case(f'address-space/anywhere-in-{name}'):
@@ -62,14 +62,11 @@ def address_space():
             assert codes[0] == 4 and codes[-1] == 0 and codes == sorted(codes, reverse=True), codes
 
 
-def needs_model_or_none():
-    return os.environ.get('KIVI_TEST_MODEL') or None
-
-
 def counted():
     """Issue 6: after 4,096 tokens the cache is at least 4.3 times smaller, and within 1% of the formula."""
     with case('memory/plan-of-4096-tokens'):
-        plans = json.loads(good('info', needs_model(), '--json', '--ctx', 4096, '--kv', 'f16,kivi2').text)['memory_plan']
+        answer = good('info', needs_model(), '--json', '--ctx', 4096, '--kv', 'f16,kivi2').text
+        plans = json.loads(answer)['memory_plan']
         f16, kivi2 = (sum(p['bytes'][tag] for tag in ('kv_codes', 'kv_scales', 'kv_residual')) for p in plans)
         assert f16 / kivi2 >= 4.3, f'{f16} / {kivi2} = {f16 / kivi2:.2f}'
         assert abs(f16 / (4096 * F16_TOKEN) - 1) <= 0.01, f16
@@ -80,10 +77,12 @@ def counted():
 
 
 def resident():
-    """What the process takes. Slack: 12 MiB, for what the allocator, the page cache of the weights and the kernel's
-    granularity add or leave out; the difference looked for is four times as large."""
+    """What the process takes at its largest, which is at the end of the prompt. Then the 2-bit cache has, beside its
+    pages and its window, the 512 rows of the prompt's step in 16 bit, and this larger window is being left for the
+    small one.
+    Slack: 6 MiB, for what the allocator and the kernel's granularity add; what is looked for is seven times that.
+    """
     words = 'The sea was calm and the boats went out early. '
-    n_prompt = 3000
     peaks, stats = {}, {}
     with case('memory/peak-rss-moves'):
         if UNDER:
@@ -94,12 +93,13 @@ def resident():
                           '--temp', 0, '--ignore-eos', '--stats', 'json')
             stats[kv] = result.stats()
             peaks[kv] = stats[kv]['peak_rss_bytes']
-            assert abs(stats[kv]['prompt_tokens'] - n_prompt) < 500, stats[kv]
+            assert 2500 < stats[kv]['prompt_tokens'] < 4000, stats[kv]
         n = stats['f16']['prompt_tokens'] + 1
-        expected = n * F16_TOKEN * (1 - 3 / 16) - stats['kivi2']['bytes']['kv_residual']
+        rows = 128 + 512 + stats['kivi2']['bytes']['kv_residual'] / F16_TOKEN
+        expected = n * F16_TOKEN * (1 - 3 / 16) - rows * F16_TOKEN
         saved = peaks['f16'] - peaks['kivi2']
-        assert expected > 40 * MIB
-        assert abs(saved - expected) <= 12 * MIB, \
+        assert expected > 35 * MIB
+        assert abs(saved - expected) <= 6 * MIB, \
             f'{n} tokens: {saved / MIB:.1f} MiB less, expected {expected / MIB:.1f}; peaks {peaks}'
     with case('memory/counts-of-a-run'):
         if not stats:

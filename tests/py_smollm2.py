@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""py_smollm2.py: a real model against llama.cpp, with `--kv f16`. golden/smollm2.json holds, for each text, the ids and
-at every position the twenty most likely tokens. (That the ids are ours is tests/test_token.c.) The bounds are llama.cpp's
-own distance from itself between two of its builds: 8-bit activations round differently everywhere.
+"""py_smollm2.py: a real model with `--kv f16` against Hugging Face transformers, which ran the GGUF's own weights in
+float32. golden/smollm2.json holds, for each text, the ids and at every position the twenty most likely tokens. (That
+the ids are ours is tests/test_token.c.) The bounds are llama.cpp's distance from the same reference.
 """
 import json
 import os

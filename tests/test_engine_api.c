@@ -316,7 +316,8 @@ static void test_full(void **state) {
     kivi_engine_options o = tiny("llama"); /* one session of 256: two pages */
     kivi_engine *engine = open_engine(&o);
     const int32_t *ids = golden_tokens();
-    script s = {.tokens = ids, .turns = {{200, 40}}}, short_s = {.tokens = ids, .turns = {{100, 9}}};
+    script s = {.tokens = ids, .turns = {{200, 40}}};
+    script short_s = {.tokens = ids, .turns = {{100, 9}}};
     trace straight = run_alone(engine, &s, 0), straight2 = run_alone(engine, &short_s, 0);
     trace t = trace_new(engine, 240), t2 = trace_new(engine, 109);
     world a = {engine, open_session(engine)}, b = {engine, open_session(engine)};

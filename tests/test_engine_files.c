@@ -219,6 +219,8 @@ static void test_poisoned_weights(void **state) {
         {"model.layers.2.self_attn.v_proj.weight", INFINITY, "layer 2"},
         {"model.layers.1.mlp.down_proj.weight", -INFINITY, "layer 2"},
         {"model.layers.0.input_layernorm.weight", NAN, "layer 0"},
+        {"model.layers.2.self_attn.o_proj.weight", NAN, "result at position"},
+        {"model.layers.2.mlp.gate_proj.weight", INFINITY, "result at position"},
     };
     bytes config = read_bytes(golden("llama/config.json"));
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -324,7 +326,8 @@ static void test_rope_forms(void **state) {
     same_forms(new_llama3, with_rope_type, true);
     same_forms(new_llama3, plain, false);
     same_forms(plain, "\"rope_theta\": 500000", true);
-    same_forms(plain, "\"rope_parameters\": {\"rope_theta\": 5e5, \"rope_type\": \"default\"}", true);
+    same_forms(plain, "\"rope_parameters\": {\"rope_theta\": 5e5, \"rope_type\": \"default\"}",
+               true);
     char linear[512];
     snprintf(linear, sizeof linear, "%s{\"type\": \"linear\", \"factor\": 4.0}", theta);
     same_forms(linear,
@@ -440,7 +443,8 @@ static void test_unsupported(void **state) {
     memcpy(dtype, "\"F64\" ", 6);
     refused(REST(new_llama3), &w, KIVI_UNSUPPORTED, "model.safetensors|F64|F32 F16 BF16");
     free(w.data);
-    static const char f8[] = "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[4],\"data_offsets\":[0,4]}}    ";
+    static const char f8[] =
+        "{\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[4],\"data_offsets\":[0,4]}}    ";
     bytes small = {.data = calloc(1, 256), .n = 8 + sizeof f8 - 1 + 4};
     assert_non_null(small.data);
     small.data[0] = sizeof f8 - 1;

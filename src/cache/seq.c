@@ -428,8 +428,8 @@ kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     }
     seq->n_tokens = n_tokens;
     seq->run_start = KI_MIN(seq->run_start, n_tokens);
-    seq->k_valid_from =
-        KI_MIN(seq->k_valid_from, n_tokens); /* rows from here on will be written again */
+    /* rows from here on will be written again */
+    seq->k_valid_from = KI_MIN(seq->k_valid_from, n_tokens);
     seq->v_valid_from = KI_MIN(seq->v_valid_from, n_tokens);
     release_pages(seq, pages_for(n_tokens));
     return KIVI_OK;

@@ -1,8 +1,8 @@
-/* The worker pool. One 64-bit word, `state`, holds the round and the next task of it:
+/* The worker pool. One 64-bit word, `state`, holds the round and how many tasks of it are left:
  *
- *   caller   publish fn, context, n_tasks -> state = (round + 1, 0) -> wake sleepers -> take tasks
- *            -> wait until n_done is n_tasks
- *   worker   wait for a new round -> take tasks: state (r, i) becomes (r, i + 1) in one exchange
+ *   caller   publish fn, context, n_tasks -> state = (round + 1, n_tasks) -> wake sleepers
+ *            -> take tasks -> wait until n_done is n_tasks
+ *   worker   wait for a new round -> take tasks: state (r, n) becomes (r, n - 1) in one exchange
  *            -> n_done++ after each (the last one wakes the caller)
  *
  * A round ends with its last task, not with its last worker: one that the system has not run yet
@@ -37,7 +37,7 @@ struct ki_workers {
     void *context;
     _Atomic uint32_t n_tasks;
     _Atomic bool stopping;
-    _Alignas(64) _Atomic uint64_t state;  /* round << 32 | next task */
+    _Alignas(64) _Atomic uint64_t state;  /* round << 32 | tasks left */
     _Alignas(64) _Atomic uint32_t round;  /* what workers sleep on */
     _Atomic uint32_t n_sleeping;          /* workers that sleep or are about to */
     _Alignas(64) _Atomic uint32_t n_done; /* what the caller sleeps on */
@@ -71,16 +71,18 @@ static uint32_t wait_change(_Atomic uint32_t *word, uint32_t value, _Atomic uint
     return now;
 }
 
-/* The next task of `round`, if there is one. */
+/* The next task of `round`, if there is one. n_tasks is read only once a task is ours: until that
+ * is done it cannot change, before that it may already be the next round's. */
 static bool take_task(ki_workers *w, uint32_t round, uint32_t *index) {
     uint64_t state = atomic_load_explicit(&w->state, memory_order_acquire);
     for (;;) {
-        *index = (uint32_t)state;
-        if (state >> 32 != round) return false;
-        if (*index >= atomic_load_explicit(&w->n_tasks, memory_order_relaxed)) return false;
-        if (atomic_compare_exchange_weak_explicit(&w->state, &state, state + 1,
-                                                  memory_order_acq_rel, memory_order_acquire))
+        uint32_t left = (uint32_t)state;
+        if (state >> 32 != round || left == 0) return false;
+        if (atomic_compare_exchange_weak_explicit(&w->state, &state, state - 1,
+                                                  memory_order_acq_rel, memory_order_acquire)) {
+            *index = atomic_load_explicit(&w->n_tasks, memory_order_relaxed) - left;
             return true;
+        }
     }
 }
 
@@ -108,7 +110,7 @@ static uint32_t start_round(ki_workers *w, uint32_t n_tasks) {
     uint32_t round = atomic_load_explicit(&w->round, memory_order_relaxed) + 1;
     atomic_store_explicit(&w->n_tasks, n_tasks, memory_order_relaxed);
     atomic_store_explicit(&w->n_done, 0, memory_order_relaxed);
-    atomic_store_explicit(&w->state, (uint64_t)round << 32, memory_order_release);
+    atomic_store_explicit(&w->state, (uint64_t)round << 32 | n_tasks, memory_order_release);
     atomic_store(&w->round, round);
     if (atomic_load(&w->n_sleeping)) wake_all(&w->round);
     return round;

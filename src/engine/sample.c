@@ -174,7 +174,8 @@ kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *
     if (s->options.repeat_penalty != 1) penalize(s, session);
     if (s->options.temperature == 0) {
         *id = kivi_logits_argmax(s->logits, s->n_vocab);
-        return KIVI_OK;
+        if (!isnan(s->logits[*id])) return KIVI_OK;
+        return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
     }
     uint32_t n = gather(s);
     if (n == 0) return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");

@@ -152,7 +152,9 @@ uint32_t ki_gguf_value_bytes(uint32_t type);    /* 0: string, array, unknown */
 
 /* Little-endian loads from any address. GGUF and safetensors are little-endian, and so are all
  * machines kivi runs on. */
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "big-endian machines are not supported");
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "big-endian machines are not supported"
+#endif
 static inline uint32_t ki_load_u32(const uint8_t *p) {
     uint32_t v;
     memcpy(&v, p, sizeof v);

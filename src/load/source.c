@@ -68,7 +68,8 @@ kivi_status ki_source_map(ki_source *out, int fd, const char *label, kivi_error 
     out->mtime = st.st_mtim;
     void *p = mmap(NULL, out->n_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED)
-        return KI_FAIL(err, IO, "%s: %zu bytes cannot be mapped: %s", label, out->n_bytes,
+        return ki_fail(err, errno == ENOMEM ? KIVI_NOMEM : KIVI_IO,
+                       "%s: %zu bytes cannot be mapped: %s", label, out->n_bytes,
                        strerrordesc_np(errno));
     out->data = p;
     return KIVI_OK;

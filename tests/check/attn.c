@@ -1,5 +1,5 @@
-/* Attention against an oracle in doubles that knows nothing of pages, lanes or integers: it quantizes by DESIGN.md 2,
- * decides by DESIGN.md 3 what a row sees exactly, and adds up. */
+/* Attention against an oracle in doubles that knows nothing of pages, lanes or integers: it
+ * quantizes by DESIGN.md 2, decides by DESIGN.md 3 what a row sees exactly, and adds up. */
 #include "world.h"
 
 typedef struct plan_step {
@@ -81,7 +81,8 @@ static void oracle_deinit(oracle *o) {
         free(sides[i]->exact), free(sides[i]->scale), free(sides[i]->zero), free(sides[i]->code);
 }
 
-/* DESIGN.md 3's table. A later prompt sees what a generated row at its start would, and everything since. */
+/* DESIGN.md 3's table. A later prompt sees what a generated row at its start would, and everything
+ * since. */
 static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p,
                            uint32_t prompt_start) {
     uint32_t r = kv->residual_tokens, generated = keys ? p - p % r : p > r ? p - r : 0;
@@ -95,12 +96,12 @@ static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p,
     return line < generated ? line : generated;
 }
 
-/* The score of one token, and how far the kernel's may be away.
- * Keys of 16 bit: a chain of D fused steps, 2^-24 of sum |q k| each.
- * Packed keys: q s becomes integers of step max |q s| / 16256, so each channel is off by up to half a step times its
- * code; the D roundings are independent, their sum has a deviation of step / sqrt(12) sqrt(sum code^2), of which we
- * allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only float32 is left: the
- * product q s, the chain for q.z (D / 16 steps and 4 of the tree), a conversion and a last fused step. */
+/* The score of one token, and how far the kernel's may be away. Keys of 16 bit: a chain of D fused
+ * steps, 2^-24 of sum |q k| each. Packed keys: q s becomes integers of step max |q s| / 16256, so
+ * each channel is off by up to half a step times its code; the D roundings are independent, their
+ * sum has a deviation of step / sqrt(12) sqrt(sum code^2), of which we allow six. With `folded` the
+ * oracle rounds q s itself, as documented in attn.h, and only float32 is left: the product q s, the
+ * chain for q.z (D / 16 steps and 4 of the tree), a conversion and a last fused step. */
 static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head,
                     bool exact, bool folded) {
     uint32_t d = o->l.head_dim;
@@ -167,8 +168,8 @@ static double tile_step(const row_state *r, uint32_t tile, size_t channel) {
     return largest / 16256;
 }
 
-/* What the rounding of one tile's weights may do to a channel: a weight below half a step becomes 0, which is always
- * the same side; the others' roundings are independent, six deviations. */
+/* What the rounding of one tile's weights may do to a channel: a weight below half a step becomes
+ * 0, which is always the same side; the others' roundings are independent, six deviations. */
 typedef struct fold {
     double step, lost, squares;
 } fold;
@@ -178,9 +179,9 @@ static void fold_add(fold *f, double weight, double code) {
     else f->squares += f->step * f->step / 12 * code * code;
 }
 
-/* out[c] and its tolerance. To first order a score that is off by e moves the output by p e (v - out). Float32: each
- * exact token is one fused step (independent: 4 sqrt(n)), each tile and merge a few, all of at most
- * sum p (|code s| + |z|). */
+/* out[c] and its tolerance. To first order a score that is off by e moves the output by p e (v -
+ * out). Float32: each exact token is one fused step (independent: 4 sqrt(n)), each tile and merge a
+ * few, all of at most sum p (|code s| + |z|). */
 static void one_channel(double *out, double *tolerance, const row_state *r, uint32_t c) {
     size_t row = (size_t)r->o->l.n_kv_heads * r->o->l.head_dim,
            channel = (size_t)r->kv_head * r->o->l.head_dim + c;

@@ -12,7 +12,8 @@ static double slow_f16_value(uint16_t h) {
     return h & 0x8000 ? -v : v;
 }
 
-/* Nearest float16 by search: the positive patterns are in the order of their values, 0x7c00 standing for 65536. */
+/* Nearest float16 by search: the positive patterns are in the order of their values, 0x7c00
+ * standing for 65536. */
 static uint16_t slow_f32_to_f16(float x) {
     double a = fabs((double)x);
     uint16_t sign = signbit(x) ? 0x8000 : 0, low = 0, high = 0x7c00;

@@ -1,7 +1,8 @@
 /* Speeds; they decide nothing. */
 #include "world.h"
 
-/* Times a call: repeats until half a second is over and gives the fastest of five such rounds' means, in ns. */
+/* Times a call: repeats until half a second is over and gives the fastest of five such rounds'
+ * means, in ns. */
 typedef void (*bench_fn)(void *context);
 static double time_ns(bench_fn fn, void *context) {
     double best = 1e30;

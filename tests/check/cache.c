@@ -1,5 +1,5 @@
-/* What a sequence promises, in bytes of attention output: rows depend on (token, layer, position) alone, so "as if it
- * had never been" can be checked by replaying. */
+/* What a sequence promises, in bytes of attention output: rows depend on (token, layer, position)
+ * alone, so "as if it had never been" can be checked by replaying. */
 #include "world.h"
 
 enum { MAX_TOKENS = 4096 };
@@ -57,7 +57,8 @@ static void stage_close(stage *s) {
     kivi_cache_destroy(&s->cache);
 }
 
-/* n rows in steps of chunk; one running hash over (row, layer) outputs, the same however they were cut. */
+/* n rows in steps of chunk; one running hash over (row, layer) outputs, the same however they were
+ * cut. */
 static uint64_t feed(kivi_seq *seq, const uint32_t *tokens, uint32_t n, uint32_t chunk) {
     const ki_layout *l = &seq->cache->layout;
     size_t row = (size_t)l->n_heads * l->head_dim;
@@ -267,7 +268,8 @@ static void rewind_far(const world *w, uint32_t from, uint32_t to) {
     stage_close(&s);
 }
 
-/* A length whose keys are all in codes needs no row of 16 bit; from there on everything must be as usual. */
+/* A length whose keys are all in codes needs no row of 16 bit; from there on everything must be as
+ * usual. */
 static void rewind_packed(const world *w) {
     for (uint32_t to = 128; to <= 640 && !check_failed(); to += 128) {
         stage s = stage_open(w);
@@ -626,8 +628,8 @@ static void batch(const world *w, uint32_t n_threads) {
     check_end();
 }
 
-/* A window hides what is older: the weights are those of the visible tokens alone. Values are 1 in a channel of the
- * token's own, so the output shows the weights. */
+/* A window hides what is older: the weights are those of the visible tokens alone. Values are 1 in
+ * a channel of the token's own, so the output shows the weights. */
 static void sliding(const world *w, uint32_t n, uint32_t rows) {
     if (!check_case("cache/window/%u-%u/%s", n, rows, kind_name(w))) return;
     stage s = stage_open(w);

@@ -1,5 +1,5 @@
-/* Thousands of random operations on a few sequences over too few pages; what a step gives is compared with a sequence of
- * another cache that read the same tokens and nothing else. */
+/* Thousands of random operations on a few sequences over too few pages; what a step gives is
+ * compared with a sequence of another cache that read the same tokens and nothing else. */
 #include "world.h"
 
 #include <unistd.h>

@@ -1,6 +1,6 @@
-/* check.h: the small harness of build/check-kernels. A case is an `if (check_case(...)) { ...; check_end(); }`; inside
- * it CHECK notes the first failure. Every case draws its numbers from the printed seed and its own name, so that
- * --test=NAME --seed=N repeats it alone. */
+/* check.h: the small harness of build/check-kernels. A case is an `if (check_case(...)) { ...;
+ * check_end(); }`; inside it CHECK notes the first failure. Every case draws its numbers from the
+ * printed seed and its own name, so that --test=NAME --seed=N repeats it alone. */
 #ifndef KI_CHECK_H
 #define KI_CHECK_H
 #include "cache.h"
@@ -18,7 +18,8 @@ extern check_options check_opt;
 
 /* Opens a case unless it is filtered out or only listed. */
 bool check_case(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* The same for an instruction set; its name is appended. Reports `skip` where the machine lacks it. */
+/* The same for an instruction set; its name is appended. Reports `skip` where the machine lacks it.
+ */
 bool check_case_isa(ki_isa isa, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void check_fail(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

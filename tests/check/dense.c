@@ -1,4 +1,5 @@
-/* Matrix products against doubles, and the small steps between them; every instruction set gives the bytes of scalar. */
+/* Matrix products against doubles, and the small steps between them; every instruction set gives
+ * the bytes of scalar. */
 #include "check.h"
 
 static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32",  "f16",  "bf16",
@@ -137,9 +138,10 @@ static void check_activations(const product *p) {
     }
 }
 
-/* One output and its tolerance. Plain types: one chain of n_cols fused steps, each rounds a partial sum of at most
- * sum |w x| by 2^-24. Quantized types: per block a conversion, d dx, and one or two fused steps: 4 roundings a block
- * (the integer part is exact), of at most sum |terms|, where Q4_1's two parts count apart. */
+/* One output and its tolerance. Plain types: one chain of n_cols fused steps, each rounds a partial
+ * sum of at most sum |w x| by 2^-24. Quantized types: per block a conversion, d dx, and one or two
+ * fused steps: 4 roundings a block (the integer part is exact), of at most sum |terms|, where
+ * Q4_1's two parts count apart. */
 static double reference(double *tolerance, const product *p, size_t row, uint32_t matrix_row) {
     const uint8_t *file = p->file + matrix_row * p->row_bytes;
     ki_weight type = p->matrix.type;
@@ -240,7 +242,8 @@ static void norm(ki_isa isa) {
         double squares = 0;
         for (uint32_t i = 0; i < n; i++) squares += (double)v.x[i] * (double)v.x[i];
         double factor = 1 / sqrt(squares / n + 1e-5);
-        /* a sum of positives of n / 16 + 4 steps (half of it after the root), then about 6 roundings */
+        /* a sum of positives of n / 16 + 4 steps (half of it after the root), then about 6
+         * roundings */
         double relative = (n / 32 + 10) * 0x1p-24;
         for (uint32_t i = 0; i < n; i++) {
             double want = (double)v.x[i] * factor * (double)v.y[i];
@@ -358,8 +361,8 @@ static double ulps(float got, double want) {
     return fabs((double)got - want) / ldexp(1, exponent - 24);
 }
 
-/* Taylor's rest r^7 / 5040 at r = -ln 2 / 2 is 1.2e-7 of 0.707: 2 ulp; the steps near the end of Horner's rule and r's
- * own rounding add below 1.5. */
+/* Taylor's rest r^7 / 5040 at r = -ln 2 / 2 is 1.2e-7 of 0.707: 2 ulp; the steps near the end of
+ * Horner's rule and r's own rounding add below 1.5. */
 #define EXP_ULPS 3.5
 
 static void expect_exp(const float *x, const float *e, double *worst) {

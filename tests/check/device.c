@@ -166,7 +166,8 @@ static void hostile_fpu(ki_isa isa) {
     check_end();
 }
 
-/* Scalar code may use x87 or the library's rounding: rintf and the conversions must not see the caller's mode. */
+/* Scalar code may use x87 or the library's rounding: rintf and the conversions must not see the
+ * caller's mode. */
 static void hostile_scalar(void) {
     if (!check_case("cpu/mxcsr/definition")) return;
     static quant_out want, got;

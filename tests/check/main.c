@@ -1,4 +1,5 @@
-/* check-kernels: tests of src/base, src/device, src/kernel and src/cache in one program without libraries. */
+/* check-kernels: tests of src/base, src/device, src/kernel and src/cache in one program without
+ * libraries. */
 #include "check.h"
 
 #include <stdarg.h>
@@ -125,7 +126,8 @@ uint32_t rng_below(rng *r, uint32_t n) { return (uint32_t)((rng_u64(r) >> 32) * 
 
 double rng_unit(rng *r) { return (double)(rng_u64(r) >> 11) * 0x1p-53; }
 
-/* Sum of four uniforms of 16 bits, scaled to deviation 1: near enough to normal, cheap, and the same everywhere. */
+/* Sum of four uniforms of 16 bits, scaled to deviation 1: near enough to normal, cheap, and the
+ * same everywhere. */
 float rng_normal(rng *r) {
     uint64_t u = rng_u64(r);
     uint32_t sum = (uint32_t)((u & 0xffff) + (u >> 16 & 0xffff) + (u >> 32 & 0xffff) + (u >> 48));

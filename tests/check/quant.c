@@ -1,4 +1,5 @@
-/* The quantizer: golden vectors, the error bound, equality of all instruction sets, guard pages, float16 rows. */
+/* The quantizer: golden vectors, the error bound, equality of all instruction sets, guard pages,
+ * float16 rows. */
 #include "check.h"
 #include "golden.h"
 
@@ -11,7 +12,8 @@ typedef struct npy {
     size_t shape[2], n_items;
 } npy;
 
-/* Version 1 files as numpy.save writes them: magic, header length, {'descr': '<f2', ..., 'shape': (24, 16), }. */
+/* Version 1 files as numpy.save writes them: magic, header length, {'descr': '<f2', ..., 'shape':
+ * (24, 16), }. */
 static bool npy_open(npy *out, golden_file file, const char *descr, size_t item_bytes) {
     size_t n = (size_t)(file.end - file.bytes);
     char header[256] = {0};
@@ -87,7 +89,8 @@ static void golden_cases(const golden_set *set) {
         }
 }
 
-/* ---- generated input: the kinds of tests/golden/make_quant.py, then signed zeros and any finite pattern ---- */
+/* ---- generated input: the kinds of tests/golden/make_quant.py, then signed zeros and any
+ * finite pattern ---- */
 
 enum { N_KINDS = 14, BLOCK_GROUPS = 64 };
 static const char *const kind_names[N_KINDS] = {
@@ -133,10 +136,11 @@ typedef struct block {
     uint8_t codes[BLOCK_GROUPS * 128];
 } block;
 
-/* |x - (code scale + zero)| <= scale / 2, in doubles, where code scale + zero is exact. The float32 arithmetic adds:
- * x - zero and the division round once each, a relative 2^-24 of a quotient of at most L (1 + 2^-22) each, so the
- * code belongs to a quotient moved by at most L 2^-23 and a little; the scale's own division may round down by a
- * relative 2^-24, which moves the largest quotient by no more than L 2^-24. Together below L 2^-22 scales. */
+/* |x - (code scale + zero)| <= scale / 2, in doubles, where code scale + zero is exact. The float32
+ * arithmetic adds: x - zero and the division round once each, a relative 2^-24 of a quotient of at
+ * most L (1 + 2^-22) each, so the code belongs to a quotient moved by at most L 2^-23 and a little;
+ * the scale's own division may round down by a relative 2^-24, which moves the largest quotient by
+ * no more than L 2^-24. Together below L 2^-22 scales. */
 static void check_bound(const block *b, unsigned kind, unsigned group, unsigned bits) {
     double levels = (double)((1u << bits) - 1);
     for (size_t g = 0; g < BLOCK_GROUPS; g++) {

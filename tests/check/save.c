@@ -1,4 +1,5 @@
-/* A sequence in a file: what is loaded goes on as the saved one, and no damaged file is believed. */
+/* A sequence in a file: what is loaded goes on as the saved one, and no damaged file is believed.
+ */
 #include "world.h"
 
 #include <unistd.h>
