@@ -50,7 +50,7 @@ static kivi_status join(ki_file *file, kivi_error *err) {
         return KI_FAIL(err, FORMAT, "%s: %zu tensors in all parts, at most %d", file->label, n,
                        (int)KI_MAX_ENTRIES);
     KI_TRY(ki_alloc_array(&tensors, file->mem, KI_TAG_other, n, sizeof(ki_tensor), err));
-    memcpy(tensors, file->tensors, file->n_tensors * sizeof(ki_tensor));
+    if (file->n_tensors) memcpy(tensors, file->tensors, file->n_tensors * sizeof(ki_tensor));
     ki_free(file->mem, file->tensors);
     file->tensors = tensors;
     for (size_t i = 0; i < file->n_parts; i++) {
