@@ -133,6 +133,9 @@ typedef struct kivi_engine_options {
     const char
         *rope_type; /* "bf16", "f16": round the rotary frequencies so, as a checkpoint converted as
                      * a whole (model.to(dtype)) has them; NULL: float32, as models are served */
+    bool dummy_weights; /* random weights of dummy_seed: model_path needs only config.json */
+    uint64_t dummy_seed;
+    const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
     const char *disable; /* instruction sets not to use ("avx512,avx2"); NULL: none */
     uint64_t fail_after; /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */

@@ -54,6 +54,9 @@ typedef struct kivi_cache_geometry {
     uint32_t n_pages;       /* a page holds 128 tokens of all layers and KV heads of one sequence */
     uint32_t max_step_rows; /* most rows of one step of a sequence; 0: 512 */
     uint32_t n_threads;     /* 0: one for each core this process may use */
+    uint32_t window_tokens; /* a query at p sees positions > p - window only, and pages wholly behind
+                               it are given back; 0: it sees all */
+    uint32_t max_tokens;    /* longest sequence; 0: as many as n_pages hold */
 } kivi_cache_geometry;
 
 typedef struct kivi_cache kivi_cache;

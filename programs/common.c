@@ -91,6 +91,9 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     eo.n_threads = o->threads;
     eo.ctx_tokens = o->ctx;
     eo.rope_type = o->rope_type;
+    eo.dummy_weights = o->dummy;
+    eo.dummy_seed = o->dummy_seed;
+    eo.dummy_type = o->dummy_type;
     eo.disable = getenv("KIVI_DISABLE");
     if (adjust) adjust(&eo, user);
     return kivi_engine_create(engine, &eo, &err) ? fail_with(&err) : EXIT_OK;

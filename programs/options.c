@@ -83,6 +83,10 @@ static const option table[] = {
      "longest context (the model's)", 1, 1e8},
     {"rope-freq", "", TEXT, CMD_LOGITS, AT(rope_type), 0, "TYPE",
      "round rotary frequencies to f16 or bf16 (f32)", 0, 0},
+    {"dummy-weights", "", UINT64, CMD_ALL, AT(dummy_seed), AT(dummy), "SEED",
+     "random weights; MODEL needs only config.json", 0, 1.8e19},
+    {"dummy-type", "", TEXT, CMD_ALL, AT(dummy_type), 0, "TYPE",
+     "of random weights: f16, q8_0 or q4_0 (config.json's)", 0, 0},
     {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV", "auto or cpu (auto)", 0, 0},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
@@ -278,8 +282,6 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
             o->model = argv[i];
             continue;
         }
-        if (!strncmp(word, "--dummy-weights", 15))
-            return usage_error("--dummy-weights is not built yet");
         size_t n = strcspn(word, "=");
         const option *opt = find_option(o->command, word, n);
         if (!opt)

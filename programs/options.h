@@ -29,13 +29,14 @@ typedef struct options {
     enum command command;
     const char *model;
     const char *prompt, *file, *tokens, *out, *stats, *device, *format;
-    const char *kv, *rule, *type_k, *type_v, *rope_type;
+    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
     bool n_prompt_given;
     double temp, top_p, min_p, repeat_penalty;
-    uint64_t seed;
+    uint64_t seed, dummy_seed;
+    bool dummy;
     const char *what, *files[MAX_FILES]; /* eval: ppl or kld, and its texts */
     uint32_t n_files, skip, chunks;
     bool skip_given;

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """py_golden.py: the logits of kivi against golden files of Hugging Face transformers, and against a numpy model.
 
-The golden files of llama-gqa need `--rope-freq bf16`. Their generator (golden/make_golden.py, main) stores the model
-with m.to(bfloat16), which rounds the module's rotary buffer inv_freq as well, and going back to float32 before the
-reference is run does not bring it back. Real checkpoints hold no such buffer: they are served with float32 frequencies,
-and that is kivi's default. The cases `frequencies` prove it: numpy with rounded frequencies gives the golden file, with
-float32 frequencies it gives what kivi does by default, and the two are far apart. So for llama-gqa the default is
-proved by the numpy model (reference.py), which also covers what has no golden file: the other rules, sinks, and keys or
-values alone in 16 bit.
+The golden files of the first families but llama need `--rope-freq` with their stored type, such as bf16. Their
+generator (golden/make_golden.py, main) stores the model with m.to(bfloat16), which rounds the module's rotary buffer
+inv_freq as well, and going back to float32 before the reference is run does not bring it back. Real checkpoints hold
+no such buffer: they are served with float32 frequencies, and that is kivi's default. The cases `frequencies` prove
+it: numpy with rounded frequencies gives the golden file, with float32 frequencies it gives what kivi does by default,
+and the two are far apart. So for llama-gqa the default is proved by the numpy model (reference.py), which also covers
+what has no golden file: the other rules, sinks, and keys or values alone in 16 bit.
 """
 import json
 import os
@@ -120,6 +120,14 @@ def numpy_cache():
 
 golden('llama')
 golden('llama-gqa', '--rope-freq', 'bf16')
+golden('mistral-swa', '--rope-freq', 'f16')
+golden('falcon-mqa', '--rope-freq', 'bf16')
+golden('falcon-gqa', '--rope-freq', 'f16')
+golden('qwen2', '--rope-freq', 'bf16')
+# made by the generator without that flaw: only parameters were converted
+for family in ('qwen3', 'gemma3', 'yarn'):
+    golden(family)
+golden('dynamic', '--ctx', 512)  # beyond the 128 of its config.json, where the base grows
 frequencies()
 numpy_cache()
 finish()

@@ -277,7 +277,7 @@ static void test_poisoned_real_model(void **state) {
     trace before = run_alone(engine, &s, 0);
     kivi_session *session = open_session(engine);
     static const float values[] = {NAN, INFINITY, 3e38f};
-    float *norm = &engine->model->layers[5].attn_norm[3], good = *norm;
+    float *norm = &engine->model->layers[5].attn_norm.weight[3], good = *norm;
     for (int i = 0; i < 3; i++) {
         *norm = values[i];
         kivi_status status = kivi_session_prompt(session, golden_tokens(), 3, &err);
@@ -423,12 +423,12 @@ static void test_unsupported(void **state) {
     (void)state;
     bytes w = read_bytes(golden("llama-gqa/model.safetensors"));
 #define REST(text) config_text("silu", "llama", "true", text)
-    refused(config_text("silu", "mistral", "true", new_llama3), &w, KIVI_UNSUPPORTED,
-            "model_type|mistral|llama");
+    refused(config_text("silu", "mixtral", "true", new_llama3), &w, KIVI_UNSUPPORTED,
+            "config.json|model_type|mixtral|llama, mistral, qwen2, qwen3, gemma3_text, falcon");
     refused(config_text("gelu", "llama", "true", new_llama3), &w, KIVI_UNSUPPORTED,
             "hidden_act|gelu|silu");
-    refused(REST("\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}"), &w, KIVI_UNSUPPORTED,
-            "yarn|default, linear or llama3");
+    refused(REST("\"rope_scaling\": {\"type\": \"su\", \"factor\": 4.0}"), &w, KIVI_UNSUPPORTED,
+            "rope_scaling.type|su|default, linear, dynamic, yarn or llama3");
     refused(REST("\"rope_parameters\": {\"rope_type\": \"longrope\"}"), &w, KIVI_UNSUPPORTED,
             "rope_parameters.rope_type|longrope");
     refused(REST("\"attention_bias\": true"), &w, KIVI_UNSUPPORTED, "attention_bias");
@@ -456,7 +456,7 @@ static void test_unsupported(void **state) {
     char index[300];
     snprintf(index, sizeof index, "%s/model.safetensors.index.json", path);
     write_bytes(index, "{}", 2);
-    refused(REST(new_llama3), NULL, KIVI_UNSUPPORTED, "sharded|not built yet");
+    refused(REST(new_llama3), NULL, KIVI_FORMAT, "index.json|weight_map");
 }
 
 /* A config that does not fit the weights, or itself. */

@@ -270,7 +270,7 @@ static void test_odd_folders(void **state) {
     write_file("bare/config.json", "{}", 2);
     bad_path(in_folder("bare"), KIVI_FORMAT, "bare/model.safetensors", "not there");
     write_file("bare/model.safetensors.index.json", "{}", 2);
-    bad_path(in_folder("bare"), KIVI_UNSUPPORTED, "bare/model", "sharded safetensors are not");
+    bad_path(in_folder("bare"), KIVI_FORMAT, "index.json", "weight_map has 0 tensors");
     write_file("bare/model.safetensors", "", 0);
     bad_path(in_folder("bare"), KIVI_FORMAT, "bare/model.safetensors", "is empty");
     write_file("bare/config.json", "", 0);

@@ -21,7 +21,7 @@ static void test_preamble(void **state) {
     static const uint64_t counts[] = {0, 1, 2, 3, 5, 200001, UINT32_MAX, 1ull << 32, 1ull << 60,
                                       UINT64_MAX / 37, UINT64_MAX / 37 + 1, UINT64_MAX / 2,
                                       UINT64_MAX / 2 + 1, UINT64_MAX};
-    static const uint32_t versions[] = {0, 1, 2, 4, 0x10000, UINT32_MAX, 0x7fffffff};
+    static const uint32_t versions[] = {0, 1, 4, 5, 0x10000, UINT32_MAX, 0x7fffffff};
     out o = good_gguf();
     (void)state;
     for (size_t at = 8; at <= 16; at += 8)
@@ -33,7 +33,7 @@ static void test_preamble(void **state) {
         }
     for (size_t i = 0; i < sizeof versions / sizeof *versions; i++) {
         memcpy(o.data + 4, &versions[i], 4);
-        bad_bytes(o.data, o.n_bytes, NULL, KIVI_UNSUPPORTED, "version 3 is supported");
+        bad_bytes(o.data, o.n_bytes, NULL, KIVI_UNSUPPORTED, "versions 2 and 3 are supported");
     }
     memcpy(o.data + 4, "\0\0\0\3", 4);
     bad_bytes(o.data, o.n_bytes, NULL, KIVI_UNSUPPORTED, "big-endian");

@@ -18,6 +18,8 @@ static kivi_status cache_init(kivi_cache *c, const ki_cache_options *o, kivi_err
         KI_TRY(ki_workers_create(&c->workers, c->mem, n, err));
         c->owns_workers = true;
     }
+    c->max_seq_pages = (o->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
+    if (!c->layout.window) c->max_seq_pages = o->geometry.n_pages;
     KI_TRY(ki_pool_init(&c->pool, c->mem, &c->layout, o->geometry.n_pages, err));
     return ki_attn_work_create(&c->work, c->mem, o, &c->layout, ki_workers_count(c->workers), err);
 }
@@ -50,7 +52,10 @@ kivi_status kivi_cache_create(kivi_cache **out, const kivi_cache_geometry *geome
     if (geometry->n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "cache: %u pages, expected at most %u", geometry->n_pages,
                        UINT32_MAX / KI_PAGE_TOKENS);
-    o.max_tokens = geometry->n_pages * KI_PAGE_TOKENS;
+    if (geometry->max_tokens > UINT32_MAX / 4)
+        return KI_FAIL(err, ARG, "cache: %u tokens, expected at most %u", geometry->max_tokens,
+                       UINT32_MAX / 4);
+    o.max_tokens = geometry->max_tokens ? geometry->max_tokens : geometry->n_pages * KI_PAGE_TOKENS;
     KI_TRY(ki_isa_choose(&o.isa, NULL, err));
     return ki_cache_create(out, &o, err);
 }
@@ -131,7 +136,7 @@ kivi_status kivi_seq_attend(kivi_seq *seq, uint32_t layer, const float *q, float
                            .q_stride = stride,
                            .out_stride = stride};
     ki_fpu fpu = ki_fpu_enter();
-    ki_attend_batch(seq->cache, &item, 1, layer, 0);
+    ki_attend_batch(seq->cache, &item, 1, layer, l->window);
     ki_fpu_leave(fpu);
     return KIVI_OK;
 }

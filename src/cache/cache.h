@@ -23,6 +23,7 @@
 /* A cache kind over a geometry: sizes and the offsets of the planes of one page of one layer and KV
  * head. */
 typedef struct ki_layout {
+    uint32_t window; /* no query reads further back; 0: all is read */
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, head_group; /* head_group = H / Hk */
     kivi_kv_options kv;                                           /* resolved */
     size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
@@ -32,6 +33,9 @@ typedef struct ki_layout {
 } ki_layout;
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
+/* The most pages a sequence of n_tokens holds at once, fed in steps of at most step_rows: with a
+ * window those behind it are given back. */
+uint32_t ki_layout_pages(const ki_layout *layout, uint32_t n_tokens, uint32_t step_rows);
 /* Bytes by tag for n_sequences sequences and n_pages pages: what the allocator will count,
  * computed. */
 bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages,
@@ -57,6 +61,8 @@ void ki_pool_unpin(ki_pool *pool, uint32_t id);
 bool ki_pool_check(const ki_pool *pool);
 
 /* ---- the cache and its sequences ---- */
+enum { KI_NO_PAGE = -1 }; /* as uint32_t: stands in a block table where a page was given back */
+
 typedef struct ki_attn_work ki_attn_work;
 
 struct kivi_cache {
@@ -66,7 +72,7 @@ struct kivi_cache {
     const ki_kernels *kernels;
     ki_workers *workers;
     bool owns_workers;
-    uint32_t max_step_rows;
+    uint32_t max_step_rows, max_seq_pages;
     ki_attn_work *work;
     ki_counter n_saturated, n_nonfinite;
 };
@@ -78,8 +84,8 @@ typedef struct ki_store {
 
 struct kivi_seq {
     kivi_cache *cache;
-    uint32_t *pages; /* ids, in order */
-    uint32_t n_pages, max_pages;
+    uint32_t *pages; /* ids by position; the first n_gone are KI_NO_PAGE: behind the window */
+    uint32_t n_pages, max_pages, n_gone;
     uint32_t n_tokens;  /* committed */
     uint32_t step_rows; /* rows of the open step, 0 when none is open */
     uint32_t run_start,
@@ -113,6 +119,8 @@ const uint16_t *ki_seq_v_block(const kivi_seq *seq, uint32_t layer, uint32_t hea
 /* One 16-bit row [D] in or out (k may be scattered in its block). */
 void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos,
                     const uint16_t *k, const uint16_t *v);
+/* The first position that may still be read or written once no step goes back behind n tokens. */
+uint32_t ki_seq_live_from(const ki_layout *layout, uint32_t n_tokens);
 /* Gives pages until the table covers n_tokens; FULL leaves everything as it was. */
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 

@@ -97,6 +97,7 @@ kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *g, kivi_er
                        .n_heads = g->n_heads,
                        .n_kv_heads = g->n_kv_heads,
                        .head_dim = g->head_dim,
+                       .window = g->window_tokens,
                        .kv = g->kv};
     if (g->n_layers == 0 || g->n_layers > 1024 || g->n_heads == 0 || g->n_heads > 1024)
         return KI_FAIL(err, ARG, "cache: %u layers and %u heads, expected 1 to 1024 of each",
@@ -114,6 +115,16 @@ kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *g, kivi_er
         out->v_ring_blocks = blocks_for(kv->residual_tokens + 1 + kv->rewind_tokens);
     if (kv->k_bits < 16 || kv->v_bits < 16) out->sink_blocks = kv->sink_tokens / KI_LANES;
     return KIVI_OK;
+}
+
+/* From the page of the first live row to that of the step's last: at most window, residual, rewind
+ * and step apart, and a page more because either may begin anywhere in one. */
+uint32_t ki_layout_pages(const ki_layout *l, uint32_t n_tokens, uint32_t step_rows) {
+    uint64_t all = ((uint64_t)n_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
+    uint64_t rows = (uint64_t)KI_MAX(l->window, l->kv.residual_tokens) + l->kv.rewind_tokens +
+                    step_rows + KI_PAGE_TOKENS - 1;
+    uint64_t live = (rows + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS + 1;
+    return (uint32_t)(l->window ? KI_MIN(all, live) : all);
 }
 
 bool ki_layout_plan(kivi_memory *out, const ki_layout *l, uint64_t n_pages, uint64_t n_sequences) {

@@ -1,6 +1,8 @@
 /* save.c: a sequence in a file, the same bytes from every backend.
  *
  *     "KIVISEQ1"  geometry: 10 x u32  n_tokens u32  run_start u32
+ *     with a sliding window: "KIVISEQ2"  geometry: 11 x u32 (the window)  n_tokens  run_start
+ *     n_gone u32: the first 128 n_gone tokens are behind the window and left out below
  *     for each layer, for each KV head:
  *         keys     16-bit sinks [min(S, n)][D] f16
  *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token
@@ -183,13 +185,14 @@ static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_
     const ki_layout *l = &seq->cache->layout;
     uint32_t n = seq->n_tokens,
              sinks = (keys ? l->kv.k_bits : l->kv.v_bits) == 16 ? 0 : KI_MIN(l->kv.sink_tokens, n);
-    uint32_t packed = KI_MAX(keys ? ki_k_packed(l, n) : ki_v_packed(l, n), sinks);
+    uint32_t from = KI_MAX(seq->n_gone * KI_PAGE_TOKENS, sinks); /* both are whole key groups */
+    uint32_t packed = KI_MAX(keys ? ki_k_packed(l, n) : ki_v_packed(l, n), from);
     rows(s, seq, keys, layer, head, 0, sinks);
-    for (uint32_t p = sinks; p < packed && s->status == KIVI_OK; p++)
+    for (uint32_t p = from; p < packed && s->status == KIVI_OK; p++)
         token_codes(s, seq, keys, layer, head, p);
-    for (uint32_t p = sinks; keys && p < packed && s->status == KIVI_OK; p += l->kv.group)
+    for (uint32_t p = from; keys && p < packed && s->status == KIVI_OK; p += l->kv.group)
         key_group_scales(s, seq, layer, head, p);
-    for (uint32_t p = sinks; !keys && p < packed && s->status == KIVI_OK; p++)
+    for (uint32_t p = from; !keys && p < packed && s->status == KIVI_OK; p++)
         value_token_scales(s, seq, layer, head, p);
     rows(s, seq, keys, layer, head, packed, n);
 }
@@ -206,10 +209,19 @@ static void expect_u32(ki_stream *s, uint32_t value, const char *name) {
 
 static void header(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
-    char magic[8] = "KIVISEQ1";
+    const char *expected = l->window ? "KIVISEQ2" : "KIVISEQ1";
+    char magic[8];
+    memcpy(magic, expected, sizeof magic);
     ki_stream_bytes(s, magic, sizeof magic);
-    if (memcmp(magic, "KIVISEQ1", sizeof magic))
-        ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi sequence, version 1");
+    if (!memcmp(magic, "KIVISEQ", 7) && (magic[7] == '1' || magic[7] == '2') &&
+        magic[7] != expected[7])
+        ki_stream_fail(s, KIVI_ARG,
+                       l->window ? "saved without a sliding window, this cache has one"
+                                 : "saved with a sliding window, this cache has none");
+    else if (memcmp(magic, expected, sizeof magic))
+        ki_stream_fail(s, KIVI_FORMAT,
+                       l->window ? "not a saved kivi sequence, version 2"
+                                 : "not a saved kivi sequence, version 1");
     const struct {
         uint32_t value;
         const char *name;
@@ -227,27 +239,40 @@ static void header(ki_stream *s, kivi_seq *seq) {
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         expect_u32(s, fields[i].value, fields[i].name);
+    if (l->window) expect_u32(s, l->window, "window");
+}
+
+/* The table of a sequence that is read: n_gone marks, then pages. */
+static void make_room(ki_stream *s, kivi_seq *seq, uint32_t n_tokens, uint32_t run_start,
+                      uint32_t n_gone) {
+    const ki_layout *l = &seq->cache->layout;
+    if (run_start > n_tokens || n_tokens > (uint64_t)seq->max_pages * KI_PAGE_TOKENS) {
+        ki_stream_fail(s, KIVI_ARG, "more tokens saved than this cache has pages for");
+        return;
+    }
+    if (n_gone > ki_seq_live_from(l, n_tokens) / KI_PAGE_TOKENS) {
+        ki_stream_fail(s, KIVI_FORMAT, "tokens within the window are missing");
+        return;
+    }
+    for (uint32_t i = 0; i < n_gone; i++) seq->pages[i] = (uint32_t)KI_NO_PAGE;
+    seq->n_pages = seq->n_gone = n_gone;
+    s->status = ki_seq_reserve(seq, n_tokens, s->err);
+    if (s->status != KIVI_OK) return;
+    seq->n_tokens = n_tokens;
+    seq->run_start = run_start;
+    seq->k_valid_from = ki_k_packed(l, n_tokens);
+    seq->v_valid_from = ki_v_packed(l, n_tokens);
 }
 
 void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
-    uint32_t n_tokens = seq->n_tokens, run_start = seq->run_start;
+    uint32_t n_tokens = seq->n_tokens, run_start = seq->run_start, n_gone = seq->n_gone;
     header(s, seq);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
     ki_stream_bytes(s, &run_start, sizeof run_start);
+    if (l->window) ki_stream_bytes(s, &n_gone, sizeof n_gone);
     if (s->status != KIVI_OK) return;
-    if (!s->writing) {
-        if (run_start > n_tokens || n_tokens > (uint64_t)seq->max_pages * KI_PAGE_TOKENS) {
-            ki_stream_fail(s, KIVI_ARG, "more tokens saved than this cache has pages for");
-            return;
-        }
-        s->status = ki_seq_reserve(seq, n_tokens, s->err);
-        if (s->status != KIVI_OK) return;
-        seq->n_tokens = n_tokens;
-        seq->run_start = run_start;
-        seq->k_valid_from = ki_k_packed(l, n_tokens);
-        seq->v_valid_from = ki_v_packed(l, n_tokens);
-    }
+    if (!s->writing) make_room(s, seq, n_tokens, run_start, n_gone);
     for (uint32_t layer = 0; layer < l->n_layers; layer++)
         for (uint32_t head = 0; head < l->n_kv_heads && s->status == KIVI_OK; head++) {
             side(s, seq, true, layer, head);

@@ -181,7 +181,7 @@ static kivi_status seq_init(kivi_seq *seq, kivi_cache *cache, kivi_error *err) {
     const ki_layout *l = &cache->layout;
     void *p;
     seq->cache = cache;
-    seq->max_pages = cache->pool.n_pages;
+    seq->max_pages = cache->max_seq_pages;
     KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_other, seq->max_pages, sizeof(uint32_t), err));
     seq->pages = p;
     KI_TRY(store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
@@ -200,7 +200,11 @@ kivi_status kivi_seq_create(kivi_seq **out, kivi_cache *cache, kivi_error *err) 
 }
 
 static void release_pages(kivi_seq *seq, uint32_t keep) {
-    while (seq->n_pages > keep) ki_pool_unpin(&seq->cache->pool, seq->pages[--seq->n_pages]);
+    while (seq->n_pages > keep) {
+        uint32_t id = seq->pages[--seq->n_pages];
+        if (id != (uint32_t)KI_NO_PAGE) ki_pool_unpin(&seq->cache->pool, id);
+    }
+    seq->n_gone = KI_MIN(seq->n_gone, keep);
 }
 
 void kivi_seq_destroy(kivi_seq **out) {
@@ -229,6 +233,23 @@ static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
     return KI_MIN(k, v);
 }
 
+uint32_t ki_seq_live_from(const ki_layout *l, uint32_t n) {
+    uint32_t seen = n + 1 > l->window ? n + 1 - l->window : 0;
+    return l->window ? KI_MIN(seen, first_unwritten(l, n)) : 0;
+}
+
+/* Gives back what lies behind the window of all rows to come, and of those that a step back within
+ * rewind_tokens would bring again. Positions keep their place in the table. */
+static void drop_behind_window(kivi_seq *seq) {
+    const ki_layout *l = &seq->cache->layout;
+    uint32_t back = seq->n_tokens - KI_MIN(seq->n_tokens, l->kv.rewind_tokens);
+    uint32_t live = ki_seq_live_from(l, back) / KI_PAGE_TOKENS;
+    while (seq->n_gone < live) {
+        ki_pool_unpin(&seq->cache->pool, seq->pages[seq->n_gone]);
+        seq->pages[seq->n_gone++] = (uint32_t)KI_NO_PAGE;
+    }
+}
+
 /* A page that others read too is copied before it is written. */
 static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
@@ -246,6 +267,9 @@ static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
     uint32_t need = pages_for(n_tokens), had = seq->n_pages;
+    if (need > seq->max_pages)
+        return KI_FAIL(err, FULL, "cache: %u tokens, a sequence has at most %u", n_tokens,
+                       seq->max_pages * KI_PAGE_TOKENS);
     if (need > had && need - had > pool->n_free)
         return KI_FAIL(err, FULL, "cache: %u more pages needed for %u tokens, %u of %u are free",
                        need - had, n_tokens, pool->n_free, pool->n_pages);
@@ -254,7 +278,7 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         seq->n_pages++;
     }
     uint32_t first = first_unwritten(&seq->cache->layout, seq->n_tokens) / KI_PAGE_TOKENS;
-    for (uint32_t i = first; i < had; i++) {
+    for (uint32_t i = KI_MAX(first, seq->n_gone); i < had; i++) {
         kivi_status status = own_page(seq, i, err);
         if (status == KIVI_OK) continue;
         release_pages(seq, had);
@@ -317,6 +341,7 @@ kivi_status kivi_seq_commit(kivi_seq *seq, kivi_error *err) {
     seq->step_rows = 0;
     note_valid(seq, seq->n_tokens);
     if (!seq->run_left) drop_large(seq);
+    drop_behind_window(seq);
 #ifdef KI_DEBUG
     if (!ki_pool_check(&seq->cache->pool))
         return KI_FAIL(err, INTERNAL, "cache: free + referenced pages != all pages");
@@ -344,9 +369,10 @@ static void copy_whole_store(const ki_layout *l, const ki_store *to, const ki_st
 static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
     for (uint32_t i = 0; i < from->n_pages; i++) {
-        ki_pool_pin(pool, from->pages[i]);
+        if (from->pages[i] != (uint32_t)KI_NO_PAGE) ki_pool_pin(pool, from->pages[i]);
         seq->pages[seq->n_pages++] = from->pages[i];
     }
+    seq->n_gone = from->n_gone;
     for (uint32_t i = first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
          i < seq->n_pages; i++)
         KI_TRY(own_page(seq, i, err));
@@ -372,9 +398,10 @@ kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err)
     return status;
 }
 
-/* Whether the 16-bit rows that the state after n tokens holds are all still there. */
+/* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */
 static bool can_stand_at(const kivi_seq *seq, uint32_t n) {
     const ki_layout *l = &seq->cache->layout;
+    if (ki_seq_live_from(l, n) / KI_PAGE_TOKENS < seq->n_gone) return false;
     uint32_t sinks = KI_MIN(l->kv.sink_tokens, n); /* these are never lost */
     uint32_t k_line = KI_MAX(ki_k_packed(l, n), sinks), v_line = KI_MAX(ki_v_packed(l, n), sinks);
     bool k = l->kv.k_bits == 16 || k_line >= seq->k_valid_from || k_line == n;
@@ -395,7 +422,8 @@ kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         while (!can_stand_at(seq, earliest)) earliest++;
         return KI_FAIL(
             err, ARG,
-            "sequence: the 16-bit rows for %u tokens are gone, %u is the earliest length left",
+            "sequence: the 16-bit rows or pages for %u tokens are gone, %u is the earliest length "
+            "left",
             n_tokens, earliest);
     }
     seq->n_tokens = n_tokens;

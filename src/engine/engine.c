@@ -53,25 +53,31 @@ static void fill_info(kivi_engine *e, const ki_file *file) {
     i->kv = e->cache->layout.kv;
 }
 
+static kivi_cache_geometry geometry_of(const ki_config *c, const kivi_kv_options *kv) {
+    return (kivi_cache_geometry){.n_layers = c->n_layers,
+                                 .n_heads = c->n_heads,
+                                 .n_kv_heads = c->n_kv_heads,
+                                 .head_dim = c->head_dim,
+                                 .window_tokens = ki_config_window(c),
+                                 .kv = *kv};
+}
+
 static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
-    const ki_config *c = &e->model->config;
     kivi_engine_options *o = &e->options;
+    ki_layout layout;
     ki_cache_options co = {.mem = &e->mem,
                            .workers = e->workers,
                            .max_sequences = o->max_sessions,
                            .max_tokens = o->ctx_tokens};
+    co.geometry = geometry_of(&e->model->config, &o->kv);
+    KI_TRY(ki_layout_init(&layout, &co.geometry, err));
     uint64_t n_pages =
-        (uint64_t)o->max_sessions * ((o->ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS);
+        (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
                        o->ctx_tokens);
-    co.geometry = (kivi_cache_geometry){.n_layers = c->n_layers,
-                                        .n_heads = c->n_heads,
-                                        .n_kv_heads = c->n_kv_heads,
-                                        .head_dim = c->head_dim,
-                                        .kv = o->kv,
-                                        .n_pages = (uint32_t)n_pages,
-                                        .max_step_rows = o->step_rows};
+    co.geometry.n_pages = (uint32_t)n_pages;
+    co.geometry.max_step_rows = o->step_rows;
     KI_TRY(ki_isa_choose(&co.isa, o->disable, err));
     return ki_cache_create(&e->cache, &co, err);
 }
@@ -107,10 +113,12 @@ static kivi_status rope_type_of(ki_weight *out, const char *name, kivi_error *er
 
 static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *err) {
     unsigned n_threads = e->options.n_threads ? e->options.n_threads : ki_cpu_count();
-    ki_weight rope_type;
-    KI_TRY(rope_type_of(&rope_type, e->options.rope_type, err));
+    ki_model_options mo = {.dummy = e->options.dummy_weights,
+                           .dummy_seed = e->options.dummy_seed,
+                           .dummy_type = e->options.dummy_type};
+    KI_TRY(rope_type_of(&mo.rope_type, e->options.rope_type, err));
     KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
-    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, rope_type, err));
+    KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, &mo, err));
     fill_defaults(&e->options, &e->model->config);
     KI_TRY(ki_engine_load_vocab(e, file, err));
     KI_TRY(make_memory(e, err));
@@ -135,12 +143,14 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     e->options = *options;
     ki_file *file = NULL;
     ki_fpu fpu = ki_fpu_enter();
-    kivi_status status = ki_file_open(&file, &e->mem, options->model_path, err);
+    kivi_status status = options->dummy_weights
+                             ? ki_file_open_shape(&file, &e->mem, options->model_path, err)
+                             : ki_file_open(&file, &e->mem, options->model_path, err);
     if (status == KIVI_OK) status = engine_init(e, file, err);
     ki_file_close(&file);
     ki_fpu_leave(fpu);
     e->options.model_path = NULL; /* the caller's string need not outlive this call */
-    e->options.disable = e->options.rope_type = NULL;
+    e->options.disable = e->options.rope_type = e->options.dummy_type = NULL;
     if (status != KIVI_OK) kivi_engine_destroy(&e);
     *out = e;
     return status;
@@ -177,16 +187,11 @@ void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint
 
 kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine,
                              const kivi_kv_options *kv, uint32_t ctx_tokens, kivi_error *err) {
-    const ki_config *c = &engine->model->config;
-    kivi_cache_geometry g = {.n_layers = c->n_layers,
-                             .n_heads = c->n_heads,
-                             .n_kv_heads = c->n_kv_heads,
-                             .head_dim = c->head_dim,
-                             .kv = *kv};
+    kivi_cache_geometry g = geometry_of(&engine->model->config, kv);
     ki_layout layout;
     KI_TRY(ki_layout_init(&layout, &g, err));
-    if (!ki_layout_plan(out, &layout, ((uint64_t)ctx_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
-                        1))
+    uint32_t n_pages = ki_layout_pages(&layout, ctx_tokens, engine->options.step_rows);
+    if (!ki_layout_plan(out, &layout, n_pages, 1))
         return KI_FAIL(err, ARG, "plan: %u tokens are too many", ctx_tokens);
     kivi_memory held = kivi_engine_memory(engine);
     out->weights = held.weights;

@@ -82,14 +82,15 @@ static kivi_status feed(kivi_session *session, const int32_t *tokens, size_t n_t
     return KIVI_OK;
 }
 
-/* Runs that began at or after n_tokens never were; the one across it was that much shorter. */
-static void cut_runs(kivi_session *session, uint32_t n_tokens) {
+/* Runs that began at or after n_tokens never were; one across it was that much shorter: true. */
+static bool cut_runs(kivi_session *session, uint32_t n_tokens) {
     ki_run *runs = (ki_run *)(void *)session->runs.data;
     uint32_t n = (uint32_t)(session->runs.n_bytes / sizeof *runs);
     while (n && runs[n - 1].start >= n_tokens) n--;
-    if (n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens)
-        runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
+    bool is_cut = n && runs[n - 1].start + runs[n - 1].n_tokens > n_tokens;
+    if (is_cut) runs[n - 1].n_tokens = n_tokens - runs[n - 1].start;
     session->runs.n_bytes = n * sizeof *runs;
+    return is_cut;
 }
 
 /* Gives a prompt up that cannot go on: what was evaluated of it stays, as a shorter prompt. */
@@ -232,8 +233,10 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
     if (session->seq->run_left || n_tokens > length)
         return KI_FAIL(err, ARG, "session: back to %u of %u tokens%s", n_tokens, length,
                        session->seq->run_left ? " within a prompt" : "");
-    cut_runs(session, n_tokens);
-    kivi_status status = kivi_seq_rewind(session->seq, n_tokens, NULL);
+    /* under dynamic NTK the keys of a shorter prompt are other keys */
+    bool other_keys = cut_runs(session, n_tokens) &&
+                      session->engine->model->config.rope[0].scaling == KI_ROPE_DYNAMIC;
+    kivi_status status = other_keys ? KIVI_ARG : kivi_seq_rewind(session->seq, n_tokens, NULL);
     if (status == KIVI_ARG) status = replay(session, n_tokens, err);
     if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
     session->logits = NULL;

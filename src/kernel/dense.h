@@ -78,6 +78,14 @@ typedef struct ki_dense_kernels {
     void (*rope)(float *x, const float *cos, const float *sin, uint32_t head_dim);
     /* out = silu(gate) * up = gate / (1 + e^-gate) * up; [n] */
     void (*silu_mul)(float *out, const float *gate, const float *up, uint32_t n);
+    /* out = gelu(gate) * up, gelu by tanh: gate / (1 + e^-2u), u = sqrt(2 / pi) (gate + 0.044715
+     * gate^3) */
+    void (*gelu_mul)(float *out, const float *gate, const float *up, uint32_t n);
+    /* out = x * (1 + erf(x / sqrt 2)) / 2, erf within 1.5e-7; [n] */
+    void (*gelu)(float *out, const float *x, uint32_t n);
+    /* out = (x - mean) / sqrt(variance + eps) * weight + bias; [n], n % 16 == 0 */
+    void (*layer_norm)(float *out, const float *x, const float *weight, const float *bias,
+                       uint32_t n, float eps);
     void (*add)(float *x, const float *y, uint32_t n); /* x += y */
     void (*scale)(float *out, const float *x, float factor, uint32_t n);
     /* out = e^x, [n], n % 16 == 0: for tests of the shared exponential */

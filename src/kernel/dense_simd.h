@@ -178,6 +178,48 @@ static void silu_mul_simd(float *out, const float *gate, const float *up, uint32
     }
 }
 
+static void gelu_mul_simd(float *out, const float *gate, const float *up, uint32_t n) {
+    const vf a = vf_set(-2 * 0.7978845608f), b = vf_set(-2 * 0.7978845608f * 0.044715f);
+    for (uint32_t i = 0; i < n; i += 16) {
+        vf g = vf_load(gate + i), e = vf_exp(vf_mul(g, vf_fma(b, vf_mul(g, g), a)));
+        vf_store(out + i, vf_mul(vf_div(g, vf_add(vf_set(1.0f), e)), vf_load(up + i)));
+    }
+}
+
+/* erfc(z) = poly(t) e^(-z^2), t = 1 / (1 + 0.3275911 z), z >= 0 (Abramowitz and Stegun 7.1.26);
+ * then x (1 + erf(x / sqrt 2)) / 2 = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2. */
+static void gelu_simd(float *out, const float *in, uint32_t n) {
+    const vf zero = vf_set(0.0f), one = vf_set(1.0f);
+    for (uint32_t i = 0; i < n; i += 16) {
+        vf x = vf_load(in + i), size = vf_max2(x, vf_sub(zero, x));
+        vf z = vf_mul(size, vf_set(0.70710678f));
+        vf t = vf_div(one, vf_fma(vf_set(0.3275911f), z, one));
+        vf p = vf_fma(vf_set(1.061405429f), t, vf_set(-1.453152027f));
+        p = vf_fma(p, t, vf_set(1.421413741f));
+        p = vf_fma(p, t, vf_set(-0.284496736f));
+        p = vf_mul(vf_fma(p, t, vf_set(0.254829592f)), t);
+        vf erfc = vf_mul(p, vf_exp(vf_sub(zero, vf_mul(z, z))));
+        vf half = vf_mul(vf_mul(size, vf_set(0.5f)), erfc);
+        vf_store(out + i, vf_sub(vf_max2(x, zero), half));
+    }
+}
+
+static void layer_norm_simd(float *out, const float *x, const float *weight, const float *bias,
+                            uint32_t n, float eps) {
+    vf sum = vf_set(0.0f), squares = vf_set(0.0f);
+    for (uint32_t i = 0; i < n; i += 16) sum = vf_add(sum, vf_load(x + i));
+    vf mean = vf_set(vf_sum(sum) / (float)n);
+    for (uint32_t i = 0; i < n; i += 16) {
+        vf d = vf_sub(vf_load(x + i), mean);
+        squares = vf_fma(d, d, squares);
+    }
+    vf factor = vf_set(1.0f / sqrtf(vf_sum(squares) / (float)n + eps));
+    for (uint32_t i = 0; i < n; i += 16) {
+        vf d = vf_mul(vf_sub(vf_load(x + i), mean), factor);
+        vf_store(out + i, vf_fma(d, vf_load(weight + i), vf_load(bias + i)));
+    }
+}
+
 static void add_simd(float *x, const float *y, uint32_t n) {
     for (uint32_t i = 0; i < n; i += 16) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y + i)));
 }

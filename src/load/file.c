@@ -7,8 +7,7 @@
 
 static const ki_json_limits config_limits = {.max_containers = 50000, .max_values = 500000};
 
-/* From here on ki_file_close can undo whatever has been built. */
-static kivi_status file_new(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
+kivi_status ki_file_new(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
     void *block, *copy;
     size_t n_bytes = strlen(path) + 1;
     KI_TRY(ki_alloc(&block, mem, KI_TAG_other, sizeof(ki_file), err));
@@ -68,10 +67,7 @@ static kivi_status open_weights(ki_file *file, int folder, kivi_error *err) {
     size_t n_bytes;
     if (!has_entry(folder, "model.safetensors") && errno == ENOENT) {
         if (has_entry(folder, "model.safetensors.index.json"))
-            return KI_FAIL(err, UNSUPPORTED,
-                           "%s: not there, only an index of parts: sharded safetensors are not "
-                           "built yet",
-                           file->label);
+            return ki_parts_load_index(file, folder, err);
         return KI_FAIL(err, FORMAT, "%s: not there, the folder has no weights", file->label);
     }
     KI_TRY(ki_fd_open(&fd, &n_bytes, folder, "model.safetensors", file->label, err));
@@ -81,10 +77,10 @@ static kivi_status open_weights(ki_file *file, int folder, kivi_error *err) {
 
 /* ---- open ---- */
 
-static kivi_status open_folder(ki_file *file, int folder, kivi_error *err) {
+static kivi_status open_folder(ki_file *file, int folder, bool weights, kivi_error *err) {
     set_labels(file, KI_FILE_HF);
     KI_TRY(open_config(file, folder, err));
-    return open_weights(file, folder, err);
+    return weights ? open_weights(file, folder, err) : KIVI_OK;
 }
 
 static kivi_status open_gguf(ki_file *file, kivi_error *err) {
@@ -92,26 +88,36 @@ static kivi_status open_gguf(ki_file *file, kivi_error *err) {
     size_t n_bytes;
     KI_TRY(ki_fd_open(&fd, &n_bytes, AT_FDCWD, file->path, file->label, err));
     KI_TRY(ki_source_map(&file->source, fd, file->label, err));
-    return ki_gguf_load(file, err);
+    KI_TRY(ki_gguf_load(file, err));
+    return ki_parts_load_gguf(file, err);
 }
 
 /* A folder is opened as a folder first, so that what lies in it is found relative to it even when
  * the path comes to mean something else meanwhile. */
-static kivi_status open_path(ki_file *file, kivi_error *err) {
+static kivi_status open_path(ki_file *file, bool weights, kivi_error *err) {
     set_labels(file, KI_FILE_GGUF);
     int folder = open(file->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (folder < 0) return open_gguf(file, err); /* reports a path that cannot be opened at all */
-    kivi_status status = open_folder(file, folder, err);
+    kivi_status status = open_folder(file, folder, weights, err);
     close(folder);
     return status;
 }
 
-kivi_status ki_file_open(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
+static kivi_status open_any(ki_file **out, ki_mem *mem, const char *path, bool weights,
+                            kivi_error *err) {
     *out = NULL;
-    KI_TRY(file_new(out, mem, path, err));
-    kivi_status status = open_path(*out, err);
+    KI_TRY(ki_file_new(out, mem, path, err));
+    kivi_status status = open_path(*out, weights, err);
     if (status != KIVI_OK) ki_file_close(out);
     return status;
+}
+
+kivi_status ki_file_open(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
+    return open_any(out, mem, path, true, err);
+}
+
+kivi_status ki_file_open_shape(ki_file **out, ki_mem *mem, const char *path, kivi_error *err) {
+    return open_any(out, mem, path, false, err);
 }
 
 static kivi_status open_bytes(ki_file *file, const char *config, size_t n_config_bytes,
@@ -127,7 +133,7 @@ kivi_status ki_file_open_bytes(ki_file **out, ki_mem *mem, const char *name, con
                                size_t n_bytes, const char *config, size_t n_config_bytes,
                                kivi_error *err) {
     *out = NULL;
-    KI_TRY(file_new(out, mem, name, err));
+    KI_TRY(ki_file_new(out, mem, name, err));
     (*out)->source = (ki_source){.fd = -1, .data = bytes, .n_bytes = n_bytes};
     kivi_status status = open_bytes(*out, config, n_config_bytes, err);
     if (status != KIVI_OK) ki_file_close(out);
@@ -142,6 +148,8 @@ void ki_file_close(ki_file **file) {
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) ki_free(f->mem, blocks[i]);
     json_decref(f->config);
     ki_source_close(&f->source);
+    for (size_t i = 0; i < f->n_parts; i++) ki_file_close(&f->parts[i]);
+    ki_free(f->mem, f->parts);
     ki_free(f->mem, f);
     *file = NULL;
 }
@@ -149,3 +157,7 @@ void ki_file_close(ki_file **file) {
 ki_file_kind ki_file_kind_get(const ki_file *file) { return file->kind; }
 
 const char *ki_file_path(const ki_file *file) { return file->path; }
+
+const char *ki_file_label(const ki_file *file) { return file->config_label; }
+
+void ki_file_free(const ki_file *file, void *array) { ki_free(file->mem, array); }

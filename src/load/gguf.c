@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-/* A GGUF file, version 3:
+/* A GGUF file, version 2 or 3 (the same layout; 3 added big-endian files, which are refused):
  *   | "GGUF" | version u32 | n_tensors u64 | n_kvs u64 | kvs | tensor infos | pad | tensor data |
  *   string  | n_bytes u64 | bytes |
  *   kv      | key string | type u32 | value |    array value | item type u32 | count u64 | items |
@@ -10,7 +10,8 @@
  * Offsets count from the start of the tensor data, which is aligned, and so is every tensor. */
 
 enum {
-    VERSION = 3,
+    FIRST_VERSION = 2,
+    LAST_VERSION = 3,
     MIN_KV_BYTES = 8 + 1 + 4 + 1,
     MIN_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8,
     FIRST_HEAD_BYTES = 1024 * 1024,
@@ -119,13 +120,12 @@ static kivi_status take_count(reader *r, size_t *out, size_t min_item_bytes, con
 /* Byte 4 read the other way round gives a small version only if the writer was big-endian. */
 static kivi_status check_version(reader *r, uint32_t version) {
     uint32_t swapped = __builtin_bswap32(version);
-    if (version == VERSION) return KIVI_OK;
+    if (version >= FIRST_VERSION && version <= LAST_VERSION) return KIVI_OK;
     if (swapped >= 1 && swapped < 0x10000)
         return KI_FAIL(r->err, UNSUPPORTED, "%s: big-endian GGUF (version %u at byte 4), only "
-                       "little-endian version %d is supported", r->file->label, swapped,
-                       (int)VERSION);
-    return KI_FAIL(r->err, UNSUPPORTED, "%s: GGUF version at byte 4: is %u, only version %d is "
-                   "supported", r->file->label, version, (int)VERSION);
+                       "little-endian versions 2 and 3 are supported", r->file->label, swapped);
+    return KI_FAIL(r->err, UNSUPPORTED, "%s: GGUF version at byte 4: is %u, only versions 2 and 3 "
+                   "are supported", r->file->label, version);
 }
 
 static kivi_status read_preamble(reader *r, size_t *n_tensors, size_t *n_kvs) {

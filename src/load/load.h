@@ -56,14 +56,20 @@ typedef struct ki_tensor {
 typedef enum ki_file_kind { KI_FILE_GGUF, KI_FILE_HF } ki_file_kind;
 typedef struct ki_file ki_file;
 
-/* Opens a GGUF version 3 file, or a folder with config.json and model.safetensors. Never blocks: a
- * pipe, device or socket is refused. Headers are read and copied; tensor data is mapped read-only
- * (MAP_PRIVATE) and not counted in mem: the caller counts what it keeps. mem must outlive the file;
- * parsed JSON is held by jansson outside of it. On failure *out is NULL and nothing is held. */
+/* Opens a GGUF file of version 2 or 3, or a folder with config.json and model.safetensors. In
+ * parts: of a GGUF file the first one, NAME-00001-of-000NN.gguf, is given and the others lie
+ * beside it; a folder has model.safetensors.index.json, which may name files of that folder only.
+ * Never blocks: a pipe, device or socket is refused. Headers are read and copied; tensor data is
+ * mapped read-only (MAP_PRIVATE) and not counted in mem: the caller counts what it keeps. mem
+ * must outlive the file; parsed JSON is held by jansson outside of it. On failure *out is NULL
+ * and nothing is held. */
 kivi_status ki_file_open(ki_file **out, ki_mem *mem, const char *path, kivi_error *err);
-/* The same for a file that is in memory already (tests, fuzzing); the bytes are lent until close,
- * name stands for the path in errors. config NULL: bytes are a GGUF file. Otherwise bytes are a
- * safetensors file and config the [n_config_bytes] of its config.json (copied). */
+/* A folder of which config.json alone is read: it has no tensors. A GGUF file opens as ever. */
+kivi_status ki_file_open_shape(ki_file **out, ki_mem *mem, const char *path, kivi_error *err);
+/* The same as ki_file_open for a file that is in memory already (tests, fuzzing); the bytes are
+ * lent until close, name stands for the path in errors. config NULL: bytes are a GGUF file.
+ * Otherwise bytes are a safetensors file and config the [n_config_bytes] of its config.json
+ * (copied). */
 kivi_status ki_file_open_bytes(ki_file **out, ki_mem *mem, const char *name, const uint8_t *bytes,
                                size_t n_bytes, const char *config, size_t n_config_bytes,
                                kivi_error *err);
@@ -72,6 +78,7 @@ void ki_file_close(ki_file **file);
 
 ki_file_kind ki_file_kind_get(const ki_file *file);
 const char *ki_file_path(const ki_file *file); /* as given to open */
+const char *ki_file_label(const ki_file *file); /* the file of the metadata, for errors */
 
 /* A mapped file that shrinks turns reads past its new end into SIGBUS. IO when size or modification
  * time differ from those at open (a file replaced by rename is fine: the old one stays mapped).
@@ -129,7 +136,8 @@ kivi_status ki_file_str(ki_str *out, bool *found, const ki_file *file, const cha
                         kivi_error *err);
 
 /* Arrays. *out is [*count], allocated with tag `other` from the file's mem; the caller frees it
- * with ki_free. Absent or failed: *out NULL, *count 0. Element types are exact: string; int32 or
+ * with ki_free, or ki_file_free. Absent or failed: *out NULL, *count 0. Element types are exact:
+ * string; int32 or
  * uint32 (a value above 2^31-1 is FORMAT); float32. In JSON: strings; integers of 32 bits; numbers.
  * Strings are lent by the file; floats are not checked for NaN. */
 kivi_status ki_file_str_array(ki_str **out, size_t *count, bool *found, const ki_file *file,
@@ -138,6 +146,8 @@ kivi_status ki_file_int_array(int32_t **out, size_t *count, bool *found, const k
                               const char *key, kivi_error *err);
 kivi_status ki_file_f32_array(float **out, size_t *count, bool *found, const ki_file *file,
                               const char *key, kivi_error *err);
+
+void ki_file_free(const ki_file *file, void *array); /* NULL allowed */
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,7 @@ enum {
     KI_MAX_HEAD_BYTES = 256 * 1024 * 1024,   /* GGUF header with its vocabulary */
     KI_MAX_ST_HEAD_BYTES = 100 * 1000 * 1000, /* the limit of the reference safetensors */
     KI_MAX_CONFIG_BYTES = 16 * 1024 * 1024,
+    KI_MAX_PARTS = 4096,     /* files of one model */
     KI_LABEL_BYTES = 96, /* an error line has 256 bytes: the path may not use them up */
     KI_SHOW_BYTES = 68
 };
@@ -58,6 +59,8 @@ struct ki_file {
     size_t n_kvs;
     ki_name *kv_names; /* [n_kvs] sorted */
     json_t *config;
+    ki_file **parts; /* [n_parts]: further files whose tensors stand in the directory above */
+    size_t n_parts;
 };
 
 /* GGUF value types. */
@@ -118,6 +121,18 @@ kivi_status ki_fd_read(void *out, int fd, size_t offset_bytes, size_t n_bytes, c
 /* Maps the file and takes fd over, on failure too. */
 kivi_status ki_source_map(ki_source *out, int fd, const char *label, kivi_error *err);
 void ki_source_close(ki_source *source);
+
+/* ---- file.c ---- */
+
+/* A file without contents yet; ki_file_close undoes whatever is built from here on. */
+kivi_status ki_file_new(ki_file **out, ki_mem *mem, const char *path, kivi_error *err);
+
+/* ---- parts.c: models in several files ---- */
+
+/* The tensors of model.safetensors.index.json's parts. folder: its descriptor. */
+kivi_status ki_parts_load_index(ki_file *file, int folder, kivi_error *err);
+/* The other parts of a GGUF file whose first one is loaded; nothing when it is whole. */
+kivi_status ki_parts_load_gguf(ki_file *file, kivi_error *err);
 
 /* ---- json.c ---- */
 

@@ -83,7 +83,7 @@ void ki_source_close(ki_source *source) {
 }
 
 /* The descriptor, not the path: the mapping follows the file that was opened. */
-kivi_status ki_file_check_size(const ki_file *file, kivi_error *err) {
+static kivi_status check_own_size(const ki_file *file, kivi_error *err) {
     const ki_source *source = &file->source;
     struct stat st;
     if (source->fd < 0) return KIVI_OK;
@@ -97,24 +97,45 @@ kivi_status ki_file_check_size(const ki_file *file, kivi_error *err) {
     return KIVI_OK;
 }
 
+kivi_status ki_file_check_size(const ki_file *file, kivi_error *err) {
+    KI_TRY(check_own_size(file, err));
+    for (size_t i = 0; i < file->n_parts; i++) KI_TRY(check_own_size(file->parts[i], err));
+    return KIVI_OK;
+}
+
+static bool holds(const ki_source *source, const ki_tensor *tensor) {
+    return source->data && tensor->data >= source->data &&
+           tensor->data < source->data + source->n_bytes;
+}
+
+/* The file of a model in parts that a tensor lies in. */
+static const ki_file *home_of(const ki_file *file, const ki_tensor *tensor) {
+    if (holds(&file->source, tensor)) return file;
+    for (size_t i = 0; i < file->n_parts; i++)
+        if (holds(&file->parts[i]->source, tensor)) return file->parts[i];
+    return file;
+}
+
 kivi_status ki_file_read(void *out, const ki_file *file, const ki_tensor *tensor,
                          size_t offset_bytes, size_t n_bytes, kivi_error *err) {
+    const ki_file *home = home_of(file, tensor);
     if (offset_bytes > tensor->n_bytes || n_bytes > tensor->n_bytes - offset_bytes)
-        return KI_FAIL(err, ARG, "%s: tensor %s: bytes %zu+%zu asked, it has %zu", file->label,
+        return KI_FAIL(err, ARG, "%s: tensor %s: bytes %zu+%zu asked, it has %zu", home->label,
                        tensor->name, offset_bytes, n_bytes, tensor->n_bytes);
-    if (file->source.fd < 0) {
+    if (home->source.fd < 0) {
         memcpy(out, tensor->data + offset_bytes, n_bytes);
         return KIVI_OK;
     }
-    size_t start = (size_t)(tensor->data - file->source.data);
-    return ki_fd_read(out, file->source.fd, start + offset_bytes, n_bytes, file->label, err);
+    size_t start = (size_t)(tensor->data - home->source.data);
+    return ki_fd_read(out, home->source.fd, start + offset_bytes, n_bytes, home->label, err);
 }
 
 void ki_file_drop(const ki_file *file, const ki_tensor *tensor) {
-    if (file->source.fd < 0) return; /* lent memory: DONTNEED would wipe it */
+    const ki_source *source = &home_of(file, tensor)->source;
+    if (source->fd < 0) return; /* lent memory: DONTNEED would wipe it */
     size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
-    size_t start = (size_t)(tensor->data - file->source.data), end = start + tensor->n_bytes;
+    size_t start = (size_t)(tensor->data - source->data), end = start + tensor->n_bytes;
     start -= start % page_bytes; /* pages shared with a neighbour are only read again */
-    void *first = (void *)(uintptr_t)(file->source.data + start);
+    void *first = (void *)(uintptr_t)(source->data + start);
     (void)madvise(first, end - start, MADV_DONTNEED); /* advice: RSS is all that can suffer */
 }

@@ -1,214 +1,237 @@
 /* config.c: what a file says of its model, in either form, into one ki_config; checked as it is
  * read. */
-#include "model.h"
+#include "model_private.h"
 
 #include <stdio.h>
 
-/* Largest values taken from a file: far above any model, far below what could overflow a product.
- */
-enum {
-    MAX_LAYERS = 1024,
-    MAX_HEADS = 1024,
-    MAX_WIDTH = 1 << 20,
-    MAX_VOCAB = 1 << 24,
-    MAX_CTX = 1 << 28
-};
+/* ---- the reader ---- */
 
-/* A reader that stops at the first fault, so that the lists below stay flat. */
-typedef struct reader {
-    const ki_file *file;
-    kivi_error *err;
-    kivi_status status;
-} reader;
+enum { KEY_BYTES = 128 };
 
-static const char *path_of(const reader *r) { return ki_file_path(r->file); }
+/* The key in this file's form; NULL: it has none. */
+static const char *key_of(char key[KEY_BYTES], const ki_reader *r, const char *gguf,
+                          const char *hf) {
+    if (!r->is_gguf) return hf;
+    if (!gguf) return NULL;
+    snprintf(key, KEY_BYTES, "%s.%s", r->prefix, gguf);
+    return key;
+}
 
-/* A whole number; missing: `fallback`, or a fault when that is 0. */
-static uint32_t read_uint(reader *r, const char *key, uint32_t max, uint32_t fallback) {
+uint32_t ki_read_uint(ki_reader *r, const char *gguf, const char *hf, uint32_t max,
+                      uint32_t fallback) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
     uint64_t value = fallback;
     bool found = false;
-    if (r->status != KIVI_OK) return 0;
+    if (r->status != KIVI_OK || !key) return fallback;
     r->status = ki_file_u64(&value, &found, r->file, key, 1, max, r->err);
     if (r->status == KIVI_OK && !found && !fallback)
-        r->status =
-            KI_FAIL(r->err, FORMAT, "%s: %s is missing, expected a whole number", path_of(r), key);
+        r->status = KI_FAIL(r->err, FORMAT, "%s: key %s is missing, expected a whole number",
+                            ki_file_label(r->file), key);
     return r->status == KIVI_OK ? (uint32_t)value : 0;
 }
 
-static double read_real(reader *r, const char *key, double fallback) {
+double ki_read_real(ki_reader *r, const char *gguf, const char *hf, double fallback) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
     double value = fallback;
     bool found = false;
-    if (r->status == KIVI_OK)
+    if (r->status == KIVI_OK && key)
         r->status = ki_file_f64(&value, &found, r->file, key, 1e-30, 1e30, r->err);
     return value;
 }
 
-static bool read_bool(reader *r, const char *key, bool fallback) {
+bool ki_read_bool(ki_reader *r, const char *gguf, const char *hf, bool fallback) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
     bool value = fallback, found = false;
-    if (r->status == KIVI_OK) r->status = ki_file_bool(&value, &found, r->file, key, r->err);
+    if (r->status == KIVI_OK && key) r->status = ki_file_bool(&value, &found, r->file, key, r->err);
     return value;
 }
 
-/* A short text into out; missing or too long to be known: "". */
-static void read_text(reader *r, char *out, size_t n_bytes, const char *key) {
+/* Missing, or too long to be known: "", or what fits. */
+void ki_read_text(ki_reader *r, char *out, size_t n_bytes, const char *gguf, const char *hf) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
     ki_str value = {0};
     bool found = false;
     out[0] = 0;
-    if (r->status == KIVI_OK) r->status = ki_file_str(&value, &found, r->file, key, r->err);
+    if (r->status == KIVI_OK && key) r->status = ki_file_str(&value, &found, r->file, key, r->err);
     if (r->status != KIVI_OK || !found) return;
     snprintf(out, n_bytes, "%.*s", (int)KI_MIN(value.n_bytes, n_bytes - 1), value.bytes);
 }
 
-static void refuse(reader *r, const char *key, const char *found, const char *expected) {
+ki_value_kind ki_read_kind(ki_reader *r, const char *gguf, const char *hf) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
+    return key ? ki_file_value_kind(r->file, key) : KI_VALUE_NONE;
+}
+
+void ki_refuse(ki_reader *r, const char *gguf, const char *hf, const char *found,
+               const char *expected) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
     if (r->status == KIVI_OK)
-        r->status = KI_FAIL(r->err, UNSUPPORTED, "%s: %s is '%s', not built yet; expected %s",
-                            path_of(r), key, found, expected);
+        r->status =
+            KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%.40s', not built yet; expected %s",
+                    ki_file_label(r->file), key ? key : "?", found, expected);
 }
 
-static void check_family(reader *r, const char *key, const char *name) {
-    if (strcmp(name, "llama")) refuse(r, key, name, "llama");
+void ki_refuse_flag(ki_reader *r, const char *hf) {
+    if (ki_read_bool(r, NULL, hf, false)) ki_refuse(r, NULL, hf, "true", "false");
 }
 
-/* ---- GGUF ---- */
+/* ---- what most families have ---- */
 
-static void gguf_rope(ki_config *c, reader *r) {
-    char type[32];
-    read_text(r, type, sizeof type, "llama.rope.scaling.type");
-    c->rope_theta = read_real(r, "llama.rope.freq_base", 10000.0);
-    c->rope_factor = read_real(r, "llama.rope.scaling.factor", 1.0);
-    c->rope_interleaved = true;
-    if (!strcmp(type, "linear")) c->rope_scaling = KI_ROPE_LINEAR;
-    else if (type[0] && strcmp(type, "none"))
-        refuse(r, "llama.rope.scaling.type", type, "none or linear");
-    uint32_t dims =
-        read_uint(r, "llama.rope.dimension_count", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
-    if (r->status == KIVI_OK && dims != c->head_dim)
-        r->status = KI_FAIL(r->err, UNSUPPORTED,
-                            "%s: llama.rope.dimension_count is %u, expected the head size %u",
-                            path_of(r), dims, c->head_dim);
-}
-
-static void gguf_config(ki_config *c, reader *r) {
-    read_text(r, c->architecture, sizeof c->architecture, "general.architecture");
-    check_family(r, "general.architecture", c->architecture);
-    c->n_layers = read_uint(r, "llama.block_count", MAX_LAYERS, 0);
-    c->n_embd = read_uint(r, "llama.embedding_length", MAX_WIDTH, 0);
-    c->n_ff = read_uint(r, "llama.feed_forward_length", MAX_WIDTH, 0);
-    c->n_heads = read_uint(r, "llama.attention.head_count", MAX_HEADS, 0);
-    c->n_kv_heads = read_uint(r, "llama.attention.head_count_kv", MAX_HEADS, c->n_heads);
-    c->ctx_tokens = read_uint(r, "llama.context_length", MAX_CTX, 0);
-    c->norm_eps = (float)read_real(r, "llama.attention.layer_norm_rms_epsilon", 1e-5);
+/* A number, or in GGUF an array with one for each layer: all must be alike. */
+static uint32_t read_kv_heads(ki_reader *r, const ki_config *c, const char *hf) {
+    static const char *const gguf = "attention.head_count_kv";
+    char key[KEY_BYTES];
+    int32_t *each = NULL;
+    size_t n = 0;
+    bool found;
+    if (!r->is_gguf || ki_read_kind(r, gguf, hf) != KI_VALUE_ARRAY)
+        return ki_read_uint(r, gguf, hf, KI_MAX_HEADS, c->n_heads);
     if (r->status == KIVI_OK)
-        c->head_dim = read_uint(r, "llama.attention.key_length", MAX_WIDTH,
-                                KI_MAX(c->n_embd / c->n_heads, 1u));
-    uint32_t v_dim =
-        read_uint(r, "llama.attention.value_length", MAX_WIDTH, c->head_dim ? c->head_dim : 1);
+        r->status = ki_file_int_array(&each, &n, &found, r->file, key_of(key, r, gguf, hf), r->err);
+    uint32_t first = n && each[0] > 0 ? (uint32_t)each[0] : 0;
+    bool alike = n >= 1 && first >= 1 && first <= KI_MAX_HEADS;
+    for (size_t i = 1; i < n; i++) alike = alike && each[i] == each[0];
+    ki_file_free(r->file, each);
+    if (!alike) ki_refuse(r, gguf, hf, "an array of different numbers", "the same in every layer");
+    return first;
+}
+
+static void read_vocab_size(ki_config *c, ki_reader *r) {
+    if (!r->is_gguf) {
+        c->n_vocab = ki_read_uint(r, NULL, "vocab_size", KI_MAX_VOCAB, 0);
+        return;
+    }
+    const ki_tensor *t = ki_file_tensor(r->file, "token_embd.weight");
+    if (r->status != KIVI_OK) return;
+    if (!t)
+        r->status = KI_FAIL(r->err, FORMAT, "%s: tensor token_embd.weight is missing",
+                            ki_file_label(r->file));
+    else if (t->dims[0] > KI_MAX_VOCAB || t->n_dims != 2)
+        r->status = KI_FAIL(r->err, FORMAT,
+                            "%s: token_embd.weight has %u dimensions and %llu rows, expected 2 and "
+                            "at most %d",
+                            ki_file_label(r->file), t->n_dims, (unsigned long long)t->dims[0],
+                            KI_MAX_VOCAB);
+    else c->n_vocab = (uint32_t)t->dims[0];
+}
+
+static void read_head_dim(ki_config *c, ki_reader *r) {
+    if (r->status != KIVI_OK) return;
+    c->head_dim = ki_read_uint(r, "attention.key_length", "head_dim", KI_MAX_WIDTH,
+                               KI_MAX(c->n_embd / c->n_heads, 1u));
+    uint32_t v_dim = ki_read_uint(r, "attention.value_length", NULL, KI_MAX_WIDTH, c->head_dim);
+    uint32_t turned = ki_read_uint(r, "rope.dimension_count", NULL, KI_MAX_WIDTH, c->head_dim);
     if (r->status == KIVI_OK && v_dim != c->head_dim)
         r->status = KI_FAIL(r->err, UNSUPPORTED,
                             "%s: value heads of %u beside key heads of %u are not supported",
-                            path_of(r), v_dim, c->head_dim);
-    gguf_rope(c, r);
-    const ki_tensor *embedding = ki_file_tensor(r->file, "token_embd.weight");
-    if (r->status == KIVI_OK && !embedding)
-        r->status = KI_FAIL(r->err, FORMAT, "%s: tensor token_embd.weight is missing", path_of(r));
-    if (r->status == KIVI_OK && (embedding->dims[0] > MAX_VOCAB || embedding->n_dims != 2))
-        r->status = KI_FAIL(
-            r->err, FORMAT,
-            "%s: token_embd.weight has %u dimensions and %llu rows, expected 2 and at "
-            "most %d",
-            path_of(r), embedding->n_dims, (unsigned long long)embedding->dims[0], MAX_VOCAB);
-    if (r->status == KIVI_OK) c->n_vocab = (uint32_t)embedding->dims[0];
+                            ki_file_label(r->file), v_dim, c->head_dim);
+    if (r->status == KIVI_OK && turned != c->head_dim)
+        r->status = KI_FAIL(r->err, UNSUPPORTED,
+                            "%s: key %s.rope.dimension_count is %u, expected the head size %u",
+                            ki_file_label(r->file), r->prefix, turned, c->head_dim);
 }
 
-/* ---- Hugging Face ---- */
-
-static void hf_rope_llama3(ki_config *c, reader *r, const char *prefix) {
-    char key[96];
-    c->rope_scaling = KI_ROPE_LLAMA3;
-    snprintf(key, sizeof key, "%s.low_freq_factor", prefix);
-    c->rope_low = read_real(r, key, 1.0);
-    snprintf(key, sizeof key, "%s.high_freq_factor", prefix);
-    c->rope_high = read_real(r, key, 4.0);
-    snprintf(key, sizeof key, "%s.original_max_position_embeddings", prefix);
-    c->rope_original_ctx = read_real(r, key, 8192.0);
-    if (r->status == KIVI_OK && c->rope_high <= c->rope_low)
-        r->status = KI_FAIL(r->err, FORMAT,
-                            "%s: %s has high_freq_factor %g, expected more than low_freq_factor %g",
-                            path_of(r), prefix, c->rope_high, c->rope_low);
+void ki_config_sizes(ki_config *c, ki_reader *r, const ki_size_keys *keys) {
+    c->n_layers = ki_read_uint(r, "block_count", keys->layers, KI_MAX_LAYERS, 0);
+    c->n_embd = ki_read_uint(r, "embedding_length", "hidden_size", KI_MAX_WIDTH, 0);
+    c->n_ff =
+        ki_read_uint(r, "feed_forward_length", keys->ff, KI_MAX_WIDTH, keys->ff_times * c->n_embd);
+    c->n_heads = ki_read_uint(r, "attention.head_count", keys->heads, KI_MAX_HEADS, 0);
+    c->n_kv_heads = read_kv_heads(r, c, keys->kv_heads);
+    c->ctx_tokens = ki_read_uint(r, "context_length", "max_position_embeddings", KI_MAX_CTX,
+                                 r->is_gguf ? 0 : 2048);
+    c->norm_eps =
+        (float)ki_read_real(r, keys->gguf_eps, keys->eps, r->is_gguf ? 1e-5 : keys->eps_default);
+    read_vocab_size(c, r);
+    read_head_dim(c, r);
 }
 
-/* The newer form nests everything in rope_parameters; the older one has rope_theta beside
- * rope_scaling, whose type was called `type` at first. */
-static void hf_rope(ki_config *c, reader *r) {
-    bool nested = ki_file_value_kind(r->file, "rope_parameters") == KI_VALUE_OBJECT;
-    const char *prefix = nested ? "rope_parameters" : "rope_scaling";
-    char type[32], key[96];
-    snprintf(key, sizeof key, "%s.rope_type", prefix);
-    read_text(r, type, sizeof type, key);
-    if (!type[0]) {
-        snprintf(key, sizeof key, "%s.type", prefix);
-        read_text(r, type, sizeof type, key);
+const ki_size_keys ki_usual_keys = {.layers = "num_hidden_layers",
+                                    .heads = "num_attention_heads",
+                                    .kv_heads = "num_key_value_heads",
+                                    .ff = "intermediate_size",
+                                    .gguf_eps = "attention.layer_norm_rms_epsilon",
+                                    .eps = "rms_norm_eps",
+                                    .eps_default = 1e-6};
+
+bool ki_config_layer_types(ki_config *c, ki_reader *r) {
+    ki_str *types = NULL;
+    size_t n = 0;
+    bool found = false;
+    if (r->status == KIVI_OK && !r->is_gguf)
+        r->status = ki_file_str_array(&types, &n, &found, r->file, "layer_types", r->err);
+    if (r->status == KIVI_OK && found && n != c->n_layers)
+        r->status = KI_FAIL(r->err, FORMAT, "%s: key layer_types has %zu items, expected %u",
+                            ki_file_label(r->file), n, c->n_layers);
+    for (size_t i = 0; i < n && r->status == KIVI_OK; i++) {
+        static const char local[] = "sliding_attention", full[] = "full_attention";
+        char shown[32];
+        c->local[i] = types[i].n_bytes == sizeof local - 1 &&
+                      !memcmp(types[i].bytes, local, sizeof local - 1);
+        snprintf(shown, sizeof shown, "%.*s", (int)KI_MIN(types[i].n_bytes, (size_t)31),
+                 types[i].bytes);
+        if (!c->local[i] && strcmp(shown, full))
+            ki_refuse(r, NULL, "layer_types", shown, "full_attention or sliding_attention");
     }
-    c->rope_theta = read_real(r, nested ? "rope_parameters.rope_theta" : "rope_theta", 10000.0);
-    char factor[96];
-    snprintf(factor, sizeof factor, "%s.factor", prefix);
-    c->rope_factor = read_real(r, factor, 1.0);
-    if (!strcmp(type, "linear")) c->rope_scaling = KI_ROPE_LINEAR;
-    else if (!strcmp(type, "llama3")) hf_rope_llama3(c, r, prefix);
-    else if (type[0] && strcmp(type, "default")) refuse(r, key, type, "default, linear or llama3");
+    ki_file_free(r->file, types);
+    return found;
 }
 
-static void hf_refusals(reader *r) {
-    char act[32];
-    read_text(r, act, sizeof act, "hidden_act");
-    if (act[0] && strcmp(act, "silu")) refuse(r, "hidden_act", act, "silu");
-    if (read_bool(r, "attention_bias", false)) refuse(r, "attention_bias", "true", "false");
-    if (read_bool(r, "mlp_bias", false)) refuse(r, "mlp_bias", "true", "false");
-    if (ki_file_value_kind(r->file, "sliding_window") == KI_VALUE_INT)
-        refuse(r, "sliding_window", "set", "none");
-    if (ki_file_value_kind(r->file, "quantization_config") == KI_VALUE_OBJECT)
-        refuse(r, "quantization_config", "set", "none");
+uint32_t ki_config_window(const ki_config *c) {
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        if (!c->local[i]) return 0;
+    return c->window;
 }
 
-static void hf_config(ki_config *c, reader *r) {
-    read_text(r, c->architecture, sizeof c->architecture, "model_type");
-    check_family(r, "model_type", c->architecture);
-    c->n_layers = read_uint(r, "num_hidden_layers", MAX_LAYERS, 0);
-    c->n_embd = read_uint(r, "hidden_size", MAX_WIDTH, 0);
-    c->n_ff = read_uint(r, "intermediate_size", MAX_WIDTH, 0);
-    c->n_heads = read_uint(r, "num_attention_heads", MAX_HEADS, 0);
-    c->n_kv_heads = read_uint(r, "num_key_value_heads", MAX_HEADS, c->n_heads);
-    c->ctx_tokens = read_uint(r, "max_position_embeddings", MAX_CTX, 2048);
-    c->n_vocab = read_uint(r, "vocab_size", MAX_VOCAB, 0);
-    c->norm_eps = (float)read_real(r, "rms_norm_eps", 1e-6);
-    if (r->status == KIVI_OK)
-        c->head_dim = read_uint(r, "head_dim", MAX_WIDTH, KI_MAX(c->n_embd / c->n_heads, 1u));
-    c->tied_output = read_bool(r, "tie_word_embeddings", false);
-    hf_rope(c, r);
-    hf_refusals(r);
-}
-
-/* ---- both ---- */
+/* ---- the whole ---- */
 
 static kivi_status check(const ki_config *c, const ki_file *file, kivi_error *err) {
-    const char *path = ki_file_path(file);
+    const char *label = ki_file_label(file);
     if (c->n_heads % c->n_kv_heads)
-        return KI_FAIL(err, FORMAT, "%s: %u heads over %u KV heads, expected a multiple", path,
+        return KI_FAIL(err, FORMAT, "%s: %u heads over %u KV heads, expected a multiple", label,
                        c->n_heads, c->n_kv_heads);
     if (c->head_dim % 16 || c->head_dim > KI_MAX_HEAD_DIM)
         return KI_FAIL(err, UNSUPPORTED, "%s: head size %u, expected a multiple of 16 up to %d",
-                       path, c->head_dim, KI_MAX_HEAD_DIM);
+                       label, c->head_dim, KI_MAX_HEAD_DIM);
     if (c->n_embd % 16 || c->n_ff % 16)
-        return KI_FAIL(err, UNSUPPORTED, "%s: widths %u and %u, expected multiples of 16", path,
+        return KI_FAIL(err, UNSUPPORTED, "%s: widths %u and %u, expected multiples of 16", label,
                        c->n_embd, c->n_ff);
     return KIVI_OK;
 }
 
+static const ki_family *read_family(ki_config *c, ki_reader *r) {
+    static const char *const gguf_key = "general.architecture", *const hf_key = "model_type";
+    const char *key = r->is_gguf ? gguf_key : hf_key;
+    char list[96];
+    ki_str name = {0};
+    bool found = false;
+    r->status = ki_file_str(&name, &found, r->file, key, r->err);
+    if (r->status != KIVI_OK) return NULL;
+    snprintf(c->architecture, sizeof c->architecture, "%.*s",
+             (int)KI_MIN(name.n_bytes, sizeof c->architecture - 1), found ? name.bytes : "");
+    snprintf(r->prefix, sizeof r->prefix, "%s", c->architecture);
+    const ki_family *family = ki_family_find(r->is_gguf, c->architecture);
+    if (family) return family;
+    ki_family_list(list, sizeof list, r->is_gguf);
+    r->status =
+        KI_FAIL(r->err, UNSUPPORTED, "%s: key %s is '%s', not built yet; expected one of %s",
+                ki_file_label(r->file), key, c->architecture, list);
+    return NULL;
+}
+
 kivi_status ki_config_read(ki_config *out, const ki_file *file, kivi_error *err) {
-    reader r = {.file = file, .err = err, .status = KIVI_OK};
-    *out = (ki_config){.rope_factor = 1.0};
-    if (ki_file_kind_get(file) == KI_FILE_GGUF) gguf_config(out, &r);
-    else hf_config(out, &r);
+    ki_reader r = {.file = file, .is_gguf = ki_file_kind_get(file) == KI_FILE_GGUF, .err = err};
+    *out = (ki_config){.embed_scale = 1, .query_scale = 1, .n_ropes = 1};
+    out->family = read_family(out, &r);
+    if (out->family) out->family->read(out, &r);
+    if (r.status == KIVI_OK && ki_read_kind(&r, NULL, "quantization_config") == KI_VALUE_OBJECT)
+        ki_refuse(&r, NULL, "quantization_config", "set", "none");
     if (r.status != KIVI_OK) return r.status;
     return check(out, file, err);
 }

@@ -1,440 +1,237 @@
-/* llama.c: the forward pass of the Llama family, read top to bottom: run_layers, then one function
- * a step.
+/* llama.c: the Llama family: Llama, Mistral, Qwen2, Qwen3 and Gemma 3. What each has beyond Llama
+ * is a flag of its configuration; one pass serves all, read top to bottom (ki_llama_layers).
  *
  *     x = embedding[token]
- *     each layer:  h = norm(x); q, k, v = h W; rope(q), rope(k); append(k, v); x += attend(q) Wo
- *                  h = norm(x); x += (silu(h Wgate) * h Wup) Wdown
- *     logits = norm(x) Woutput, for the rows that asked
- *
- * A batch is rows of several sequences, one after the other. Each row's numbers depend on its own
- * row and its own sequence only, in an order fixed by the kernels, so neighbours, chunks and
- * threads change nothing. */
-#include "model.h"
+ *     each layer:  h = norm(x); q, k, v = h W (+ bias)
+ *                  (q, k = norm of each head); rope(q), rope(k); append(k, v)
+ *                  d = attend(q) Wo; x += d                    Gemma: x += norm(d)
+ *                  h = norm(x); d = (act(h Wgate) * h Wup) Wdown; x += d
+ *     logits = norm(x) Woutput */
+#include "model_private.h"
 
 #include <math.h>
+#include <stdio.h>
 
-/* Below this many rows the small steps between products are done by the caller: waking workers
- * costs more. */
-enum { ROWS_WORTH_SHARING = 4 };
+/* ---- names ---- */
 
-typedef struct item_place {
-    uint32_t first_row, n_rows;
-} item_place;
-
-struct ki_arena {
-    ki_mem *mem;
-    uint32_t max_rows, max_logit_rows, max_items;
-    float *x, *h;           /* [rows][n_embd]: the residual stream, its norm */
-    float *qkv;             /* [rows][(H + 2 Hk) D]: q, then k, then v */
-    float *attn;            /* [rows][H D] */
-    float *gate, *up;       /* [rows][n_ff] */
-    float *delta;           /* [rows][n_embd]: what a block adds to x */
-    float *cos, *sin;       /* [rows][D / 2] */
-    int8_t *high, *low;     /* [rows][widest] each */
-    float *scales;          /* [rows][widest / 32] */
-    int32_t *sums;          /* [rows][widest / 32] */
-    float *logits;          /* [logit rows][V to a multiple of 16] */
-    uint32_t *row_item;     /* [rows] */
-    item_place *places;     /* [max_items] */
-    ki_attend_item *attend; /* [max_items] */
+const char *const ki_llama_names[KI_PART_COUNT][2] = {
+    [KI_PART_EMBEDDING] = {"token_embd", "model.embed_tokens"},
+    [KI_PART_OUTPUT] = {"output", "lm_head"},
+    [KI_PART_OUTPUT_NORM] = {"output_norm", "model.norm"},
+    [KI_PART_ATTN_NORM] = {"blk.%u.attn_norm", "model.layers.%u.input_layernorm"},
+    [KI_PART_FFN_NORM] = {"blk.%u.ffn_norm", "model.layers.%u.post_attention_layernorm"},
+    [KI_PART_Q_NORM] = {"blk.%u.attn_q_norm", "model.layers.%u.self_attn.q_norm"},
+    [KI_PART_K_NORM] = {"blk.%u.attn_k_norm", "model.layers.%u.self_attn.k_norm"},
+    [KI_PART_Q] = {"blk.%u.attn_q", "model.layers.%u.self_attn.q_proj"},
+    [KI_PART_K] = {"blk.%u.attn_k", "model.layers.%u.self_attn.k_proj"},
+    [KI_PART_V] = {"blk.%u.attn_v", "model.layers.%u.self_attn.v_proj"},
+    [KI_PART_O] = {"blk.%u.attn_output", "model.layers.%u.self_attn.o_proj"},
+    [KI_PART_GATE] = {"blk.%u.ffn_gate", "model.layers.%u.mlp.gate_proj"},
+    [KI_PART_UP] = {"blk.%u.ffn_up", "model.layers.%u.mlp.up_proj"},
+    [KI_PART_DOWN] = {"blk.%u.ffn_down", "model.layers.%u.mlp.down_proj"},
 };
 
-/* ---- the arena ---- */
+/* The norm after attention took the name that Llama has for the one before the MLP. */
+const char *const ki_gemma_names[KI_PART_COUNT][2] = {
+    [KI_PART_EMBEDDING] = {"token_embd", "model.embed_tokens"},
+    [KI_PART_OUTPUT] = {"output", "lm_head"},
+    [KI_PART_OUTPUT_NORM] = {"output_norm", "model.norm"},
+    [KI_PART_ATTN_NORM] = {"blk.%u.attn_norm", "model.layers.%u.input_layernorm"},
+    [KI_PART_POST_ATTN_NORM] = {"blk.%u.post_attention_norm",
+                                "model.layers.%u.post_attention_layernorm"},
+    [KI_PART_FFN_NORM] = {"blk.%u.ffn_norm", "model.layers.%u.pre_feedforward_layernorm"},
+    [KI_PART_POST_FFN_NORM] = {"blk.%u.post_ffw_norm",
+                               "model.layers.%u.post_feedforward_layernorm"},
+    [KI_PART_Q_NORM] = {"blk.%u.attn_q_norm", "model.layers.%u.self_attn.q_norm"},
+    [KI_PART_K_NORM] = {"blk.%u.attn_k_norm", "model.layers.%u.self_attn.k_norm"},
+    [KI_PART_Q] = {"blk.%u.attn_q", "model.layers.%u.self_attn.q_proj"},
+    [KI_PART_K] = {"blk.%u.attn_k", "model.layers.%u.self_attn.k_proj"},
+    [KI_PART_V] = {"blk.%u.attn_v", "model.layers.%u.self_attn.v_proj"},
+    [KI_PART_O] = {"blk.%u.attn_output", "model.layers.%u.self_attn.o_proj"},
+    [KI_PART_GATE] = {"blk.%u.ffn_gate", "model.layers.%u.mlp.gate_proj"},
+    [KI_PART_UP] = {"blk.%u.ffn_up", "model.layers.%u.mlp.up_proj"},
+    [KI_PART_DOWN] = {"blk.%u.ffn_down", "model.layers.%u.mlp.down_proj"},
+};
 
-static uint32_t padded_vocab(const ki_config *c) {
-    return (c->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS;
+/* ---- configurations ---- */
+
+static void plain_rope(ki_config *c, ki_reader *r) {
+    bool nested = ki_read_kind(r, NULL, "rope_parameters") == KI_VALUE_OBJECT;
+    ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters" : "rope_scaling", "rope_theta",
+                 10000.0);
 }
 
-size_t ki_logits_stride(const ki_config *config) { return padded_vocab(config); }
-
-static kivi_status take(void *out, ki_arena *a, size_t rows, size_t row_bytes, kivi_error *err) {
-    void *p;
-    KI_TRY(ki_alloc_array(&p, a->mem, KI_TAG_activations, rows, row_bytes, err));
-    memcpy(out, &p, sizeof p);
-    return KIVI_OK;
+static void want_activation(ki_reader *r, const char *hf, const char *name) {
+    char act[32];
+    ki_read_text(r, act, sizeof act, NULL, hf);
+    if (act[0] && strcmp(act, name)) ki_refuse(r, NULL, hf, act, name);
 }
 
-static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) {
-    uint32_t q_dim = c->n_heads * c->head_dim, qkv_dim = q_dim + 2 * c->n_kv_heads * c->head_dim;
-    uint32_t widest = KI_MAX(KI_MAX(c->n_embd, c->n_ff), q_dim);
-    const struct {
-        void *out;
-        size_t rows, row_bytes;
-    } table[] = {
-        {&a->x, a->max_rows, c->n_embd * sizeof(float)},
-        {&a->h, a->max_rows, c->n_embd * sizeof(float)},
-        {&a->qkv, a->max_rows, qkv_dim * sizeof(float)},
-        {&a->attn, a->max_rows, q_dim * sizeof(float)},
-        {&a->gate, a->max_rows, c->n_ff * sizeof(float)},
-        {&a->up, a->max_rows, c->n_ff * sizeof(float)},
-        {&a->delta, a->max_rows, c->n_embd * sizeof(float)},
-        {&a->cos, a->max_rows, c->head_dim / 2 * sizeof(float)},
-        {&a->sin, a->max_rows, c->head_dim / 2 * sizeof(float)},
-        {&a->high, a->max_rows, widest},
-        {&a->low, a->max_rows, widest},
-        {&a->scales, a->max_rows, (widest / 32 + 1) * sizeof(float)},
-        {&a->sums, a->max_rows, (widest / 32 + 1) * sizeof(int32_t)},
-        {&a->logits, a->max_logit_rows, padded_vocab(c) * sizeof(float)},
-        {&a->row_item, a->max_rows, sizeof(uint32_t)},
-        {&a->places, a->max_items, sizeof(item_place)},
-        {&a->attend, a->max_items, sizeof(ki_attend_item)},
-    };
-    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-        KI_TRY(take(table[i].out, a, table[i].rows, table[i].row_bytes, err));
-    return KIVI_OK;
+static void read_window(ki_config *c, ki_reader *r) {
+    if (ki_read_kind(r, "attention.sliding_window", "sliding_window") == KI_VALUE_NONE) return;
+    c->window =
+        ki_read_uint(r, "attention.sliding_window", "sliding_window", KI_MAX_CTX, KI_MAX_CTX);
 }
 
-kivi_status ki_arena_create(ki_arena **out, ki_mem *mem, const ki_config *config, uint32_t n_rows,
-                            uint32_t n_logit_rows, uint32_t max_items, kivi_error *err) {
-    void *p;
-    *out = NULL;
-    KI_TRY(ki_alloc(&p, mem, KI_TAG_activations, sizeof(ki_arena), err));
-    ki_arena *a = p;
-    *a = (ki_arena){
-        .mem = mem, .max_rows = n_rows, .max_logit_rows = n_logit_rows, .max_items = max_items};
-    kivi_status status = arena_init(a, config, err);
-    if (status != KIVI_OK) ki_arena_destroy(&a);
-    *out = a;
-    return status;
+static void llama_like(ki_config *c, ki_reader *r) {
+    ki_config_sizes(c, r, &ki_usual_keys);
+    plain_rope(c, r);
+    c->tied_output = ki_read_bool(r, NULL, "tie_word_embeddings", false);
+    want_activation(r, "hidden_act", "silu");
+    ki_refuse_flag(r, "mlp_bias");
 }
 
-void ki_arena_destroy(ki_arena **arena) {
-    ki_arena *a = *arena;
-    if (!a) return;
-    void *parts[] = {a->x,     a->h,      a->qkv,      a->attn,   a->gate,  a->up,
-                     a->delta, a->cos,    a->sin,      a->high,   a->low,   a->scales,
-                     a->sums,  a->logits, a->row_item, a->places, a->attend};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) ki_free(a->mem, parts[i]);
-    ki_free(a->mem, a);
-    *arena = NULL;
+static void all_local(ki_config *c, ki_reader *r) {
+    read_window(c, r);
+    for (uint32_t i = 0; i < c->n_layers; i++) c->local[i] = c->window > 0;
 }
 
-/* ---- a pass ---- */
-
-typedef struct pass {
-    const ki_model *m;
-    ki_arena *a;
-    kivi_cache *cache;
-    ki_batch *batch;
-    const ki_dense_kernels *dense;
-    uint32_t n_rows, layer;
-    uint32_t q_dim, kv_dim, qkv_dim;
-    const float *norm;   /* rows_norm: the weights */
-    const float *source; /* rows to normalize or quantize */
-    uint32_t source_cols;
-    bool quantize; /* whether the next product reads 8-bit activations */
-} pass;
-
-/* Calls fn(pass, row) for every row. */
-typedef void (*row_fn)(pass *p, uint32_t row);
-typedef struct row_call {
-    pass *p;
-    row_fn fn;
-} row_call;
-
-static void row_task(void *context, size_t index, unsigned worker) {
-    row_call *call = context;
-    (void)worker;
-    call->fn(call->p, (uint32_t)index);
+/* The q and k rows of Llama and Mistral are permuted in GGUF, for a rope of neighbouring pairs. */
+void ki_llama_read(ki_config *c, ki_reader *r) {
+    llama_like(c, r);
+    ki_refuse_flag(r, "attention_bias");
+    c->paired_rows = r->is_gguf;
+    if (r->is_gguf) all_local(c, r); /* a Mistral calls itself llama there */
+    else if (ki_read_kind(r, NULL, "sliding_window") != KI_VALUE_NONE)
+        ki_refuse(r, NULL, "sliding_window", "set", "none");
+    if (r->status == KIVI_OK && ki_read_kind(r, "expert_count", "num_local_experts"))
+        ki_refuse(r, "expert_count", "num_local_experts", "set", "a model without experts");
 }
 
-static void for_rows(pass *p, uint32_t n_rows, row_fn fn) {
-    row_call call = {p, fn};
-    if (n_rows >= ROWS_WORTH_SHARING) {
-        ki_workers_run(p->cache->workers, row_task, &call, n_rows);
+/* Every layer has the window, if there is one. */
+void ki_mistral_read(ki_config *c, ki_reader *r) {
+    llama_like(c, r);
+    ki_refuse_flag(r, "attention_bias");
+    all_local(c, r);
+}
+
+/* Qwen: a window only where use_sliding_window is on, in the layers from max_window_layers on. */
+static void qwen_window(ki_config *c, ki_reader *r) {
+    if (r->is_gguf || !ki_read_bool(r, NULL, "use_sliding_window", false)) return;
+    read_window(c, r);
+    if (ki_config_layer_types(c, r)) return;
+    uint32_t first = ki_read_uint(r, NULL, "max_window_layers", KI_MAX_LAYERS, 28);
+    for (uint32_t i = first; i < c->n_layers; i++) c->local[i] = c->window > 0;
+}
+
+void ki_qwen2_read(ki_config *c, ki_reader *r) {
+    llama_like(c, r);
+    qwen_window(c, r);
+    c->qkv_bias = true;
+}
+
+void ki_qwen3_read(ki_config *c, ki_reader *r) {
+    llama_like(c, r);
+    qwen_window(c, r);
+    ki_refuse_flag(r, "attention_bias");
+    c->head_norms = true;
+}
+
+/* Global layers have their own base, and in the larger models a linear factor; local ones neither.
+ */
+static void gemma_ropes(ki_config *c, ki_reader *r) {
+    bool nested = ki_read_kind(r, NULL, "rope_parameters.full_attention") == KI_VALUE_OBJECT ||
+                  ki_read_kind(r, NULL, "rope_parameters.sliding_attention") == KI_VALUE_OBJECT;
+    c->n_ropes = 2;
+    ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters.full_attention" : "rope_scaling",
+                 "rope_theta", 1e6);
+    if (!r->is_gguf) {
+        ki_rope_read(&c->rope[1], r, c, "rope_parameters.sliding_attention", "rope_local_base_freq",
+                     1e4);
         return;
     }
-    for (uint32_t r = 0; r < n_rows; r++) fn(p, r);
+    c->rope[1] = (ki_rope){.factor = 1.0, .attention = 1.0};
+    c->rope[1].theta = ki_read_real(r, "rope.freq_base_swa", NULL, 1e4);
 }
 
-/* ---- products ---- */
-
-typedef struct product {
-    float *out;
-    size_t out_stride;
-    const ki_matrix *matrix;
-} product;
-
-typedef struct product_call {
-    const ki_dense_kernels *dense;
-    const product *products;
-    size_t n_products, n_rows;
-    const ki_activations *x;
-    uint32_t n_tiles, tiles_per_task;
-} product_call;
-
-static uint32_t tiles_of(const ki_matrix *m) {
-    return (m->n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS;
-}
-
-/* Tiles of all products are numbered in one line; a task is a piece of it. */
-static void product_task(void *context, size_t index, unsigned worker) {
-    const product_call *call = context;
-    (void)worker;
-    uint32_t first = (uint32_t)index * call->tiles_per_task,
-             end = KI_MIN(first + call->tiles_per_task, call->n_tiles);
-    for (size_t i = 0; i < call->n_products && first < end; i++) {
-        const product *p = &call->products[i];
-        uint32_t n = tiles_of(p->matrix), stop = KI_MIN(end, n);
-        if (first < stop)
-            call->dense->matmul(p->out, p->out_stride, p->matrix, first, stop, call->x,
-                                call->n_rows);
-        first = first > n ? first - n : 0;
-        end = end > n ? end - n : 0;
+static void gemma_layers(ki_config *c, ki_reader *r) {
+    static const char *const hf = "sliding_window_pattern"; /* older folders */
+    read_window(c, r);
+    if (ki_config_layer_types(c, r)) return;
+    if (ki_read_kind(r, "attention.sliding_window_pattern", hf) == KI_VALUE_ARRAY) {
+        ki_refuse(r, "attention.sliding_window_pattern", hf, "an array", "a whole number");
+        return;
     }
+    uint32_t every = ki_read_uint(r, "attention.sliding_window_pattern", hf, KI_MAX_LAYERS, 6);
+    for (uint32_t i = 0; i < c->n_layers && every; i++) c->local[i] = (i + 1) % every != 0;
 }
 
-static ki_activations activations_of(const pass *p) {
-    return (ki_activations){.n_cols = p->source_cols,
-                            .x = p->source,
-                            .high = p->a->high,
-                            .low = p->a->low,
-                            .scales = p->a->scales,
-                            .sums = p->a->sums};
+/* In GGUF only the 27B model, of 62 layers, scales its queries by another number than its head
+ * size; the file does not say so. */
+static double gemma_query_width(const ki_config *c, ki_reader *r) {
+    if (!r->is_gguf) return ki_read_real(r, NULL, "query_pre_attn_scalar", 256.0);
+    return c->n_layers == 62 && c->n_heads ? (double)c->n_embd / c->n_heads : c->head_dim;
 }
 
-static void multiply(pass *p, uint32_t n_rows, const product *products, size_t n_products) {
-    ki_activations x = activations_of(p);
-    product_call call = {.dense = p->dense,
-                         .products = products,
-                         .n_products = n_products,
-                         .n_rows = n_rows,
-                         .x = &x};
-    for (size_t i = 0; i < n_products; i++) call.n_tiles += tiles_of(products[i].matrix);
-    uint32_t n_tasks = ki_workers_count(p->cache->workers) *
-                       4; /* small enough to even out, large enough to take */
-    call.tiles_per_task = (call.n_tiles + n_tasks - 1) / n_tasks;
-    ki_workers_run(p->cache->workers, product_task, &call,
-                   (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
+void ki_gemma3_read(ki_config *c, ki_reader *r) {
+    static const char *const caps[] = {"final_logit_softcapping", "attn_logit_softcapping"};
+    ki_config_sizes(c, r, &ki_usual_keys);
+    if (!r->is_gguf) c->head_dim = ki_read_uint(r, NULL, "head_dim", KI_MAX_WIDTH, 256);
+    gemma_ropes(c, r);
+    gemma_layers(c, r);
+    c->tied_output = ki_read_bool(r, NULL, "tie_word_embeddings", true);
+    want_activation(r, "hidden_activation", "gelu_pytorch_tanh");
+    ki_refuse_flag(r, "attention_bias");
+    ki_refuse_flag(r, "use_bidirectional_attention");
+    for (size_t i = 0; i < sizeof caps / sizeof *caps; i++)
+        if (ki_read_kind(r, caps[i], caps[i]) != KI_VALUE_NONE)
+            ki_refuse(r, caps[i], caps[i], "set", "none");
+    c->head_norms = c->post_norms = c->tanh_gelu = true;
+    c->norm_plus_one = !r->is_gguf;
+    c->embed_scale = sqrtf((float)c->n_embd);
+    c->query_scale = (float)sqrt((double)c->head_dim / gemma_query_width(c, r));
 }
 
-/* n is a multiple of 16. */
-static bool is_finite_row(const float *x, uint32_t n) {
-    uint32_t largest[16] = {0}, worst = 0;
-    for (uint32_t i = 0; i < n; i += 16)
-        for (uint32_t j = 0; j < 16; j++)
-            largest[j] = KI_MAX(largest[j], ki_f32_bits(x[i + j]) & 0x7fffffff);
-    for (uint32_t j = 0; j < 16; j++) worst = KI_MAX(worst, largest[j]);
-    return worst < 0x7f800000;
-}
+/* ---- the pass ---- */
 
-/* An integer cannot say that a number is not finite; the row's first scale does, so that it reaches
- * every product of the row and is found where keys and values are stored. */
-static void quantize_source(pass *p, uint32_t row) {
-    if (!p->quantize) return;
-    ki_activations x = activations_of(p);
-    p->dense->quantize_row(&x, row);
-    if (!is_finite_row(p->source + (size_t)row * p->source_cols, p->source_cols))
-        x.scales[(size_t)row * (p->source_cols / 32)] = NAN;
-}
-
-/* Rows become ready for `matrix` (and those beside it, which are of like kind or need both forms).
- */
-static void set_source(pass *p, const float *rows, uint32_t n_cols, const product *products,
-                       size_t n_products) {
-    p->source = rows;
-    p->source_cols = n_cols;
-    p->quantize = false;
-    for (size_t i = 0; i < n_products; i++)
-        p->quantize = p->quantize || ki_weight_is_quantized(products[i].matrix->type);
-}
-
-/* ---- steps of a layer, row by row ---- */
-
-static void norm_row(pass *p, uint32_t row) {
-    const ki_config *c = &p->m->config;
-    float *h = p->a->h + (size_t)row * c->n_embd;
-    p->dense->rms_norm(h, p->a->x + (size_t)row * c->n_embd, p->norm, c->n_embd, c->norm_eps);
-    quantize_source(p, row);
-}
-
-static void rope_row(pass *p, uint32_t row) {
-    const ki_config *c = &p->m->config;
-    uint32_t half = c->head_dim / 2,
-             n_heads = c->n_heads + c->n_kv_heads; /* q and k heads are neighbours */
-    float *qk = p->a->qkv + (size_t)row * p->qkv_dim;
-    for (uint32_t h = 0; h < n_heads; h++)
-        p->dense->rope(qk + (size_t)h * c->head_dim, p->a->cos + (size_t)row * half,
-                       p->a->sin + (size_t)row * half, c->head_dim);
-}
-
-static void add_and_norm_row(pass *p, uint32_t row) {
+/* x += what the last block made, normalized first where the family does that; then h = norm(x). */
+static void add_row(ki_pass *p, uint32_t row) {
     uint32_t n = p->m->config.n_embd;
-    p->dense->add(p->a->x + (size_t)row * n, p->a->delta + (size_t)row * n, n);
-    if (p->norm) norm_row(p, row);
+    float *delta = p->a->delta + (size_t)row * n;
+    if (p->post_norm && p->post_norm->weight) ki_pass_norm(p, delta, delta, p->post_norm, n);
+    p->dense->add(p->a->x + (size_t)row * n, delta, n);
+    if (p->norm) ki_pass_norm_row(p, row);
 }
 
-static void gate_row(pass *p, uint32_t row) {
-    uint32_t n = p->m->config.n_ff;
-    float *gate = p->a->gate + (size_t)row * n;
-    p->dense->silu_mul(gate, gate, p->a->up + (size_t)row * n, n);
-    quantize_source(p, row);
-}
-
-/* ---- attention ---- */
-
-static void append_task(void *context, size_t index, unsigned worker) {
-    pass *p = context;
+static void gate_row(ki_pass *p, uint32_t row) {
     const ki_config *c = &p->m->config;
-    ki_batch_item *item = &p->batch->items[index / c->n_kv_heads];
-    uint32_t head = (uint32_t)(index % c->n_kv_heads);
-    if (item->status != KIVI_OK) return;
-    const float *k = p->a->qkv +
-                     (size_t)p->a->places[index / c->n_kv_heads].first_row * p->qkv_dim + p->q_dim +
-                     (size_t)head * c->head_dim;
-    void *scratch = ki_attn_work_scratch(p->cache->work, worker);
-    kivi_error err;
-    kivi_status status =
-        ki_append_head(item->seq, p->layer, head, k, k + p->kv_dim, p->qkv_dim, scratch, &err);
-    if (status == KIVI_OK) return;
-    /* several heads may fail at once; the status is what counts, any of the texts is true */
-    __atomic_store_n(&p->a->attend[index / c->n_kv_heads].seq, NULL, __ATOMIC_RELAXED);
+    float *gate = p->a->gate + (size_t)row * c->n_ff, *up = p->a->up + (size_t)row * c->n_ff;
+    if (c->tanh_gelu) p->dense->gelu_mul(gate, gate, up, c->n_ff);
+    else p->dense->silu_mul(gate, gate, up, c->n_ff);
+    ki_pass_quantize(p, row);
 }
 
-static void append_all(pass *p) {
-    size_t n_tasks = p->batch->n_items * p->m->config.n_kv_heads;
-    if (p->n_rows >= ROWS_WORTH_SHARING) ki_workers_run(p->cache->workers, append_task, p, n_tasks);
-    else
-        for (size_t i = 0; i < n_tasks; i++) append_task(p, i, 0);
-    for (size_t i = 0; i < p->batch->n_items; i++) {
-        ki_batch_item *item = &p->batch->items[i];
-        if (item->status == KIVI_OK && !p->a->attend[i].seq)
-            item->status = KI_FAIL(
-                item->err, NUMERIC,
-                "model: a key or value of layer %u within positions %u to %u is infinite or not a "
-                "number",
-                p->layer, item->seq->n_tokens, item->seq->n_tokens + item->n_rows - 1);
-    }
-}
-
-static void attention_block(pass *p, const ki_layer *layer) {
+static void mlp(ki_pass *p, const ki_layer *layer) {
     const ki_config *c = &p->m->config;
     ki_arena *a = p->a;
-    product qkv[] = {{a->qkv, p->qkv_dim, &layer->q},
-                     {a->qkv + p->q_dim, p->qkv_dim, &layer->k},
-                     {a->qkv + p->q_dim + p->kv_dim, p->qkv_dim, &layer->v}};
-    product out[] = {{a->delta, c->n_embd, &layer->o}};
-    multiply(p, p->n_rows, qkv, 3);
-    for_rows(p, p->n_rows, rope_row);
-    append_all(p);
-    ki_attend_batch(p->cache, a->attend, p->batch->n_items, p->layer, 0);
-    set_source(p, a->attn, p->q_dim, out, 1);
-    for_rows(p, p->n_rows, quantize_source);
-    multiply(p, p->n_rows, out, 1);
+    ki_product in[] = {{a->gate, c->n_ff, &layer->gate}, {a->up, c->n_ff, &layer->up}};
+    ki_product out[] = {{a->delta, c->n_embd, &layer->down}};
+    p->norm = &layer->ffn_norm;
+    p->post_norm = &layer->post_attn_norm;
+    ki_pass_source(p, a->h, c->n_embd, in, 2);
+    ki_pass_rows(p, p->n_rows, add_row);
+    ki_pass_multiply(p, p->n_rows, in, 2);
+    ki_pass_source(p, a->gate, c->n_ff, out, 1);
+    ki_pass_rows(p, p->n_rows, gate_row);
+    ki_pass_multiply(p, p->n_rows, out, 1);
+    p->post_norm = &layer->post_ffn_norm;
 }
 
-static void ffn_block(pass *p, const ki_layer *layer) {
-    const ki_config *c = &p->m->config;
-    ki_arena *a = p->a;
-    product in[] = {{a->gate, c->n_ff, &layer->gate}, {a->up, c->n_ff, &layer->up}};
-    product out[] = {{a->delta, c->n_embd, &layer->down}};
-    p->norm = layer->ffn_norm;
-    set_source(p, a->h, c->n_embd, in, 2);
-    for_rows(p, p->n_rows, add_and_norm_row);
-    multiply(p, p->n_rows, in, 2);
-    set_source(p, a->gate, c->n_ff, out, 1);
-    for_rows(p, p->n_rows, gate_row);
-    multiply(p, p->n_rows, out, 1);
-}
-
-static void run_layers(pass *p) {
+void ki_llama_layers(ki_pass *p) {
     const ki_model *m = p->m;
-    const ki_config *c = &m->config;
-    for (p->layer = 0; p->layer < c->n_layers; p->layer++) {
+    ki_arena *a = p->a;
+    for (p->layer = 0; p->layer < m->config.n_layers; p->layer++) {
         const ki_layer *layer = &m->layers[p->layer];
-        product qkv[] = {{NULL, 0, &layer->q}, {NULL, 0, &layer->k}, {NULL, 0, &layer->v}};
-        p->norm = layer->attn_norm;
-        set_source(p, p->a->h, c->n_embd, qkv, 3);
-        for_rows(p, p->n_rows, p->layer ? add_and_norm_row : norm_row);
-        attention_block(p, layer);
-        ffn_block(p, layer);
+        ki_product qkv[] = {{a->qkv, p->qkv_dim, &layer->q},
+                            {a->qkv + p->q_dim, p->qkv_dim, &layer->k},
+                            {a->qkv + p->q_dim + p->kv_dim, p->qkv_dim, &layer->v}};
+        p->norm = &layer->attn_norm;
+        ki_pass_source(p, a->h, m->config.n_embd, qkv, 3);
+        ki_pass_rows(p, p->n_rows, p->layer ? add_row : ki_pass_norm_row);
+        ki_pass_multiply(p, p->n_rows, qkv, 3);
+        ki_pass_attention(p, layer);
+        mlp(p, layer);
     }
     p->norm = NULL;
-    for_rows(p, p->n_rows, add_and_norm_row);
-}
-
-/* ---- beginning and end of a pass ---- */
-
-static void embed_row(pass *p, uint32_t row) {
-    const ki_config *c = &p->m->config;
-    ki_arena *a = p->a;
-    uint32_t i = a->row_item[row], in_item = row - a->places[i].first_row, half = c->head_dim / 2;
-    const ki_batch_item *item = &p->batch->items[i];
-    ki_matrix_row(a->x + (size_t)row * c->n_embd, &p->m->embedding,
-                  (uint32_t)item->tokens[in_item]);
-    float pos = (float)(item->seq->n_tokens + in_item);
-    for (uint32_t j = 0; j < half; j++) { /* the angle in float32, as the models were trained */
-        double angle = (double)(pos * p->m->rope_freq[j]);
-        a->cos[(size_t)row * half + j] = (float)cos(angle);
-        a->sin[(size_t)row * half + j] = (float)sin(angle);
-    }
-}
-
-static void place_items(pass *p) {
-    ki_arena *a = p->a;
-    for (size_t i = 0; i < p->batch->n_items; i++) {
-        const ki_batch_item *item = &p->batch->items[i];
-        uint32_t n = item->status == KIVI_OK ? item->n_rows : 0;
-        a->places[i] = (item_place){p->n_rows, n};
-        a->attend[i] = (ki_attend_item){.seq = n ? item->seq : NULL,
-                                        .n_rows = n,
-                                        .q = a->qkv + (size_t)p->n_rows * p->qkv_dim,
-                                        .q_stride = p->qkv_dim,
-                                        .out = a->attn + (size_t)p->n_rows * p->q_dim,
-                                        .out_stride = p->q_dim};
-        for (uint32_t r = 0; r < n; r++) a->row_item[p->n_rows++] = (uint32_t)i;
-    }
-}
-
-static void final_norm_row(pass *p, uint32_t row) {
-    const ki_config *c = &p->m->config;
-    float *h = p->a->h + (size_t)row * c->n_embd;
-    p->dense->rms_norm(h, h, p->m->output_norm, c->n_embd, c->norm_eps);
-    quantize_source(p, row);
-}
-
-/* What went wrong behind the last keys and values shows only here. */
-static void fail_result(pass *p, ki_batch_item *item, uint32_t row) {
-    atomic_fetch_add(&p->cache->n_nonfinite, 1);
-    item->status = KI_FAIL(item->err, NUMERIC,
-                           "model: the result at position %u is infinite or not a number",
-                           item->seq->n_tokens + row);
-}
-
-/* The rows that asked are gathered in h, then one product. */
-static void make_logits(pass *p) {
-    const ki_config *c = &p->m->config;
-    ki_arena *a = p->a;
-    uint32_t n = 0, stride = padded_vocab(c);
-    for (size_t i = 0; i < p->batch->n_items; i++) {
-        ki_batch_item *item = &p->batch->items[i];
-        uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
-        item->logits = rows ? a->logits + (size_t)n * stride : NULL;
-        for (uint32_t r = first; r < rows; r++, n++) {
-            const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
-            memcpy(a->h + (size_t)n * c->n_embd, x, c->n_embd * sizeof(float));
-            if (item->status == KIVI_OK && !is_finite_row(x, c->n_embd)) fail_result(p, item, r);
-        }
-    }
-    product out[] = {{a->logits, stride, &p->m->output}};
-    set_source(p, a->h, c->n_embd, out, 1);
-    for_rows(p, n, final_norm_row);
-    multiply(p, n, out, 1);
-}
-
-void ki_forward(const ki_model *model, ki_arena *arena, kivi_cache *cache, ki_batch *batch) {
-    const ki_config *c = &model->config;
-    pass p = {.m = model,
-              .a = arena,
-              .cache = cache,
-              .batch = batch,
-              .dense = &cache->kernels->dense,
-              .q_dim = c->n_heads * c->head_dim,
-              .kv_dim = c->n_kv_heads * c->head_dim};
-    p.qkv_dim = p.q_dim + 2 * p.kv_dim;
-    place_items(&p);
-    if (p.n_rows == 0) return;
-    for_rows(&p, p.n_rows, embed_row);
-    run_layers(&p);
-    make_logits(&p);
+    ki_pass_rows(p, p->n_rows, add_row);
 }

@@ -1,50 +1,91 @@
 /* model.h: a transformer's configuration, its weights by meaning, and the forward pass over a batch
- * of rows of several sequences. Families share one pass here (llama.c); what a file calls its parts
- * is a table (names.c). */
+ * of rows of several sequences. A family is a line of the table in family.c: how it reads its
+ * configuration, what a file calls its parts, and its pass over the layers. */
 #ifndef KI_MODEL_H
 #define KI_MODEL_H
 #include "cache.h"
 #include "kernel.h"
 #include "load.h"
 
-typedef enum ki_rope_scaling { KI_ROPE_NONE, KI_ROPE_LINEAR, KI_ROPE_LLAMA3 } ki_rope_scaling;
+enum { KI_MAX_LAYERS = 1024 };
+
+typedef struct ki_family ki_family; /* model_private.h */
+
+typedef enum ki_rope_scaling {
+    KI_ROPE_NONE,
+    KI_ROPE_LINEAR,
+    KI_ROPE_LLAMA3,
+    KI_ROPE_YARN,
+    KI_ROPE_DYNAMIC /* NTK: the base grows with the length (rope.c) */
+} ki_rope_scaling;
+
+typedef struct ki_rope {
+    ki_rope_scaling scaling;
+    double theta, factor;
+    double low, high;    /* llama3: frequency factors; yarn: beta_slow and beta_fast */
+    double original_ctx; /* the context before it was stretched */
+    double attention;    /* cosines and sines are multiplied by it (yarn), else 1 */
+    bool keep_fractions; /* yarn with "truncate": false */
+} ki_rope;
 
 typedef struct ki_config {
     char architecture[32];
+    const ki_family *family;
     uint32_t n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab;
     uint32_t ctx_tokens; /* the context it was trained for */
-    float norm_eps;
-    double rope_theta, rope_factor, rope_low,
-        rope_high; /* low and high: llama3's frequency factors */
-    double rope_original_ctx;
-    ki_rope_scaling rope_scaling;
-    bool rope_interleaved; /* the file's q and k rows pair (2j, 2j+1): they are put apart at load */
+    uint32_t window;     /* a local layer's query at p sees positions > p - window; 0: none is */
+    bool local[KI_MAX_LAYERS];
+    ki_rope rope[2]; /* [1]: the local layers' own, when n_ropes is 2 */
+    uint32_t n_ropes;
+    float norm_eps, embed_scale;
+    float query_scale; /* scores are divided by sqrt(D) and multiplied by this */
+    bool paired_rows;  /* the file's q and k rows pair (2j, 2j+1): they are put apart at load */
     bool tied_output;
+    bool qkv_bias, head_norms, post_norms; /* parts beyond the Llama ones */
+    bool layer_norm;                       /* with a mean and a bias, not the root mean square */
+    bool one_norm;                         /* a block's attention and MLP share one */
+    bool fused_qkv, no_gate;
+    bool norm_plus_one; /* the file's norm weights count from 1 */
+    bool tanh_gelu;     /* instead of silu */
 } ki_config;
 
 /* From GGUF metadata or config.json. UNSUPPORTED names what is not built yet. */
 kivi_status ki_config_read(ki_config *out, const ki_file *file, kivi_error *err);
+/* The longest reach of any layer: what lies further back is never read again; 0: all is read. */
+uint32_t ki_config_window(const ki_config *config);
+
+typedef struct ki_norm {
+    float *weight, *bias; /* bias NULL: root mean square */
+} ki_norm;
 
 typedef struct ki_layer {
-    float *attn_norm, *ffn_norm;          /* [n_embd] */
-    ki_matrix q, k, v, o, gate, up, down; /* [outputs][inputs] */
+    ki_norm attn_norm, ffn_norm, post_attn_norm, post_ffn_norm; /* [n_embd]; weight NULL: none */
+    ki_norm q_norm, k_norm;                                     /* [D] */
+    float *qkv_bias;                                            /* [(H + 2 Hk) D], or NULL */
+    ki_matrix q, k, v, o, gate, up, down;                       /* [outputs][inputs] */
 } ki_layer;
 
 typedef struct ki_model {
     ki_config config;
     ki_mem *mem;
     ki_matrix embedding, output; /* output.tiles is embedding.tiles when tied */
-    float *output_norm;
-    float *rope_freq; /* [D / 2]: radians a position */
+    ki_norm output_norm;
+    float *rope_freq; /* [n_ropes][D / 2]: radians a position */
     ki_layer *layers; /* [n_layers] */
     uint64_t n_params;
     char weight_type[16]; /* the type most bytes have */
 } ki_model;
 
+typedef struct ki_model_options {
+    ki_weight rope_type; /* the rotary frequencies are rounded to it (F32: not at all) */
+    bool dummy;          /* random weights in place of the file's, of this seed and type */
+    uint64_t dummy_seed;
+    const char *dummy_type; /* NULL: what config.json says */
+} ki_model_options;
+
 /* Reads and repacks all weights, spread over the workers. */
-/* rope_type: the rotary frequencies are rounded to it (F32: not at all). */
 kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers,
-                          ki_weight rope_type, kivi_error *err);
+                          const ki_model_options *options, kivi_error *err);
 void ki_model_destroy(ki_model **model);
 
 /* Memory of a step of at most n_rows rows and n_logit_rows rows of logits; made once. */
@@ -77,24 +118,5 @@ uint64_t ki_model_fingerprint(const ki_model *model);
 /* One pass. An item whose keys or values are not finite gets NUMERIC and drops out; the others do
  * not notice. */
 void ki_forward(const ki_model *model, ki_arena *arena, kivi_cache *cache, ki_batch *batch);
-
-/* ---- names.c ---- */
-enum ki_part {
-    KI_PART_EMBEDDING,
-    KI_PART_OUTPUT,
-    KI_PART_OUTPUT_NORM,
-    KI_PART_ROPE_FREQ,
-    KI_PART_ATTN_NORM,
-    KI_PART_FFN_NORM,
-    KI_PART_Q,
-    KI_PART_K,
-    KI_PART_V,
-    KI_PART_O,
-    KI_PART_GATE,
-    KI_PART_UP,
-    KI_PART_DOWN
-};
-/* The name a part has in this kind of file: "blk.3.attn_q.weight". name [n_bytes >= 96]. */
-void ki_part_name(char *name, size_t n_bytes, ki_file_kind kind, enum ki_part part, uint32_t layer);
 
 #endif

@@ -288,6 +288,42 @@ static void rope(ki_isa isa) {
     check_end();
 }
 
+/* An exponent of up to 88 is off by its own rounding, some 100 ulp of e^x; of erf-gelu it is the
+ * error of erf, 1.5e-7 |x| / 2, and some roundings. */
+static void gelus(const ki_dense_kernels *k, const ki_dense_kernels *scalar, uint32_t n) {
+    k->gelu_mul(v.got, v.x, v.z, n);
+    scalar->gelu_mul(v.want, v.x, v.z, n);
+    same("gelu_mul", n);
+    for (uint32_t i = 0; i < n; i++) {
+        double g = (double)v.x[i], u = sqrt(2 / acos(-1)) * (g + 0.044715 * g * g * g);
+        double want = g / (1 + exp(-2 * u)) * (double)v.z[i];
+        CHECK(fabs((double)v.got[i] - want) <= fabs(want) * 200 * 0x1p-23 + 1e-34,
+              "gelu_mul(%g) %g, not %g", g, (double)v.got[i], want);
+    }
+    k->gelu(v.got, v.x, n);
+    scalar->gelu(v.want, v.x, n);
+    same("gelu", n);
+    for (uint32_t i = 0; i < n; i++) {
+        double x = (double)v.x[i], want = x * (1 + erf(x / sqrt(2))) / 2;
+        CHECK(fabs((double)v.got[i] - want) <= fabs(x) * 3e-7 + 1e-34, "gelu(%g) %g, not %g", x,
+              (double)v.got[i], want);
+    }
+    k->layer_norm(v.got, v.x, v.y, v.z, n, 1e-5f);
+    scalar->layer_norm(v.want, v.x, v.y, v.z, n, 1e-5f);
+    same("layer_norm", n);
+    double mean = 0, square = 0;
+    for (uint32_t i = 0; i < n; i++) mean += (double)v.x[i] / n;
+    for (uint32_t i = 0; i < n; i++)
+        square += ((double)v.x[i] - mean) * ((double)v.x[i] - mean) / n;
+    for (uint32_t i = 0; i < n; i++) { /* float32 mean of values up to 100, then three roundings */
+        double want =
+            ((double)v.x[i] - mean) / sqrt(square + 1e-5) * (double)v.y[i] + (double)v.z[i];
+        CHECK(fabs((double)v.got[i] - want) <=
+                  1e-5 * (fabs((double)v.y[i]) + fabs((double)v.z[i])) + 1e-5,
+              "layer_norm %g, not %g", (double)v.got[i], want);
+    }
+}
+
 static void elementwise(ki_isa isa) {
     if (!check_case_isa(isa, "dense/elementwise")) return;
     const ki_dense_kernels *k = &ki_kernels_get(isa)->dense,
@@ -304,6 +340,7 @@ static void elementwise(ki_isa isa) {
             CHECK(fabs((double)v.got[i] - want) <= fabs(want) * 8 * 0x1p-23 + 1e-35,
                   "silu(%g) %g, not %g", g, (double)v.got[i], want);
         }
+        gelus(k, scalar, n);
         memcpy(v.got, v.x, n * 4);
         k->add(v.got, v.y, n);
         for (uint32_t i = 0; i < n; i++) v.want[i] = v.x[i] + v.y[i];
