@@ -21,7 +21,7 @@ else
 CFLAGS_BASE += -DNDEBUG
 endif
 INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine
-PKGS := jansson libpcre2-8
+PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
@@ -81,7 +81,7 @@ deps: ; @tools/deps.sh build
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
-	install -m 644 include/kivi.h include/kivi_cache.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -90,7 +90,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/libexec/kivi
 	install -m 755 tools/fetch_model.sh $(DESTDIR)$(PREFIX)/libexec/kivi/
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 clean: ; rm -rf $(BUILD)

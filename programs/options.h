@@ -11,7 +11,16 @@ enum { MAX_LIST = 16 };
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
 
-enum command { CMD_RUN = 1, CMD_INFO = 2, CMD_LOGITS = 4, CMD_BENCH = 8, CMD_ALL = 15 };
+/* CMD_ALL: those that run a model. */
+enum command {
+    CMD_RUN = 1,
+    CMD_INFO = 2,
+    CMD_LOGITS = 4,
+    CMD_BENCH = 8,
+    CMD_CHAT = 16,
+    CMD_ALL = 31,
+    CMD_TOKENIZE = 32
+};
 
 typedef struct list {
     uint32_t values[MAX_LIST];
@@ -22,6 +31,7 @@ typedef struct options {
     enum command command;
     const char *model;
     const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *system, *chat_template, *load;
     const char *kv, *rule, *type_k, *type_v, *rope_type;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
@@ -30,7 +40,7 @@ typedef struct options {
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed;
     list bench_prompt, bench_gen, bench_depth, bench_batch;
-    bool json, ignore_eos;
+    bool json, ignore_eos, only_ids, special, no_bos, by_zeros;
 } options;
 
 /* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on,
