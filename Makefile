@@ -25,6 +25,9 @@ PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
+# The command's own: editing of lines in `kivi chat`. The library does not need it.
+PROG_PKGS := libedit
+PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 LIB_SRC := $(wildcard src/*/*.c)
@@ -58,7 +61,7 @@ $(BUILD)/libkivi.a: $(LIB_OBJ)
 $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
-	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
 # One static program without libraries, to be carried to any x86 machine.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread

@@ -36,7 +36,7 @@ typedef struct options {
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
-    bool n_prompt_given;
+    bool n_prompt_given, n_predict_given;
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed;
     list bench_prompt, bench_gen, bench_depth, bench_batch;

@@ -197,7 +197,8 @@ static kivi_status lowercase(ki_buf *out, ki_span text, kivi_error *err) {
 static kivi_status strip_accents(ki_buf *out, ki_span text, kivi_error *err) {
     for (size_t at = 0; at < text.n_bytes;) {
         uint32_t c = ki_next_character(text, &at);
-        if (utf8proc_category((int32_t)c) == UTF8PROC_CATEGORY_MN) continue;
+        utf8proc_category_t category = utf8proc_category((int32_t)c);
+        if (category >= UTF8PROC_CATEGORY_MN && category <= UTF8PROC_CATEGORY_ME) continue;
         KI_TRY(put_character(out, c, err));
     }
     return KIVI_OK;

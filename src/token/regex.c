@@ -14,11 +14,12 @@ enum { MAX_PATTERN_BYTES = 1 << 16 };
     "\\t-\\r\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}" \
     "\\x{3000}"
 #define CIRCLED "\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}"
-#define WORDS "\\p{L}\\p{M}\\p{Nl}\\p{Nd}\\p{Pc}" CIRCLED
+#define WORDS "\\p{L}\\p{M}\\p{N}\\p{Pc}" CIRCLED
+/* Rust's, behind a named pre-tokenizer. */
+#define RUST_WORDS "\\p{L}\\p{M}\\p{Nl}\\p{Nd}\\p{Pc}" CIRCLED "\\x{200c}\\x{200d}"
 const char *const ki_regex_gpt2 =
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
-const char *const ki_regex_word =
-    "[" WORDS "\\x{200c}\\x{200d}]+|[^" WORDS "\\x{200c}\\x{200d}\\s]+";
+const char *const ki_regex_word = "[" RUST_WORDS "]+|[^" RUST_WORDS "\\s]+";
 
 static void *pcre_alloc(PCRE2_SIZE n_bytes, void *mem) {
     void *block;
