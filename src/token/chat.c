@@ -16,6 +16,7 @@ typedef struct format {
     system_place place; /* system text: a turn of its own, or in front of a user's */
     bool has_bos;       /* at the very beginning */
     bool trims, trims_answers;
+    bool trims_both;  /* llama2: system and user text as one */
     bool joins_lines; /* falcon: \r\n is \n, two \n are one */
     bool bare_last;   /* falcon3: no line end behind an answer that is the last message */
 } format;
@@ -34,6 +35,7 @@ static const format formats[] = {
      .answer = "",
      .place = IN_FIRST,
      .trims = true,
+     .trims_both = true,
      .trims_answers = true},
     {.name = "llama3",
      .before = {LLAMA3("system"), LLAMA3("user"), LLAMA3("assistant")},
@@ -115,27 +117,28 @@ const char *ki_chat_names(void) { return names; }
  * `without` not. */
 typedef struct marks {
     const char *name;
-    const char *with[3], *without[6];
+    const char *with[3], *without[9];
 } marks;
 
 static const marks known[] = {
     {"chatml",
      {"<|im_start|>", "<|im_end|>"},
      {"<|im_sep|>", "<end_of_utterance>", "strftime_now", "reasoning_mode", "enable_thinking %}",
-      "<|tool_list_start|>"}},
+      "<|tool_list_start|>", "assistant\\n<think>", "'<think>\\n'", "function calling AI model"}},
     {"mistral-v1", {"' [INST] '"}, {"[SYSTEM_PROMPT]"}},
     {"mistral-v3", {"\"[INST] \"", "[AVAILABLE_TOOLS]"}, {"[SYSTEM_PROMPT]"}},
     {"mistral-v3-tekken", {"\"[INST]\"", "[AVAILABLE_TOOLS]"}, {"[SYSTEM_PROMPT]"}},
     {"llama2", {"'[INST] '", "<<SYS>>", ".strip()"}, {"Vigogne"}},
     {"mistral-v0", {"'[INST] ' + message['content'] + ' [/INST]'"}, {"<<SYS>>"}},
-    {"phi3", {"<|assistant|>", "<|end|>", "<|user|>"}, {"<|tool|>", "<|im_start|>", "<|start|>"}},
+    {"phi3",
+     {"<|assistant|>", "<|end|>", "<|user|>"},
+     {"<|tool|>", "<|im_start|>", "<|start|>", "[BEGIN FINAL RESPONSE]"}},
     {"zephyr", {"'<|user|>\\n' + message['content'] + eos_token", "<|assistant|>"}, {NULL}},
-    {"zephyr",
-     {"<|user|>", "<|endoftext|>", "<|assistant|>"},
-     {"<|tool", "[gMASK]", "<|observation|>"}},
+    {"zephyr", {"'<|user|>\n' + message['content'] + eos_token", "<|assistant|>"}, {NULL}},
     {"falcon3", {"'<|user|>\\n' + message['content'] + '\\n'", "<|assistant|>\\n"}, {"<|end|>"}},
+    {"falcon3", {"'<|user|>\n' + message['content'] + '\n'", "<|assistant|>\n"}, {"<|end|>"}},
     {"gemma", {"<start_of_turn>", "<end_of_turn>"}, {NULL}},
-    {"llama3.1", {"<|start_header_id|>", "Cutting Knowledge Date: December 2023"}, {"functionary"}},
+    {"llama3.1", {"<|start_header_id|>", "Cutting Knowledge Date: December 2023"}, {"<function="}},
     {"llama3",
      {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
      {"Cutting Knowledge", "functions", "tools"}},
@@ -146,7 +149,7 @@ static const marks known[] = {
 static bool has_marks(const marks *m, const char *text) {
     for (size_t i = 0; i < 3 && m->with[i]; i++)
         if (!strstr(text, m->with[i])) return false;
-    for (size_t i = 0; i < 6 && m->without[i]; i++)
+    for (size_t i = 0; i < 9 && m->without[i]; i++)
         if (strstr(text, m->without[i])) return false;
     return true;
 }
@@ -211,9 +214,9 @@ static kivi_status put_format(renderer *r, const char *text, bool bare, kivi_err
 
 static bool is_blank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-static ki_span trimmed(ki_span text) {
-    while (text.n_bytes && is_blank(text.bytes[text.n_bytes - 1])) text.n_bytes--;
-    for (; text.n_bytes && is_blank(*text.bytes); text.n_bytes--) text.bytes++;
+static ki_span trimmed(ki_span text, bool left, bool right) {
+    while (right && text.n_bytes && is_blank(text.bytes[text.n_bytes - 1])) text.n_bytes--;
+    for (; left && text.n_bytes && is_blank(*text.bytes); text.n_bytes--) text.bytes++;
     return text;
 }
 
@@ -233,14 +236,14 @@ static kivi_status put_joined(renderer *r, ki_span text, kivi_error *err) {
     return put(r, (ki_span){text.bytes + from, text.n_bytes - from}, false, err);
 }
 
-static kivi_status put_message(renderer *r, ki_span text, bool trims, kivi_error *err) {
-    if (trims) text = trimmed(text);
+static kivi_status put_message(renderer *r, ki_span text, kivi_error *err) {
     return r->format->joins_lines ? put_joined(r, text, err) : put(r, text, false, err);
 }
 
 static kivi_status put_system(renderer *r, ki_span text, kivi_error *err) {
+    bool trims = r->format->trims && r->format->place == AS_TURN;
     KI_TRY(put_format(r, r->format->before[SYSTEM], false, err));
-    KI_TRY(put_message(r, text, r->format->trims, err));
+    KI_TRY(put_message(r, trimmed(text, trims, trims), err));
     return put_format(r, r->format->behind[SYSTEM], false, err);
 }
 
@@ -249,7 +252,8 @@ static kivi_status put_turn(renderer *r, int role, ki_span text, const ki_span *
     const format *f = r->format;
     KI_TRY(put_format(r, f->before[role], false, err));
     if (system) KI_TRY(put_system(r, *system, err));
-    KI_TRY(put_message(r, text, role == ASSISTANT ? f->trims_answers : f->trims, err));
+    bool trims = role == ASSISTANT ? f->trims_answers : f->trims;
+    KI_TRY(put_message(r, trimmed(text, trims && !(system && f->trims_both), trims), err));
     if (role == ASSISTANT) r->mark = r->out->n_bytes;
     return put_format(r, f->behind[role], f->bare_last && is_last, err);
 }
@@ -287,13 +291,20 @@ static kivi_status put_turns(renderer *r, const ki_turn *turns, size_t n, const 
     return KIVI_OK;
 }
 
+/* Of two templates of one format one may have it and the other not. */
+static bool begins_with_bos(const renderer *r) {
+    const char *own = ki_chat_detect(r->frame->chat_template);
+    if (!own || strcmp(own, r->format->name)) return r->format->has_bos;
+    return strstr(r->frame->chat_template, "bos_token") != NULL;
+}
+
 static kivi_status put_all(renderer *r, const ki_turn *turns, size_t n_turns, kivi_error *err) {
     const format *f = r->format;
     bool has_system = role_of(turns[0].role) == SYSTEM;
     ki_span none = {"", 0}, system = has_system ? turns[0].text : none;
     bool is_chatml = !strcmp(f->name, "chatml"), is_dated = !strcmp(f->name, "llama3.1");
     if (is_chatml && !has_system) system = default_system(r->frame->chat_template);
-    bool wants_bos = f->has_bos || r->frame->adds_bos;
+    bool wants_bos = r->frame->adds_bos || begins_with_bos(r);
     if (wants_bos && f->before[USER][0] != '^') KI_TRY(put(r, r->frame->bos, true, err));
     bool speaks = has_system || system.n_bytes || is_dated;
     if (f->place == AS_TURN && speaks) KI_TRY(put_system(r, system, err));
