@@ -81,6 +81,8 @@ test: ; @tools/test.sh
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
 
+MAN := $(PREFIX)/share/man/man1
+COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
@@ -92,10 +94,18 @@ install: all
 	install -m 644 $(BUILD)/kivi.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
 	install -d $(DESTDIR)$(PREFIX)/libexec/kivi
 	install -m 755 tools/fetch_model.sh $(DESTDIR)$(PREFIX)/libexec/kivi/
+	install -d $(DESTDIR)$(MAN) $(COMPLETIONS:%=$(DESTDIR)$(PREFIX)/share/%)
+	$(BUILD)/kivi --man > $(DESTDIR)$(MAN)/kivi.1
+	for c in $$($(BUILD)/kivi --completion names); do $(BUILD)/kivi --man $$c > $(DESTDIR)$(MAN)/kivi-$$c.1; done
+	$(BUILD)/kivi --completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kivi
+	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
+	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
+	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/,$(join $(COMPLETIONS),/kivi /_kivi /kivi.fish))
 clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'

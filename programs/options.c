@@ -35,8 +35,7 @@ static const option table[] = {
      "control tokens spelled in the text become themselves", 0, 0},
     {"no-bos", "", FLAG, CMD_TOKENIZE, AT(no_bos), 0, NULL, "no BOS in front", 0, 0},
     {"n-predict", "-n --predict --max-tokens", UINT, CMD_RUN | CMD_CHAT, AT(n_predict),
-     AT(n_predict_given), "N",
-     "tokens to generate (run 128, chat 1024)", 0, 1e9},
+     AT(n_predict_given), "N", "tokens to generate (run 128, chat 1024)", 0, 1e9},
     {"ignore-eos", "", FLAG, CMD_RUN, AT(ignore_eos), 0, NULL, "go on after the end token", 0, 0},
     {"temp", "--temperature", REAL, CMD_RUN | CMD_CHAT, AT(temp), 0, "T",
      "temperature (0.8); 0 is greedy", 0, 100},
@@ -164,6 +163,19 @@ void options_help(FILE *out, unsigned command) {
           "wins.\n"
           "KIVI_DISABLE=avx512,avx2 leaves instruction sets out.\n",
           out);
+}
+
+bool options_get(option_info *out, size_t i) {
+    if (i >= N_OPTIONS) return false;
+    const option *o = &table[i];
+    *out = (option_info){o->name, o->shorts, o->value, o->help, o->commands};
+    return true;
+}
+
+bool options_command(command_line *out, size_t i) {
+    if (i >= sizeof commands / sizeof *commands) return false;
+    *out = (command_line){commands[i].name, commands[i].help, commands[i].command};
+    return true;
 }
 
 /* ---- values ---- */
@@ -345,6 +357,11 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
         puts("kivi " KIVI_VERSION);
         *done = true;
         return EXIT_OK;
+    }
+    bool is_man = !strcmp(argv[0], "--man");
+    if (is_man || !strcmp(argv[0], "--completion")) {
+        *done = true;
+        return (is_man ? manual_page : manual_completion)(stdout, argc > 1 ? argv[1] : NULL);
     }
     int code = find_command(o, argv[0]);
     if (!code) code = from_environment(o);

@@ -49,6 +49,22 @@ typedef struct options {
 int options_parse(options *o, int argc, char **argv, bool *done);
 void options_help(FILE *out, unsigned command);
 
+/* The table itself, for --man and --completion: the i-th option or command; false past the end. */
+typedef struct option_info {
+    const char *name, *shorts; /* without and with dashes */
+    const char *value, *help;  /* value NULL: it takes none */
+    unsigned commands;
+} option_info;
+typedef struct command_line {
+    const char *name, *help;
+    unsigned command;
+} command_line;
+bool options_get(option_info *out, size_t i);
+bool options_command(command_line *out, size_t i);
+/* manual.c: a man page (command NULL: of kivi itself), and a completion script. */
+int manual_page(FILE *out, const char *command);
+int manual_completion(FILE *out, const char *shell);
+
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);
 /* The i-th name of a comma-separated list into name; false past its end. */
