@@ -57,11 +57,14 @@ static int open_editor(chat *c) {
     el_set(c->editor, EL_EDITOR, "emacs");
     el_set(c->editor, EL_HIST, history, c->history);
     el_set(c->editor, EL_BIND, "^R", "em-inc-search-prev", NULL);
+    /* While a line is typed Ctrl-C is a key, which throws the line away. */
+    el_set(c->editor, EL_SETTY, "-d", "intr=", NULL);
+    el_set(c->editor, EL_BIND, "^C", "em-kill-line", NULL);
     el_source(c->editor, NULL);
     return EXIT_OK;
 }
 
-/* The next line without its end; NULL: there is none. A line that ends in \ goes on. */
+/* The next line without its end; NULL: there is none. */
 static const char *read_line(chat *c, size_t *n_bytes) {
     HistEvent event;
     int n = 0;
@@ -74,14 +77,7 @@ static const char *read_line(chat *c, size_t *n_bytes) {
         c->line[*n_bytes] = 0;
         return c->line;
     }
-    const char *text = NULL;
-    for (;;) { /* Ctrl-C throws the line away */
-        interrupted = 0;
-        text = el_gets(c->editor, &n);
-        if (!interrupted && !(n < 0 && errno == EINTR)) break;
-        fputs("\n", stderr);
-        el_reset(c->editor);
-    }
+    const char *text = el_gets(c->editor, &n);
     if (!text || n <= 0) return NULL;
     *n_bytes = (size_t)n - (text[n - 1] == '\n');
     if (*n_bytes) history(c->history, &event, H_ENTER, text);
@@ -147,7 +143,7 @@ static int answer(chat *c) {
     return written ? EXIT_OK : EXIT_IO;
 }
 
-/* Feeds the turn, in steps between which Ctrl-C is seen; what was fed of it is taken back then. */
+/* Feeds the turn. Ctrl-C meanwhile leaves the answer empty. */
 static int feed(chat *c, const int32_t *ids, size_t n_ids) {
     uint32_t rows = kivi_engine_info_get(c->engine)->step_rows;
     uint32_t before = kivi_session_length(c->session);
