@@ -12,7 +12,7 @@ import vocab_files
 
 KIVI = os.environ.get('KIVI_BIN') or 'build/kivi'
 WANTED = ['gpt-2', 'llama-spm', 'llama-bpe', 'falcon', 'qwen2', 'phi-3', 'command-r', 'mpt', 'qwen35', 'refact', 'starcoder']
-REFUSED = ['bert-bge', 'gemma-4', 'deepseek-llm', 'deepseek-coder', 'gpt-neox']
+REFUSED = ['bert-bge', 'gemma-4', 'deepseek-llm', 'deepseek-coder']
 N_FAILED = 0
 
 
