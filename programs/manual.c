@@ -60,6 +60,13 @@ static const char rest[] =
     "use: avx512,avx2.\n.TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
     "success, 2 usage, 3 the model, 4 memory or device, 5 input or output.\n";
 
+static const char chat_part[] =
+    ".SH CONVERSATION\nEach line is a turn. Lines that begin with a slash are commands:\n.TP\n"
+    ".BI /save \" FILE\"\nkeep the conversation, with its cache\n.TP\n.BI /load \" FILE\"\ngo on "
+    "with "
+    "a saved one\n.TP\n.B /reset\nbegin anew\n.TP\n.B /stats\ntokens, speed and memory\n.TP\n"
+    ".BR /help \", \" /quit\nlist these, and end. Ctrl\\-C ends an answer, Ctrl\\-D the program.\n";
+
 static void put_page(FILE *out, const command_line *c) {
     option_info o;
     fprintf(out, ".TH KIVI\\-%s 1 \"\" \"kivi " KIVI_VERSION "\"\n.SH NAME\nkivi\\-%s \\- ",
@@ -69,6 +76,7 @@ static void put_page(FILE *out, const command_line *c) {
     fputs(".I MODEL\nis a GGUF file, a Hugging Face folder, or smollm2.\n.SH OPTIONS\n", out);
     for (size_t i = 0; options_get(&o, i); i++)
         if (o.commands & c->command) put_option(out, &o);
+    if (c->command == CMD_CHAT) fputs(chat_part, out);
     fputs(rest, out);
     fputs(".SH SEE ALSO\n.BR kivi (1)\n", out);
 }

@@ -55,7 +55,8 @@ def check_bash(text):
         f.write(text)
         f.flush()
         done = subprocess.run(['bash', '-c', BASH, 'bash', f.name], capture_output=True, text=True)
-    case('bash completes', done.stdout.split('\n') == ['run', '--threads', '', '--repetitions', ''], done.stdout + done.stderr)
+    case('bash completes', done.stdout.split('\n') == ['run', '--threads', '', '--repetitions', ''],
+         done.stdout + done.stderr)
 
 
 def main():
@@ -67,7 +68,8 @@ def main():
         page = kivi('--man', command).stdout.replace('\\-', '-')
         missing = [w for w in words if w not in page]
         case(f'man page of {command} is complete', words and not missing, str(missing))
-        parses(f'man page of {command}', 'man', kivi('--man', command).stdout, '--warnings', '-E', 'UTF-8', '-l', '-Tutf8', '-P', 'cat')
+        parses(f'man page of {command}', 'man', kivi('--man', command).stdout, '--warnings', '-E', 'UTF-8', '-l',
+               '-Tutf8', '-P', 'cat')
         for shell in ('bash', 'zsh'):
             missing = [w for w in words if w not in scripts[shell]]
             case(f'{shell} knows {command}', not missing, str(missing))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""py_templates.py: chat formats against the real templates of the llama-cpp-python source package, rendered by jinja2: a
-template that is recognised gives the same text, for conversations of every shape; one that is not known is refused and
-the flag is named. A user's words never give a control token. Skips what needs the network or jinja2."""
+"""py_templates.py: chat formats against the real templates of the llama-cpp-python source package, rendered by jinja2:
+a template that is recognised gives the same text, for conversations of every shape; one that is not known is refused
+and the flag is named. A user's words never give a control token. Skips what needs the network or jinja2."""
 import ctypes
 import json
 import os
@@ -72,8 +72,8 @@ class Vocab:
     def call(self, function, out, room, turns, name, flags):
         messages = (Message * len(turns))(*((r.encode(), t.encode(), len(t.encode())) for r, t in turns))
         n, error = ctypes.c_size_t(), Error()
-        failed = function(self.handle, name.encode() if name else None, messages, ctypes.c_size_t(len(turns)), flags, out,
-                          ctypes.c_size_t(room), ctypes.byref(n), ctypes.byref(error))
+        failed = function(self.handle, name.encode() if name else None, messages, ctypes.c_size_t(len(turns)), flags,
+                          out, ctypes.c_size_t(room), ctypes.byref(n), ctypes.byref(error))
         if failed:
             raise ValueError(error.text.decode())
         return n.value
@@ -169,46 +169,18 @@ def check_all(folder):
     case('every format was seen', wanted <= seen, f'{sorted(wanted - seen)} were not')
 
 
-# Real templates of models whose files the package has not.
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-          "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ "
-          "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
-          "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
-          "{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}{% set content = "
-          "'<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = "
-          "message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + "
-          "' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}"
-          "{% endfor %}")
-ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}"
-          "\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif "
-          "message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if "
-          "loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
-FALCON3 = ("{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
-           "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == "
-           "'assistant' %}{% if not loop.last %}{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}{% else %}{{ "
-           "'<|assistant|>\n' + message['content'] + eos_token }}{% endif %}{% endif %}{% if loop.last and "
-           "add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}")
-FALCON = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]"
-          "['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = '' %}{% endif %}{% for message "
-          "in loop_messages %}{% if loop.index0 == 0 %}{{ system_message.strip() }}{% endif %}{% if message['role'] == "
-          "'user' %}{{ '\\n\\nUser: ' + message['content'].strip().replace('\\r\\n', '\\n').replace('\\n\\n', '\\n') }}"
-          "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'].strip().replace('\\r\\n', "
-          "'\\n').replace('\\n\\n', '\\n') }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}"
-          "{% endif %}")
-
-
 def check_known():
+    """Real templates of models whose files the package has not."""
     try:
         import jinja2  # noqa: F401
     except ImportError:
         return
+    top = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'templates')
     with tempfile.TemporaryDirectory() as tmp:
-        for want, template in (('llama3', LLAMA3), ('llama2', LLAMA2), ('falcon', FALCON), ('zephyr', ZEPHYR),
-                               ('falcon3', FALCON3)):
-            found, wrong = check_template(want, template, tmp)
-            case(f'{want} is {found}', found == want and not wrong, wrong)
+        for name in sorted(os.listdir(top)):
+            with open(os.path.join(top, name), encoding='utf-8', newline='') as f:
+                found, wrong = check_template(name, f.read(), tmp)
+            case(f'{name} is {found}', name == f'{found}.jinja' and not wrong, wrong)
 
 
 def check_words():
@@ -223,7 +195,8 @@ def check_words():
         first, more = [('user', 'one')], [('user', 'one'), ('assistant', 'two'), ('user', 'three')]
         for name in lib.kivi_chat_names().decode().split(', '):
             whole, tail = vocab.text(more, name), vocab.text(more, name, ANSWER | CONTINUE)
-            case(f'{name} goes on where it ended', whole.endswith('two' + tail) and 'three' in tail, f'{whole!r} {tail!r}')
+            case(f'{name} goes on where it ended', whole.endswith('two' + tail) and 'three' in tail,
+                 f'{whole!r} {tail!r}')
         for turns in ([], [('assistant', 'x')], [('user', 'x'), ('user', 'y')], [('user', 'x'), ('tool', 'y')]):
             try:
                 vocab.text(turns, 'chatml')

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""py_vocab.py: `kivi tokenize` against llama.cpp's own texts and ids (from the llama-cpp-python source package), and the
-time of long and of monotonous texts. Skips the vectors when they cannot be fetched."""
+"""py_vocab.py: `kivi tokenize` against llama.cpp's own texts and ids (from the llama-cpp-python source package), and
+the time of long and of monotonous texts. Skips the vectors when they cannot be fetched."""
 import json
 import os
 import subprocess
@@ -11,7 +11,8 @@ import time
 import vocab_files
 
 KIVI = os.environ.get('KIVI_BIN') or 'build/kivi'
-WANTED = ['gpt-2', 'llama-spm', 'llama-bpe', 'falcon', 'qwen2', 'phi-3', 'command-r', 'mpt', 'qwen35', 'refact', 'starcoder']
+WANTED = ['gpt-2', 'llama-spm', 'llama-bpe', 'falcon', 'qwen2', 'phi-3', 'command-r', 'mpt', 'qwen35', 'refact',
+          'starcoder']
 REFUSED = ['bert-bge', 'gemma-4', 'deepseek-llm', 'deepseek-coder']
 N_FAILED = 0
 
@@ -91,7 +92,8 @@ def check_json(folder, tmp):
     done = tokenize(made, '\0'.join(texts).encode() + b'\0', '--null')
     have = [[int(w) for w in line.split()] for line in done.stdout.decode().split('\n')[:-1]]
     wrong = [t for t, w, h in zip(texts, want, have) if w != h]
-    case('tokenizer.json of llama-spm', len(have) == len(texts) and not wrong, f'{wrong[:2]!r} {done.stderr.decode()[:200]}')
+    case('tokenizer.json of llama-spm', len(have) == len(texts) and not wrong,
+         f'{wrong[:2]!r} {done.stderr.decode()[:200]}')
     return made
 
 

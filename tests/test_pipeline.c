@@ -286,6 +286,8 @@ static void test_refused(void **state) {
     REFUSED(UNSUPPORTED, "unfinished", SPLIT("a\\\\"));
     REFUSED(FORMAT, "without content", "\"added_tokens\": [{\"id\": 9}]");
     REFUSED(FORMAT, "another's id", "\"added_tokens\": [" SPECIAL(1, "new", "") "]");
+    REFUSED(FORMAT, "another's id",
+            "\"added_tokens\": [" SPECIAL(9, "x", "") ", " SPECIAL(9, "y", "") "]");
     REFUSED(FORMAT, "names no token",
             "\"post_processor\": {\"type\": \"TemplateProcessing\", "
             "\"single\": [{\"SpecialToken\": {\"id\": \"q\"}}]}");

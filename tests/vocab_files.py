@@ -11,7 +11,8 @@ import tarfile
 import tempfile
 
 PACKAGE, VERSION = 'llama-cpp-python', '0.3.36'
-WANTED = re.compile(r'/vendor/llama\.cpp/(models/ggml-vocab-[\w.-]+|models/templates/[\w.-]+|tests/test-chat-template\.cpp)$')
+WANTED = re.compile(r'/vendor/llama\.cpp/'
+                    r'(models/ggml-vocab-[\w.-]+|models/templates/[\w.-]+|tests/test-chat-template\.cpp)$')
 
 
 def cache_folder():
@@ -43,7 +44,8 @@ def fetch():
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix='.fetch.') as tmp:
             command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
-                       '--no-cache-dir', '--no-binary', ':all:', '--retries', '1', '--dest', tmp, f'{PACKAGE}=={VERSION}']
+                       '--no-cache-dir', '--no-binary', ':all:', '--retries', '1', '--dest', tmp,
+                       f'{PACKAGE}=={VERSION}']
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             archives = [n for n in os.listdir(tmp) if n.endswith('.tar.gz')]
             if not archives:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""compare_tokenizers.py: kivi's tokenizer.json against Hugging Face's `tokenizers` (pip install tokenizers), id by id, on
-random and hostile strings. The vocabularies are those of the llama-cpp-python source package (tests/vocab_files.py),
+"""compare_tokenizers.py: kivi's tokenizer.json against Hugging Face's `tokenizers` (pip install tokenizers), id by id,
+on random and hostile strings. The vocabularies are those of the llama-cpp-python source package (tests/vocab_files.py),
 written as tokenizer.json with the pipelines that such models have, and some made-up pipelines for the rarer parts.
 
     compare_tokenizers.py [--kivi build/kivi] [--strings 10000] [--seed 1] [--only NAME] [--keep FOLDER]
@@ -81,7 +81,8 @@ def sequence(key, *parts):
 
 def template(ids):
     return {'type': 'TemplateProcessing',
-            'single': [{'SpecialToken': {'id': t, 'type_id': 0}} for t in ids] + [{'Sequence': {'id': 'A', 'type_id': 0}}],
+            'single': [{'SpecialToken': {'id': t, 'type_id': 0}} for t in ids]
+            + [{'Sequence': {'id': 'A', 'type_id': 0}}],
             'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}],
             'special_tokens': {t: {'id': t, 'ids': [i], 'tokens': [t]} for t, i in ids.items()}}
 
@@ -140,7 +141,8 @@ def gemma(folder):
     t = base(folder, 'llama-spm')
     t['model'].update(byte_fallback=True, fuse_unk=True, unk_token='<unk>')
     t['normalizer'] = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
-    t['pre_tokenizer'] = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
+    t['pre_tokenizer'] = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious',
+                          'invert': False}
     t['added_tokens'] += [{'id': 900, 'content': '▁▁', 'special': False, 'normalized': False, 'single_word': False,
                            'lstrip': False, 'rstrip': False}]
     t['added_tokens'][-1]['id'] = t['model']['vocab']['▁▁']
@@ -150,7 +152,8 @@ def gemma(folder):
 def phi3(folder):
     t = llama2(folder)
     t['added_tokens'] += [{'id': 32000 + i, 'content': c, 'special': True, 'normalized': False, 'single_word': False,
-                           'lstrip': False, 'rstrip': True} for i, c in enumerate(('<|end|>', '<|user|>', '<|assistant|>'))]
+                           'lstrip': False, 'rstrip': True}
+                          for i, c in enumerate(('<|end|>', '<|user|>', '<|assistant|>'))]
     return t
 
 
@@ -163,7 +166,8 @@ def tekken(folder):
 
 def smollm(folder):
     t = base(folder, 'starcoder')
-    t['pre_tokenizer'] = sequence('pretokenizers', {'type': 'Digits', 'individual_digits': True}, byte_level(True, True))
+    digits = {'type': 'Digits', 'individual_digits': True}
+    t['pre_tokenizer'] = sequence('pretokenizers', digits, byte_level(True, True))
     return t
 
 
@@ -193,8 +197,8 @@ def cuts(folder, behavior, invert):
     return t
 
 
-KINDS = {'gpt2': gpt2, 'llama3': llama3, 'qwen2': qwen2, 'falcon': falcon, 'llama2': llama2, 'gemma': gemma, 'phi3': phi3,
-         'metaspace-first': metaspace, 'metaspace-always': lambda f: metaspace(f, 'always', True),
+KINDS = {'gpt2': gpt2, 'llama3': llama3, 'qwen2': qwen2, 'falcon': falcon, 'llama2': llama2, 'gemma': gemma,
+         'phi3': phi3, 'metaspace-first': metaspace, 'metaspace-always': lambda f: metaspace(f, 'always', True),
          'metaspace-never': lambda f: metaspace(f, 'never', True), 'tekken': tekken, 'smollm': smollm,
          'no-fallback': no_fallback}
 for b in ('Isolated', 'Removed', 'Contiguous', 'MergedWithPrevious', 'MergedWithNext'):
@@ -202,16 +206,21 @@ for b in ('Isolated', 'Removed', 'Contiguous', 'MergedWithPrevious', 'MergedWith
         KINDS[f'{b}{"-inverted" if inverted else ""}'] = lambda f, b=b, i=inverted: cuts(f, b, i)
 
 WORDS = '''the of and Hello world I'm WE'LL don't Übermut naïve café ÇA déjà-vu 你好世界 こんにちは 안녕하세요 Привет мир مرحبا
-שלום नमस्ते สวัสดี 🤗 👨‍👩‍👧‍👦 🏳️‍🌈 1234567 3.14 0x1F ① Ⅷ ½ x² ﬁ ﷺ İstanbul ſ K Å a̧̐ḇ̡ e\u0301 q̣̇ ① <s> </s> <unk> <0x41> <|end|> <|user|>
-<|begin_of_text|> <|endoftext|> <|im_start|> ▁ ▁▁ _ __ ... --- !!! ??? ((( [x] # CAFÉ café \\ \\n / // http://a.b/c?d=e&f foo_bar
-camelCase HTTPServer iPhone abcabc qx qqq xxx if(x){return;} $100 €5 100% \ufeff \u200b \u200d \u180e ᄀ각 ᅡ'''.split()
+שלום नमस्ते สวัสดี 🤗 👨‍👩‍👧‍👦 🏳️‍🌈 1234567 3.14 0x1F ① Ⅷ ½ x² ﬁ ﷺ İstanbul ſ K Å a̧̐ḇ̡ e\u0301 q̣̇ ① <s> </s> <unk>
+<0x41> <|end|> <|user|>
+<|begin_of_text|> <|endoftext|> <|im_start|> ▁ ▁▁ _ __ ... --- !!! ??? ((( [x] #
+CAFÉ café \\ \\n / // http://a.b/c?d=e&f
+foo_bar
+camelCase HTTPServer iPhone abcabc qx qqq xxx
+if(x){return;} $100 €5 100% \ufeff \u200b \u200d \u180e ᄀ각 ᅡ'''.split()
 SPACES = [' ', '  ', '   ', '\t', '\n', '\r\n', '\n\n', ' \n', '\u00a0', '\u3000', '\u2028', '\x85', '\x0b', '\x1f', '']
 
 
 def assigned(c):
-    """Theirs has tables of Unicode 9 for marks and punctuation: newer ones of those are left out."""
+    """Theirs has tables of Unicode 9 for marks, punctuation and decompositions: newer ones are left out."""
     kind = unicodedata.category(c)
-    old = kind[0] not in 'MP' or unicodedata.ucd_3_2_0.category(c) != 'Cn'
+    changed = kind[0] in 'MP' or unicodedata.decomposition(c) or c in '\u1cf2\u1cf3'
+    old = not changed or unicodedata.ucd_3_2_0.category(c) != 'Cn'
     return kind not in ('Cn', 'Cs') and old
 
 

@@ -9,7 +9,7 @@ kivi_status ki_encoder_put(ki_encoder *e, const int32_t *ids, size_t n_ids, kivi
 }
 
 static int32_t *ids_from(ki_encoder *e, size_t begin) {
-    return (int32_t *)(void *)(e->ids.data + begin);
+    return e->ids.data ? (int32_t *)(void *)(e->ids.data + begin) : NULL; /* before the first id */
 }
 
 /* ---- "gpt2" ---- */

@@ -103,7 +103,7 @@ static kivi_status fill_table(table *t, json_t *model, const json_t *added, kivi
         const json_t *place = known ? known : json_object_get(item, "id");
         size_t id = (size_t)json_integer_value(place);
         if (!text.n_bytes) return ki_json_wrong("added_tokens", "has one without content", err);
-        if (t->in_model[id] && !known)
+        if (t->types[id] != KI_TOKEN_UNUSED && !known) /* the model's, or one added before */
             return KI_FAIL(err, FORMAT, "tokenizer.json: added token %zu has another's id", id);
         t->tokens[id] = text;
         t->types[id] = ki_json_flag(item, "special", false) ? KI_TOKEN_CONTROL : KI_TOKEN_USER;
@@ -229,6 +229,7 @@ static kivi_status add_tokens(ki_vocab *v, ki_pass *run, const json_t *added, ki
         const json_t *item = json_array_get(added, i);
         ki_span text = ki_json_text(item, "content");
         int32_t id = ki_vocab_find(v, text);
+        if (id < 0) return ki_json_wrong("added_tokens", "has one that is not there", err);
         ki_special s = {.id = id,
                         .text = ki_vocab_text(v, (size_t)id),
                         .is_control = ki_vocab_is_control(v, id),

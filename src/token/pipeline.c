@@ -150,18 +150,6 @@ kivi_status ki_pipeline_add_merge(ki_vocab *vocab, size_t index, ki_span left, k
 
 /* ---- ids to bytes ---- */
 
-static int hex_value(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
-static bool is_byte(ki_span text, char *out) {
-    if (text.n_bytes != 6 || memcmp(text.bytes, "<0x", 3) || text.bytes[5] != '>') return false;
-    int high = hex_value(text.bytes[3]), low = hex_value(text.bytes[4]);
-    *out = (char)(high << 4 | (low & 15));
-    return high >= 0 && low >= 0;
-}
-
 static kivi_status replace_all(ki_buf *out, ki_span text, const ki_decode *d, kivi_error *err) {
     for (size_t at = 0; at < text.n_bytes;) {
         bool hit = d->pattern.n_bytes && text.n_bytes - at >= d->pattern.n_bytes &&
@@ -193,7 +181,7 @@ static kivi_status decode(ki_span *out, const ki_vocab *v, size_t id, ki_buf buf
         const ki_decode *d = &p->decodes[i];
         ki_buf *buf = &bufs[i & 1];
         if (d->kind != KI_DECODE_REPLACE && is_added) continue;
-        if (d->kind == KI_DECODE_BYTES && !is_byte(text, &byte)) continue;
+        if (d->kind == KI_DECODE_BYTES && !ki_hex_read(&byte, text)) continue;
         buf->n_bytes = 0;
         if (d->kind == KI_DECODE_BYTES) KI_TRY(ki_buf_append(buf, &byte, 1, err));
         else if (d->kind == KI_DECODE_ALPHABET) KI_TRY(alphabet_read(buf, text, err));

@@ -26,6 +26,9 @@ uint32_t ki_alphabet_write(unsigned char out[2], unsigned char byte); /* returns
  * the bytes of the whole, which may exceed max_bytes. out may be NULL when max_bytes is 0. */
 size_t ki_alphabet_read(char *out, size_t max_bytes, ki_span text);
 
+/* "<0x0A>", a byte as the other vocabularies spell it; false: text is something else. */
+bool ki_hex_read(char *out, ki_span text);
+
 /* ---- pretoken.c: text to words ---- */
 
 enum { KI_PRE_STAGES = 4 };

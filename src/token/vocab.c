@@ -259,14 +259,12 @@ bool ki_vocab_is_control(const ki_vocab *vocab, int32_t id) {
     return id_known(vocab, id) && is_control(vocab, (size_t)id);
 }
 
-/* A hexadecimal digit as "<0x0A>" has them. */
-static int hex_value(char c) { return c >= '0' && c <= '9' ? c - '0' : c - 'A' + 10; }
-
 /* The text of a scored token: U+2581 is a space, a byte token its byte. */
 static size_t read_scored(char *out, size_t max_bytes, ki_span text, bool is_byte) {
     size_t n_out = 0;
-    if (is_byte && text.n_bytes == 6) {
-        if (max_bytes) out[0] = (char)(hex_value(text.bytes[3]) << 4 | hex_value(text.bytes[4]));
+    char byte;
+    if (is_byte && ki_hex_read(&byte, text)) {
+        if (max_bytes) out[0] = byte;
         return 1;
     }
     for (size_t at = 0; at < text.n_bytes; n_out++) {
