@@ -21,10 +21,13 @@ else
 CFLAGS_BASE += -DNDEBUG
 endif
 INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine
-PKGS := jansson libpcre2-8
+PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
+# The command's own: editing of lines in `kivi chat`. The library does not need it.
+PROG_PKGS := libedit
+PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 LIB_SRC := $(wildcard src/*/*.c)
@@ -62,7 +65,7 @@ $(BUILD)/libkivi.a: $(LIB_OBJ)
 $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
-	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
 # One static program without libraries, to be carried to any x86 machine.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
@@ -82,10 +85,12 @@ test: ; @tools/test.sh
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
 
+MAN := $(PREFIX)/share/man/man1
+COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
-	install -m 644 include/kivi.h include/kivi_cache.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -93,10 +98,18 @@ install: all
 	install -m 644 $(BUILD)/kivi.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
 	install -d $(DESTDIR)$(PREFIX)/libexec/kivi
 	install -m 755 tools/fetch_model.sh $(DESTDIR)$(PREFIX)/libexec/kivi/
+	install -d $(DESTDIR)$(MAN) $(COMPLETIONS:%=$(DESTDIR)$(PREFIX)/share/%)
+	$(BUILD)/kivi --man > $(DESTDIR)$(MAN)/kivi.1
+	for c in $$($(BUILD)/kivi --completion names); do $(BUILD)/kivi --man $$c > $(DESTDIR)$(MAN)/kivi-$$c.1; done
+	$(BUILD)/kivi --completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kivi
+	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
+	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
+	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/,$(join $(COMPLETIONS),/kivi /_kivi /kivi.fish))
 clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'

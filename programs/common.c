@@ -99,6 +99,18 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     return kivi_engine_create(engine, &eo, &err) ? fail_with(&err) : EXIT_OK;
 }
 
+kivi_sampler_options sampler_options(const options *o) {
+    kivi_sampler_options so = {.temperature = (float)o->temp,
+                               .top_k = o->top_k,
+                               .top_p = (float)o->top_p,
+                               .min_p = (float)o->min_p,
+                               .repeat_penalty = (float)o->repeat_penalty,
+                               .repeat_tokens = o->repeat_tokens,
+                               .seed = o->seed};
+    if (o->temp == 0) so.repeat_penalty = 1; /* greedy is the model's own choice */
+    return so;
+}
+
 /* ---- files ---- */
 
 int out_of_memory(const char *what) {

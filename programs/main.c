@@ -14,6 +14,8 @@ int main(int argc, char **argv) {
     case CMD_LOGITS: code = command_logits(&o); break;
     case CMD_BENCH: code = command_bench(&o); break;
     case CMD_EVAL: code = command_eval(&o); break;
+    case CMD_CHAT: code = command_chat(&o); break;
+    case CMD_TOKENIZE: code = command_tokenize(&o); break;
     case CMD_ALL: break;
     }
     if (fflush(stdout) && !code) {

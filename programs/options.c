@@ -21,24 +21,36 @@ typedef struct option {
 
 #define AT(field) offsetof(options, field)
 static const option table[] = {
-    {"prompt", "-p", TEXT, CMD_RUN, AT(prompt), 0, "TEXT", "the prompt", 0, 0},
-    {"file", "-f", TEXT, CMD_RUN, AT(file), 0, "FILE", "read the prompt from FILE", 0, 0},
-    {"n-predict", "-n --predict --max-tokens", UINT, CMD_RUN, AT(n_predict), 0, "N",
-     "tokens to generate (128)", 0, 1e9},
+    {"prompt", "-p", TEXT, CMD_RUN | CMD_TOKENIZE, AT(prompt), 0, "TEXT", "the prompt", 0, 0},
+    {"file", "-f", TEXT, CMD_RUN | CMD_TOKENIZE, AT(file), 0, "FILE", "read the prompt from FILE",
+     0, 0},
+    {"system", "-sys", TEXT, CMD_CHAT, AT(system), 0, "TEXT", "system message", 0, 0},
+    {"chat-template", "", TEXT, CMD_CHAT, AT(chat_template), 0, "NAME",
+     "chat format instead of the model's own", 0, 0},
+    {"load", "", TEXT, CMD_CHAT, AT(load), 0, "FILE", "go on with a saved conversation", 0, 0},
+    {"ids", "", FLAG, CMD_TOKENIZE, AT(only_ids), 0, NULL, "print ids only, on one line", 0, 0},
+    {"null", "-0", FLAG, CMD_TOKENIZE, AT(by_zeros), 0, NULL,
+     "texts end in zero bytes; a line of ids for each", 0, 0},
+    {"special", "", FLAG, CMD_TOKENIZE, AT(special), 0, NULL,
+     "control tokens spelled in the text become themselves", 0, 0},
+    {"no-bos", "", FLAG, CMD_TOKENIZE, AT(no_bos), 0, NULL, "no BOS in front", 0, 0},
+    {"n-predict", "-n --predict --max-tokens", UINT, CMD_RUN | CMD_CHAT, AT(n_predict),
+     AT(n_predict_given), "N", "tokens to generate (run 128, chat 1024)", 0, 1e9},
     {"ignore-eos", "", FLAG, CMD_RUN, AT(ignore_eos), 0, NULL, "go on after the end token", 0, 0},
-    {"temp", "--temperature", REAL, CMD_RUN, AT(temp), 0, "T", "temperature (0.8); 0 is greedy", 0,
-     100},
-    {"top-k", "", UINT, CMD_RUN, AT(top_k), 0, "K", "keep the K best tokens (40; 0: all)", 0, 1e9},
-    {"top-p", "", REAL, CMD_RUN, AT(top_p), 0, "P",
+    {"temp", "--temperature", REAL, CMD_RUN | CMD_CHAT, AT(temp), 0, "T",
+     "temperature (0.8); 0 is greedy", 0, 100},
+    {"top-k", "", UINT, CMD_RUN | CMD_CHAT, AT(top_k), 0, "K",
+     "keep the K best tokens (40; 0: all)", 0, 1e9},
+    {"top-p", "", REAL, CMD_RUN | CMD_CHAT, AT(top_p), 0, "P",
      "keep the best tokens up to probability P (0.95)", 1e-9, 1},
-    {"min-p", "", REAL, CMD_RUN, AT(min_p), 0, "P", "drop tokens below P times the best one (0.05)",
-     0, 1},
-    {"repeat-penalty", "", REAL, CMD_RUN, AT(repeat_penalty), 0, "X",
+    {"min-p", "", REAL, CMD_RUN | CMD_CHAT, AT(min_p), 0, "P",
+     "drop tokens below P times the best one (0.05)", 0, 1},
+    {"repeat-penalty", "", REAL, CMD_RUN | CMD_CHAT, AT(repeat_penalty), 0, "X",
      "weaken recent tokens (1.1; 1: off)", 0.01, 100},
-    {"repeat-last-n", "", UINT, CMD_RUN, AT(repeat_tokens), 0, "N", "how many recent tokens (64)",
-     0, 1e9},
-    {"seed", "-s", UINT64, CMD_RUN, AT(seed), 0, "N", "the same seed draws the same text (0)", 0,
-     1.8e19},
+    {"repeat-last-n", "", UINT, CMD_RUN | CMD_CHAT, AT(repeat_tokens), 0, "N",
+     "how many recent tokens (64)", 0, 1e9},
+    {"seed", "-s", UINT64, CMD_RUN | CMD_CHAT, AT(seed), 0, "N",
+     "the same seed draws the same text (0)", 0, 1.8e19},
     {"stats", "", TEXT, CMD_RUN, AT(stats), 0, "FORM", "text, json or none (text)", 0, 0},
     {"json", "", FLAG, CMD_INFO, AT(json), 0, NULL, "print JSON", 0, 0},
     {"tokens", "", TEXT, CMD_LOGITS, AT(tokens), 0, "FILE", "JSON array of token ids", 0, 0},
@@ -101,8 +113,10 @@ static const struct {
     {"logits", CMD_LOGITS, "logits of given token ids, as a .npy file"},
     {"bench", CMD_BENCH, "tokens per second at depths and batch sizes"},
     {"eval", CMD_EVAL, "perplexity, or divergence from a 16-bit cache: eval ppl|kld MODEL -f TEXT"},
+    {"chat", CMD_CHAT, "talk with a model"},
+    {"tokenize", CMD_TOKENIZE, "token ids of a text, with any vocabulary"},
 };
-static const char *const later[] = {"chat", "serve", "study", "batch", "convert"};
+static const char *const later[] = {"serve", "study", "batch", "convert"};
 
 int usage_error(const char *format, ...) {
     va_list args;
@@ -160,6 +174,19 @@ void options_help(FILE *out, unsigned command) {
           "wins.\n"
           "KIVI_DISABLE=avx512,avx2 leaves instruction sets out.\n",
           out);
+}
+
+bool options_get(option_info *out, size_t i) {
+    if (i >= N_OPTIONS) return false;
+    const option *o = &table[i];
+    *out = (option_info){o->name, o->shorts, o->value, o->help, o->commands};
+    return true;
+}
+
+bool options_command(command_line *out, size_t i) {
+    if (i >= sizeof commands / sizeof *commands) return false;
+    *out = (command_line){commands[i].name, commands[i].help, commands[i].command};
+    return true;
 }
 
 /* ---- values ---- */
@@ -347,6 +374,11 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
         puts("kivi " KIVI_VERSION);
         *done = true;
         return EXIT_OK;
+    }
+    bool is_man = !strcmp(argv[0], "--man");
+    if (is_man || !strcmp(argv[0], "--completion")) {
+        *done = true;
+        return (is_man ? manual_page : manual_completion)(stdout, argc > 1 ? argv[1] : NULL);
     }
     int code = find_command(o, argv[0]);
     if (!code) code = from_environment(o);

@@ -11,13 +11,16 @@ enum { MAX_LIST = 16, MAX_FILES = 64 };
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
 
+/* CMD_ALL: those that run a model. */
 enum command {
     CMD_RUN = 1,
     CMD_INFO = 2,
     CMD_LOGITS = 4,
     CMD_BENCH = 8,
     CMD_EVAL = 16,
-    CMD_ALL = 31
+    CMD_CHAT = 32,
+    CMD_ALL = 63,
+    CMD_TOKENIZE = 64
 };
 
 typedef struct list {
@@ -29,11 +32,12 @@ typedef struct options {
     enum command command;
     const char *model;
     const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *system, *chat_template, *load;
     const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
-    bool n_prompt_given;
+    bool n_prompt_given, n_predict_given;
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed, dummy_seed;
     bool dummy;
@@ -41,7 +45,7 @@ typedef struct options {
     uint32_t n_files, skip, chunks;
     bool skip_given;
     list bench_prompt, bench_gen, bench_depth, bench_batch;
-    bool json, ignore_eos;
+    bool json, ignore_eos, only_ids, special, no_bos, by_zeros;
 } options;
 
 /* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on,
@@ -49,6 +53,22 @@ typedef struct options {
  */
 int options_parse(options *o, int argc, char **argv, bool *done);
 void options_help(FILE *out, unsigned command);
+
+/* The table itself, for --man and --completion: the i-th option or command; false past the end. */
+typedef struct option_info {
+    const char *name, *shorts; /* without and with dashes */
+    const char *value, *help;  /* value NULL: it takes none */
+    unsigned commands;
+} option_info;
+typedef struct command_line {
+    const char *name, *help;
+    unsigned command;
+} command_line;
+bool options_get(option_info *out, size_t i);
+bool options_command(command_line *out, size_t i);
+/* manual.c: a man page (command NULL: of kivi itself), and a completion script. */
+int manual_page(FILE *out, const char *command);
+int manual_completion(FILE *out, const char *shell);
 
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);

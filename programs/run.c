@@ -157,15 +157,7 @@ static void print_stats(const generation *g) {
 }
 
 static int prepare(generation *g) {
-    const options *o = g->o;
-    kivi_sampler_options so = {.temperature = (float)o->temp,
-                               .top_k = o->top_k,
-                               .top_p = (float)o->top_p,
-                               .min_p = (float)o->min_p,
-                               .repeat_penalty = (float)o->repeat_penalty,
-                               .repeat_tokens = o->repeat_tokens,
-                               .seed = o->seed};
-    if (o->temp == 0) so.repeat_penalty = 1; /* greedy is the model's own choice */
+    kivi_sampler_options so = sampler_options(g->o);
     if (kivi_session_create(&g->session, g->engine, &g->err)) return fail_with(&g->err);
     if (kivi_sampler_create(&g->sampler, g->engine, &so, &g->err)) return fail_with(&g->err);
     return EXIT_OK;

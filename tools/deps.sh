@@ -5,8 +5,8 @@ set -euo pipefail
 
 packages() {
     case $1 in
-        build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev ;;
-        test) echo g++ libcmocka-dev python3 python3-numpy valgrind ;; # g++: the headers compile as C++ too
+        build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev ;;
+        test) echo g++ libcmocka-dev python3 python3-numpy python3-jinja2 valgrind ;; # g++: headers compile as C++
         model) echo python3 python3-pip ca-certificates ;;             # the model comes inside a Python package
         *) echo "kivi: error: deps.sh: unknown set '$1', known: build test model" >&2; return 2 ;;
     esac
@@ -16,7 +16,8 @@ packages() {
 probes() {
     case $1 in
         build) printf '%s\n' 'cc --version' 'make --version' \
-            'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' ;;
+            'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' \
+            'pkg-config --exists libutf8proc' 'pkg-config --exists libedit' ;;
         test) printf '%s\n' 'g++ --version' 'pkg-config --exists cmocka' \
             'python3 -c import\ numpy' 'valgrind --version' ;;
         model) printf '%s\n' 'python3 -m pip --version' ;;

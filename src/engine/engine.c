@@ -164,7 +164,7 @@ void kivi_engine_destroy(kivi_engine **engine) {
     ki_free(&e->mem, e->owners);
     ki_arena_destroy(&e->arena);
     kivi_cache_destroy(&e->cache);
-    ki_vocab_destroy(&e->vocab);
+    kivi_vocab_destroy(&e->vocab);
     ki_model_destroy(&e->model);
     ki_workers_destroy(&e->workers);
     ki_mem_init(&last); /* the engine's own block cannot be counted out of itself */

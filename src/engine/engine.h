@@ -4,13 +4,13 @@
 #include "cache.h"
 #include "model.h"
 #include "save.h"
-#include "token.h"
+#include "vocab.h"
 
 struct kivi_engine {
     ki_mem mem;
     ki_workers *workers;
     ki_model *model;
-    ki_vocab *vocab;       /* NULL: the file has none that is known; token ids still work */
+    kivi_vocab *vocab;     /* NULL: the file has none that is known; token ids still work */
     char vocab_fault[200]; /* why */
     kivi_cache *cache;
     ki_arena *arena;

@@ -148,6 +148,12 @@ kivi_status ki_file_f32_array(float **out, size_t *count, bool *found, const ki_
                               const char *key, kivi_error *err);
 
 void ki_file_free(const ki_file *file, void *array); /* NULL allowed */
+/* ---- a text file beside the weights ---- */
+
+/* A whole file `name` in folder (NULL: name is a path); *out is the caller's to ki_free. A file
+ * that is not there is OK with *found false. */
+kivi_status ki_text_read(char **out, size_t *n_bytes, bool *found, ki_mem *mem, const char *folder,
+                         const char *name, size_t max_bytes, kivi_error *err);
 
 #ifdef __cplusplus
 }

@@ -53,3 +53,16 @@ size_t ki_alphabet_read(char *out, size_t max_bytes, ki_span text) {
     }
     return n_out;
 }
+
+static int hex_value(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+bool ki_hex_read(char *out, ki_span text) {
+    if (text.n_bytes != 6 || memcmp(text.bytes, "<0x", 3) || text.bytes[5] != '>') return false;
+    int high = hex_value(text.bytes[3]), low = hex_value(text.bytes[4]);
+    if (high < 0 || low < 0) return false;
+    *out = (char)(high << 4 | low);
+    return true;
+}

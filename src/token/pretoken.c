@@ -20,12 +20,21 @@
 #define SPACE OTHER_SPACE LINE_ENDS
 /* Of a run of spaces the last one goes with the word behind it: all but the last, or all. */
 #define SPACES "[" SPACE "]+(?![^" SPACE "])|[" SPACE "]++"
-#define GPT2                                                                                       \
-    "'(?:[stmd]|re|ve|ll)| ?\\p{L}++| ?\\p{N}++| ?[^" SPACE "\\p{L}\\p{N}]++|" SPACES
+#define GPT2 "'(?:[stmd]|re|ve|ll)| ?\\p{L}++| ?\\p{N}++| ?[^" SPACE "\\p{L}\\p{N}]++|" SPACES
 /* Llama 3 and its kin differ in how many digits make a word. */
 #define LLAMA3(digits)                                                                             \
-    "'(?:[sStTmMdD]|[rRvV][eE]|[lL][lL])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}++|" digits                   \
-    "| ?[^" SPACE "\\p{L}\\p{N}]++[\\r\\n]*+|(?:[" OTHER_SPACE "]*+[\\r\\n]++)++|" SPACES
+    "'(?:[sStTmMdD]|[rRvV][eE]|[lL][lL])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}++|" digits "| ?[^" SPACE     \
+    "\\p{L}\\p{N}]++[\\r\\n]*+|(?:[" OTHER_SPACE "]*+[\\r\\n]++)++|" SPACES
+/* Marks belong to words. */
+#define QWEN35                                                                                     \
+    "'(?:[sStTmMdD]|[rRvV][eE]|[lL][lL])|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]++|\\p{N}"            \
+    "| ?[^" SPACE "\\p{L}\\p{M}\\p{N}]++[\\r\\n]*+|(?:[" OTHER_SPACE "]*+[\\r\\n]++)++|" SPACES
+/* A word is capitals and then small letters; letters without case and marks are both. */
+#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define TEKKEN                                                                                     \
+    "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "++|[^\\r\\n\\p{L}\\p{N}]?" UPPER "++" LOWER "*+"     \
+    "|\\p{N}| ?[^" SPACE "\\p{L}\\p{N}]++[\\r\\n/]*+|(?:[" OTHER_SPACE "]*+[\\r\\n]++)++|" SPACES
 
 static const ki_pre_rule rules[] = {
     {"smollm", {"\\p{N}", GPT2}, false},
@@ -34,9 +43,17 @@ static const ki_pre_rule rules[] = {
     {"default", {"[\\p{P}$+<=>^~|]++", GPT2, "\\p{N}++", "[0-9]{3}"}, false},
     {"llama-bpe", {LLAMA3("\\p{N}{1,3}+")}, true},
     {"llama3", {LLAMA3("\\p{N}{1,3}+")}, true},
+    {"falcon3", {LLAMA3("\\p{N}{1,3}+")}, true},
     {"qwen2", {LLAMA3("\\p{N}")}, false},
+    {"qwen35", {QWEN35}, false},
+    {"tekken", {TEKKEN}, true},
+    {"starcoder", {"\\p{N}", GPT2}, false},
+    {"refact", {"\\p{N}", GPT2}, false},
+    {"command-r", {"\\p{N}", GPT2}, false},
+    {"mpt", {GPT2}, false},
 };
-static const char rule_names[] = "smollm, gpt-2, falcon, default, llama-bpe, llama3, qwen2";
+static const char rule_names[] = "smollm, gpt-2, falcon, default, llama-bpe, llama3, falcon3, "
+                                 "qwen2, qwen35, tekken, starcoder, refact, command-r, mpt";
 
 /* A repetition counts as one step of matching: a text of the largest size (2^30 bytes) stays below
  * 2^31. The patterns are linear; the limits stop one that someone adds without thought. */

@@ -1,6 +1,8 @@
 /* token.h: text to token ids and back. A vocabulary is made from plain arrays, so that this folder
- * does not know any file format. Byte-level BPE ("gpt2"): text is cut into words by regular
- * expressions, a word's bytes are tokens, and neighbours are merged, lowest rank first.
+ * does not know GGUF. Byte-level BPE ("gpt2"): text is cut into words by regular expressions, a
+ * word's bytes are tokens, and neighbours are merged, lowest rank first. Scored ("llama"): no
+ * words, characters are merged, the best score first; one without a token becomes its bytes.
+ * tokenizer.json: a pipeline of the file's own making.
  *
  * A vocabulary never changes after its creation; any number of threads may encode with it, as long
  * as its ki_mem outlives it. Text is bytes: malformed UTF-8 is encoded byte for byte, never
@@ -30,13 +32,16 @@ typedef enum ki_token_type {
 } ki_token_type;
 
 typedef struct ki_vocab_spec {
-    const char *model;      /* "gpt2" */
-    const char *pre;        /* a name of ki_vocab_pre_names, such as "smollm" */
-    const ki_span *tokens;  /* [n_tokens]; normal ones in GPT-2's visible alphabet, "\u0120the" */
-    size_t n_tokens;        /* at most INT32_MAX */
-    const int32_t *types;   /* [n_tokens] ki_token_type; NULL: all normal */
-    const ki_span *merges;  /* [n_merges] "left right", the earliest is merged first */
+    const char *model;     /* "gpt2" or "llama" */
+    const char *pre;       /* a name of ki_vocab_pre_names, such as "smollm" */
+    const ki_span *tokens; /* [n_tokens]; normal ones in GPT-2's visible alphabet, "\u0120the" */
+    size_t n_tokens;       /* at most INT32_MAX */
+    const int32_t *types;  /* [n_tokens] ki_token_type; NULL: all normal */
+    const ki_span *merges; /* [n_merges] "left right", the earliest is merged first */
     size_t n_merges;
+    const float *scores;    /* [n_tokens], "llama" only */
+    bool space_prefix;      /* "llama": text begins with a space of our own */
+    bool trims_spaces;      /* "llama": spaces at the ends go, and all but one of a run */
     int64_t bos_id, eos_id; /* -1: none */
     int64_t unk_id;         /* checked, never produced: see ki_vocab_encode */
     bool add_bos, add_eos;  /* what KIVI_TEXT_ADD_BOS adds in front and behind */
@@ -51,8 +56,18 @@ typedef struct ki_vocab ki_vocab;
  * or a control token as result; the text names the index. */
 kivi_status ki_vocab_create(ki_vocab **out, ki_mem *mem, const ki_vocab_spec *spec,
                             kivi_error *err);
+/* A tokenizer.json (Hugging Face). UNSUPPORTED names the part that is not known. */
+kivi_status ki_vocab_create_json(ki_vocab **out, ki_mem *mem, const char *text, size_t n_bytes,
+                                 kivi_error *err);
+/* What tokenizer_config.json says of such a vocabulary goes before its post-processor: ids of -1
+ * are none, add of -1 says nothing. Before the vocabulary is used. */
+void ki_vocab_set_ends(ki_vocab *vocab, int64_t bos_id, int add_bos, int64_t eos_id, int add_eos);
+/* Whether KIVI_TEXT_ADD_BOS adds something in front. */
+bool ki_vocab_has_front(const ki_vocab *vocab);
 /* Destroys and nulls; NULL allowed. */
 void ki_vocab_destroy(ki_vocab **vocab);
+/* What holds for files that do not say whether a BOS is added. */
+bool ki_vocab_adds_bos(const char *model, const char *pre);
 /* Names of the known pre-tokenizers, comma-separated; static. */
 const char *ki_vocab_pre_names(void);
 
@@ -64,6 +79,15 @@ const char *ki_vocab_pre_names(void);
  * NOMEM: scratch (up to 48 bytes a text byte, freed before the return). */
 kivi_status ki_vocab_encode(const ki_vocab *vocab, const char *text, size_t n_bytes, unsigned flags,
                             int32_t *ids, size_t max_ids, size_t *n_out, kivi_error *err);
+/* The same for a text in parts: it is encoded as if written in one piece, but control tokens are
+ * recognised only where they lie within parts that allow it. KIVI_TEXT_SPECIAL has no meaning. */
+typedef struct ki_text_part {
+    ki_span text;
+    bool with_control;
+} ki_text_part;
+kivi_status ki_vocab_encode_parts(const ki_vocab *vocab, const ki_text_part *parts, size_t n_parts,
+                                  unsigned flags, int32_t *ids, size_t max_ids, size_t *n_out,
+                                  kivi_error *err);
 /* Raw bytes of a token, at most max_bytes; returns their number, 0 for an id outside the range.
  * Control and user tokens come as spelled. max_bytes 0: the number that would be written. */
 size_t ki_vocab_bytes(const ki_vocab *vocab, int32_t id, char *out, size_t max_bytes);

@@ -22,6 +22,36 @@ uint32_t ki_utf8_need(const unsigned char *bytes, size_t n_bytes) {
     return need;
 }
 
+uint32_t ki_next_character(ki_span text, size_t *at) {
+    const unsigned char *s = (const unsigned char *)text.bytes + *at;
+    size_t left = text.n_bytes - *at;
+    uint32_t need = ki_utf8_need(s, left), c;
+    if (!need || need > left) {
+        (*at)++;
+        return (uint32_t)KI_MALFORMED + s[0];
+    }
+    *at += need;
+    if (need == 1) return s[0];
+    c = s[0] & (0xffu >> (need + 1));
+    for (uint32_t i = 1; i < need; i++) c = c << 6 | (s[i] & 63);
+    return c;
+}
+
+size_t ki_character_write(char out[4], uint32_t c) {
+    if (c >= KI_MALFORMED) {
+        out[0] = (char)(c - KI_MALFORMED);
+        return 1;
+    }
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
+    }
+    uint32_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (uint32_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 63));
+    out[0] = (char)((0xf00u >> n & 0xf0) | c);
+    return n;
+}
+
 static size_t put(char *out, const void *bytes, size_t n_bytes) {
     memcpy(out, bytes, n_bytes);
     return n_bytes;

@@ -1,7 +1,15 @@
 /* vocab.c: the tables of a vocabulary. Everything it is made from came out of a file. */
-#include "token_private.h"
+#include "pipeline.h"
 
 #include <stdlib.h>
+
+bool ki_vocab_adds_bos(const char *model, const char *pre) {
+    static const char *const adding[] = {"llama-bpe", "llama3", "falcon3", "tekken"};
+    if (!strcmp(model, "llama")) return true;
+    for (size_t i = 0; i < sizeof adding / sizeof *adding; i++)
+        if (!strcmp(pre, adding[i])) return true;
+    return false;
+}
 
 static kivi_status make(void *out, ki_vocab *vocab, size_t count, size_t item_bytes,
                         kivi_error *err) {
@@ -11,7 +19,7 @@ static kivi_status make(void *out, ki_vocab *vocab, size_t count, size_t item_by
     return KIVI_OK;
 }
 
-static ki_span token_text(const ki_vocab *vocab, size_t id) {
+ki_span ki_vocab_text(const ki_vocab *vocab, size_t id) {
     size_t begin = vocab->offsets[id];
     return (ki_span){vocab->text + begin, vocab->offsets[id + 1] - begin};
 }
@@ -41,7 +49,7 @@ static uint32_t *text_slot(const ki_vocab *vocab, ki_span left, ki_span right) {
     uint64_t h = hash_more(hash_more(0xcbf29ce484222325u, left), right);
     size_t at = (size_t)(h ^ h >> 32) & vocab->slot_mask;
     for (; vocab->slots[at]; at = (at + 1) & vocab->slot_mask)
-        if (equals_joined(token_text(vocab, vocab->slots[at] - 1), left, right)) break;
+        if (equals_joined(ki_vocab_text(vocab, vocab->slots[at] - 1), left, right)) break;
     return &vocab->slots[at];
 }
 
@@ -68,8 +76,11 @@ static kivi_status check_id(const ki_vocab_spec *spec, const char *name, int64_t
 static kivi_status check_spec(const ki_vocab_spec *spec, kivi_error *err) {
     if (!spec->model || !spec->pre || !spec->tokens || (spec->n_merges && !spec->merges))
         return KI_FAIL(err, ARG, "vocabulary: model, pre, tokens or merges is NULL");
-    if (strcmp(spec->model, "gpt2"))
-        return KI_FAIL(err, UNSUPPORTED, "vocabulary: model \"%.64s\", known: gpt2", spec->model);
+    if (strcmp(spec->model, "gpt2") && strcmp(spec->model, "llama"))
+        return KI_FAIL(err, UNSUPPORTED, "vocabulary: model \"%.64s\", known: gpt2, llama",
+                       spec->model);
+    if (!strcmp(spec->model, "llama") && !spec->scores)
+        return KI_FAIL(err, FORMAT, "vocabulary: model llama without scores");
     if (spec->n_tokens < 1 || spec->n_tokens > INT32_MAX || spec->n_merges >= KI_NO_RANK)
         return KI_FAIL(err, FORMAT, "vocabulary: %zu tokens, %zu merges, expected 1 to 2^31-1",
                        spec->n_tokens, spec->n_merges);
@@ -110,7 +121,7 @@ static kivi_status index_texts(ki_vocab *vocab, kivi_error *err) {
     KI_TRY(make(&vocab->slots, vocab, n_slots, sizeof *vocab->slots, err));
     vocab->slot_mask = n_slots - 1;
     for (size_t i = 0; i < vocab->n_tokens; i++) {
-        uint32_t *slot = text_slot(vocab, token_text(vocab, i), (ki_span){0});
+        uint32_t *slot = text_slot(vocab, ki_vocab_text(vocab, i), (ki_span){0});
         if (!*slot) *slot = (uint32_t)(i + 1); /* a second token of this text is never found */
     }
     return KIVI_OK;
@@ -126,26 +137,35 @@ static void index_bytes(ki_vocab *vocab) {
     }
 }
 
+/* "<0x0A>" and its like, the bytes of characters that have no token. */
+void ki_vocab_index_hex(ki_vocab *vocab) {
+    static const char digits[] = "0123456789ABCDEF";
+    for (unsigned byte = 0; byte < 256; byte++) {
+        char spelled[6] = {'<', '0', 'x', digits[byte >> 4], digits[byte & 15], '>'};
+        int32_t id = ki_vocab_find(vocab, (ki_span){spelled, sizeof spelled});
+        vocab->bytes[byte] = ki_vocab_is_control(vocab, id) ? -1 : id;
+    }
+}
+
 static kivi_status add_merge(ki_vocab *vocab, size_t index, ki_span merge, kivi_error *err) {
     /* From the second byte on: a left part is not empty, and could itself be a space. */
-    const char *space =
-        merge.n_bytes > 2 ? memchr(merge.bytes + 1, ' ', merge.n_bytes - 2) : NULL;
+    const char *space = merge.n_bytes > 2 ? memchr(merge.bytes + 1, ' ', merge.n_bytes - 2) : NULL;
     if (!space)
         return KI_FAIL(err, FORMAT, "vocabulary: merge %zu is not two parts and a space", index);
     size_t n_left = (size_t)(space - merge.bytes);
     ki_span left = {merge.bytes, n_left}, right = {space + 1, merge.n_bytes - n_left - 1};
     int32_t left_id = ki_vocab_find(vocab, left), right_id = ki_vocab_find(vocab, right);
     int32_t merged_id = find_joined(vocab, left, right);
-    const char *missing = left_id < 0    ? "left part"
-                          : right_id < 0 ? "right part"
+    const char *missing = left_id < 0     ? "left part"
+                          : right_id < 0  ? "right part"
                           : merged_id < 0 ? "result"
                                           : NULL;
     if (missing)
         return KI_FAIL(err, FORMAT, "vocabulary: merge %zu: its %s is no token", index, missing);
     if (is_control(vocab, (size_t)merged_id))
         return KI_FAIL(err, FORMAT, "vocabulary: merge %zu: its result is a control token", index);
-    ki_pairs_add(&vocab->pairs, left_id, right_id, (uint32_t)index, merged_id);
-    return KIVI_OK;
+    return ki_pairs_add(&vocab->pairs, vocab->mem, left_id, right_id, (uint32_t)index, merged_id,
+                        err);
 }
 
 static kivi_status index_merges(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
@@ -157,44 +177,42 @@ static kivi_status index_merges(ki_vocab *vocab, const ki_vocab_spec *spec, kivi
 /* ---- special tokens ---- */
 
 static bool is_special(const ki_vocab *vocab, size_t id) {
-    bool has_text = token_text(vocab, id).n_bytes > 0; /* an empty one would match everywhere */
+    bool has_text = ki_vocab_text(vocab, id).n_bytes > 0; /* an empty one would match everywhere */
     return has_text && (is_control(vocab, id) || vocab->types[id] == KI_TOKEN_USER);
-}
-
-static unsigned first_byte(const ki_special *special) {
-    return (unsigned char)special->text.bytes[0];
-}
-
-static int compare_specials(const void *a, const void *b) {
-    const ki_special *x = a, *y = b;
-    if (first_byte(x) != first_byte(y)) return first_byte(x) < first_byte(y) ? -1 : 1;
-    if (x->text.n_bytes != y->text.n_bytes) return x->text.n_bytes > y->text.n_bytes ? -1 : 1;
-    return x->id < y->id ? -1 : x->id > y->id;
 }
 
 static kivi_status index_specials(ki_vocab *vocab, kivi_error *err) {
     size_t n = 0;
+    ki_specials *s = &vocab->specials;
     for (size_t i = 0; i < vocab->n_tokens; i++) n += is_special(vocab, i);
-    KI_TRY(make(&vocab->specials, vocab, n, sizeof *vocab->specials, err));
+    KI_TRY(make(&s->items, vocab, n, sizeof *s->items, err));
     for (size_t i = 0; i < vocab->n_tokens; i++)
         if (is_special(vocab, i))
-            vocab->specials[vocab->n_specials++] =
-                (ki_special){token_text(vocab, i), (int32_t)i, is_control(vocab, i)};
-    qsort(vocab->specials, n, sizeof *vocab->specials, compare_specials);
-    for (size_t i = 0; i < n; i++) vocab->first_special[first_byte(&vocab->specials[i]) + 1]++;
-    for (size_t b = 0; b < 256; b++) vocab->first_special[b + 1] += vocab->first_special[b];
+            s->items[s->n_items++] = (ki_special){.text = ki_vocab_text(vocab, i),
+                                                  .id = (int32_t)i,
+                                                  .is_control = is_control(vocab, i)};
+    ki_specials_sort(s);
     return KIVI_OK;
 }
 
 /* ---- the door ---- */
 
-static kivi_status fill(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
-    KI_TRY(ki_pre_init(&vocab->pre, vocab->mem, spec->pre, err));
+kivi_status ki_vocab_fill(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
     KI_TRY(copy_tokens(vocab, spec, err));
     KI_TRY(copy_types(vocab, spec, err));
-    KI_TRY(index_texts(vocab, err));
-    index_bytes(vocab);
-    KI_TRY(index_merges(vocab, spec, err));
+    return index_texts(vocab, err);
+}
+
+static kivi_status fill(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
+    bool is_scored = !strcmp(spec->model, "llama");
+    vocab->kind = is_scored ? KI_VOCAB_SCORED : KI_VOCAB_BYTES;
+    if (!is_scored) KI_TRY(ki_pre_init(&vocab->pre, vocab->mem, spec->pre, err));
+    KI_TRY(ki_vocab_fill(vocab, spec, err));
+    vocab->space_prefix = spec->space_prefix;
+    vocab->trims_spaces = spec->trims_spaces;
+    if (is_scored) ki_vocab_index_hex(vocab);
+    else index_bytes(vocab);
+    KI_TRY(is_scored ? ki_scored_index(vocab, spec->scores, err) : index_merges(vocab, spec, err));
     return index_specials(vocab, err);
 }
 
@@ -218,9 +236,11 @@ kivi_status ki_vocab_create(ki_vocab **out, ki_mem *mem, const ki_vocab_spec *sp
 void ki_vocab_destroy(ki_vocab **vocab) {
     if (!*vocab) return;
     ki_mem *mem = (*vocab)->mem;
+    ki_pipeline_destroy(*vocab);
     ki_pre_deinit(&(*vocab)->pre);
     ki_pairs_deinit(&(*vocab)->pairs, mem);
-    ki_free(mem, (*vocab)->specials);
+    ki_joints_deinit(&(*vocab)->joints, mem);
+    ki_free(mem, (*vocab)->specials.items);
     ki_free(mem, (*vocab)->slots);
     ki_free(mem, (*vocab)->types);
     ki_free(mem, (*vocab)->text);
@@ -239,12 +259,37 @@ bool ki_vocab_is_control(const ki_vocab *vocab, int32_t id) {
     return id_known(vocab, id) && is_control(vocab, (size_t)id);
 }
 
+/* The text of a scored token: U+2581 is a space, a byte token its byte. */
+static size_t read_scored(char *out, size_t max_bytes, ki_span text, bool is_byte) {
+    size_t n_out = 0;
+    char byte;
+    if (is_byte && ki_hex_read(&byte, text)) {
+        if (max_bytes) out[0] = byte;
+        return 1;
+    }
+    for (size_t at = 0; at < text.n_bytes; n_out++) {
+        bool is_space = text.n_bytes - at >= 3 && !memcmp(text.bytes + at, "\xe2\x96\x81", 3);
+        if (n_out < max_bytes) out[n_out] = is_space ? ' ' : text.bytes[at];
+        at += is_space ? 3 : 1;
+    }
+    return n_out;
+}
+
+static size_t copy(char *out, size_t max_bytes, ki_span text) {
+    size_t n = KI_MIN(text.n_bytes, max_bytes);
+    if (n) memcpy(out, text.bytes, n);
+    return text.n_bytes;
+}
+
 size_t ki_vocab_bytes(const ki_vocab *vocab, int32_t id, char *out, size_t max_bytes) {
     if (!id_known(vocab, id)) return 0;
-    ki_span text = token_text(vocab, (size_t)id);
-    size_t n_bytes = text.n_bytes;
-    size_t n_copied = KI_MIN(n_bytes, max_bytes);
-    if (!is_special(vocab, (size_t)id)) n_bytes = ki_alphabet_read(out, max_bytes, text);
-    else if (n_copied) memcpy(out, text.bytes, n_copied);
+    ki_span text = ki_vocab_text(vocab, (size_t)id);
+    bool is_byte = vocab->types[id] == KI_TOKEN_BYTE;
+    size_t n_bytes;
+    if (vocab->kind == KI_VOCAB_PIPELINE)
+        n_bytes = copy(out, max_bytes, ki_pipeline_text(vocab, (size_t)id));
+    else if (is_special(vocab, (size_t)id)) n_bytes = copy(out, max_bytes, text);
+    else if (vocab->kind == KI_VOCAB_SCORED) n_bytes = read_scored(out, max_bytes, text, is_byte);
+    else n_bytes = ki_alphabet_read(out, max_bytes, text);
     return max_bytes ? KI_MIN(n_bytes, max_bytes) : n_bytes;
 }

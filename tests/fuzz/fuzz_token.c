@@ -1,7 +1,8 @@
-/* fuzz_token.c: a hostile vocabulary and a hostile text. The first byte picks the flags and the
- * pre-tokenizer; then come records (kind, length, bytes) that add tokens and merges to the 256 byte
- * tokens; what is left is the text. Where no special token hides in the text its bytes must come
- * back; UTF-8 must come out the same in one piece and byte by byte. */
+/* fuzz_token.c: a hostile vocabulary and a hostile text. The first byte picks the flags, the
+ * pre-tokenizer, and (its highest bit) whether the vocabulary is scored; then come records (kind,
+ * length, bytes) that add tokens and merges to the 256 byte tokens; what is left is the text. Where
+ * no special token hides in a text for "gpt2" its bytes must come back; UTF-8 must come out the same
+ * in one piece and byte by byte. */
 #include "token_private.h"
 
 #include <stdlib.h>
@@ -72,14 +73,15 @@ static void check_round_trip(const ki_vocab *vocab, input text, const int32_t *i
 }
 
 static void check_encode(const ki_vocab *vocab, input text, unsigned flags) {
-    size_t room = text.n_bytes + 2, n = 0, n_again = 0;
+    size_t room = 8 * text.n_bytes + 16, n = 0, n_again = 0;
     int32_t *ids = malloc(room * sizeof *ids);
     kivi_status status =
         ki_vocab_encode(vocab, text.bytes, text.n_bytes, flags, ids, room, &n, NULL);
     require(status == KIVI_OK && n <= room);
     status = ki_vocab_encode(vocab, text.bytes, text.n_bytes, flags, NULL, 0, &n_again, NULL);
     require(n_again == n && (status == KIVI_OK) == (n == 0));
-    bool is_plain = !(flags & KIVI_TEXT_ADD_BOS) && !has_special(vocab, ids, n);
+    bool is_plain = vocab->kind == KI_VOCAB_BYTES && !(flags & KIVI_TEXT_ADD_BOS) &&
+                    !has_special(vocab, ids, n);
     if (is_plain) check_round_trip(vocab, text, ids, n);
     free(ids);
 }
@@ -114,6 +116,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n_bytes) {
     ki_vocab_spec spec = {.model = "gpt2", .pre = pres[(first >> 2) % 7], .tokens = tokens,
                           .n_tokens = 256, .types = types, .merges = merges, .bos_id = first % 3,
                           .eos_id = -1, .unk_id = -1, .add_bos = true};
+    static float scores[MAX_TOKENS];
+    bool is_scored = first & 128;
+    for (size_t i = 0; i < MAX_TOKENS; i++) scores[i] = (float)(i * 7 % 11);
+    if (is_scored) spec.model = "llama";
+    spec.scores = scores;
+    spec.space_prefix = first & 64;
+    spec.trims_spaces = first & 32;
     read_vocabulary(&in, &spec, tokens, types, merges);
     ki_mem mem;
     ki_vocab *vocab;
