@@ -1,8 +1,8 @@
 /* fuzz_token.c: a hostile vocabulary and a hostile text. The first byte picks the flags, the
  * pre-tokenizer, and (its highest bit) whether the vocabulary is scored; then come records (kind,
  * length, bytes) that add tokens and merges to the 256 byte tokens; what is left is the text. Where
- * no special token hides in a text for "gpt2" its bytes must come back; UTF-8 must come out the same
- * in one piece and byte by byte. */
+ * no special token hides in a text for "gpt2" its bytes must come back; UTF-8 must come out the
+ * same in one piece and byte by byte. */
 #include "token_private.h"
 
 #include <stdlib.h>
