@@ -183,12 +183,21 @@ static bool is_finite_row(const float *x, uint32_t n) {
 
 /* An integer cannot say that a number is not finite; the row's first scale does, so that it reaches
  * every product of the row and is found where keys and values are stored. */
+static void poison_row(const ki_activations *a, uint32_t row) {
+    size_t n_blocks = a->n_cols / 32;
+    memset(a->high + (size_t)row * a->n_cols, 0, a->n_cols);
+    memset(a->low + (size_t)row * a->n_cols, 0, a->n_cols);
+    memset(a->sums + row * n_blocks, 0, n_blocks * sizeof *a->sums);
+    memset(a->scales + row * n_blocks, 0, n_blocks * sizeof *a->scales);
+    a->scales[row * n_blocks] = NAN;
+}
+
 void ki_pass_quantize(ki_pass *p, uint32_t row) {
     if (!p->quantize) return;
     ki_activations x = activations_of(p);
-    p->dense->quantize_row(&x, row);
-    if (!is_finite_row(p->source + (size_t)row * p->source_cols, p->source_cols))
-        x.scales[(size_t)row * (p->source_cols / 32)] = NAN;
+    if (is_finite_row(x.x + (size_t)row * x.n_cols, (uint32_t)x.n_cols))
+        p->dense->quantize_row(&x, row);
+    else poison_row(&x, row);
 }
 
 void ki_pass_source(ki_pass *p, const float *rows, uint32_t n_cols, const ki_product *products,
