@@ -57,7 +57,7 @@ def usage():
     refused(
         'usage',
         ('unknown-command', 2, "'walk'", ['walk', GQA]),
-        ('command-not-built', 2, 'chat', ['chat', GQA]),
+        ('command-not-built', 2, 'serve', ['serve', GQA]),
         ('no-model', 2, 'MODEL', ['info']),
         ('two-models', 2, None, ['info', GQA, os.path.join(GOLDEN, 'llama')]),
         ('unknown-option', 2, '--nothing', ['info', GQA, '--nothing']),
@@ -200,7 +200,7 @@ def bad_models():
             ('layers-2^31', other(num_hidden_layers=2 ** 31), None), ('layers-0', other(num_hidden_layers=0), None),
             ('vocabulary', other(vocab_size=289), None), ('width', other(hidden_size=64), None),
             ('activation', other(hidden_act='gelu'), None), ('epsilon', other(rms_norm_eps='x'), None),
-            ('rope', other(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4.0}), None),
+            ('rope', other(rope_parameters={'rope_type': 'longrope', 'rope_theta': 1e4, 'factor': 4.0}), None),
             ('rope-theta-0', other(rope_parameters={'rope_type': 'default', 'rope_theta': 0}), None),
             ('weights-empty', None, b''), ('weights-cut', None, lambda data: data[:-1]),
             ('weights-long', None, lambda data: data + b'\0'),

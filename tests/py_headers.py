@@ -11,8 +11,9 @@ from blackbox import GOLDEN, ROOT, SCRATCH, case, finish, needs_model, skip
 from extract_examples import example
 
 BUILD = os.path.join(ROOT, os.environ.get('KIVI_BUILD') or 'build')
-HEADERS = ('kivi', 'kivi_cache')
-PKGS = ('jansson', 'libpcre2-8', 'libcrypto')
+HEADERS = ('kivi', 'kivi_cache', 'kivi_text')
+EXAMPLES = ('kivi', 'kivi_cache')  # those whose first comment is a program
+PKGS = ('jansson', 'libpcre2-8', 'libutf8proc')
 STRICT = ['-Wall', '-Wextra', '-Wpedantic', '-Werror']
 DEST = os.path.join(SCRATCH, 'dest')
 CC, CXX = os.environ.get('CC') or 'cc', os.environ.get('CXX') or 'g++'
@@ -94,7 +95,7 @@ for h in HEADERS:
             run([*compile_command, *STRICT, '-Wconversion', '-Iinclude', '-c', alone, '-o', alone + '.o'])
 
 programs = {}
-for h in HEADERS:
+for h in EXAMPLES:
     for lang in LANGUAGES:
         with case(f'headers/example of {h}.h as {lang}, static'):
             programs[h, lang] = build(h, lang, ['-Iinclude'], static_libraries(), f'{h}-{lang}')
@@ -114,7 +115,8 @@ with case('headers/make install'):
     make('install')
     found = installed()
     version = re.search(r'KIVI_VERSION "(.*)"', open(f'{ROOT}/include/kivi.h').read())[1]
-    expected = {'usr/bin/kivi', 'usr/include/kivi.h', 'usr/include/kivi_cache.h', 'usr/lib/libkivi.a',
+    expected = {'usr/bin/kivi', 'usr/include/kivi.h', 'usr/include/kivi_cache.h',
+                'usr/include/kivi_text.h', 'usr/lib/libkivi.a',
                 'usr/lib/libkivi.so', 'usr/lib/libkivi.so.0', f'usr/lib/libkivi.so.{version}',
                 'usr/lib/pkgconfig/kivi.pc'}
     assert expected <= found, f'missing: {sorted(expected - found)}'
@@ -125,7 +127,7 @@ with case('headers/make install'):
     assert version in out, out
 
 shared = {'LD_LIBRARY_PATH': f'{DEST}/usr/lib'}
-for h in HEADERS:
+for h in EXAMPLES:
     for lang in LANGUAGES:
         with case(f'headers/example of {h}.h as {lang}, installed and shared'):
             program = build(h, lang, pkg_config('--cflags'), pkg_config('--libs'), f'{h}-{lang}-shared')
