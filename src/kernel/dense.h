@@ -4,27 +4,32 @@
  * vector and no sum crosses lanes. Within a tile columns come in order:
  *
  *     F32 F16 BF16   [col][16 rows]
- *     Q4_0 Q4_1 Q8_0, per 32 columns:
- *         d      [16] f16                      Q4_1: then m [16] f16
- *         codes  Q4: 4 x [16 rows][4 bytes]    low nibbles: columns 4j.., high: 16 + 4j..
- *                Q8: 8 x [16 rows][4 bytes]    code + 128
+ *     quantized      blocks of the file's columns: d, m [16] f16, and for each 32 columns integer
+ *                    scales, then planes of 1, 2, 4 or 8 bits of the codes (form.h)
  *
  * so that 64 bytes are one operand of an integer dot product whose other side is four activations,
- * broadcast. The file formats' values: Q4_0 d (c - 8), Q4_1 d c + m, Q8_0 d c. Sizes stay those of
- * the file.
+ * broadcast. The formats' values are d (c - zero), or that times a scale, and some add a minimum:
+ *
+ *     Q4_0 d (c - 8)     Q5_0 d (c - 16)    Q4_1 Q5_1 d c + m     Q8_0 d (c - 128)
+ *     Q3_K d s (c - 4)   Q6_K d s (c - 32)  Q2_K Q4_K Q5_K d s c - m n
+ *
+ * with integers s and n for each 16 columns (Q2_K Q3_K Q6_K) or 32. Nothing is rounded in packing.
+ * Sizes are those of the file but for 6-bit scales, which become bytes: 0.125 bits a column more in
+ * Q3_K, Q4_K and Q5_K.
  *
  * Quantized matrices multiply activations of 15 bits: per 32 columns one float32 scale, largest |x|
  * / 16256, and integers 128 high + low of two signed bytes, each an operand of the dot product.
  * (One byte, as other engines have, costs a 4-bit model a tenth of a nat in its log-probabilities;
  * two cost time only where memory is not the limit.)
- *     acc = fma((float)(integer sum), d * dx, acc)     Q4_1: acc = fma(m, dx * sum of x, acc)
- * in column order: each output is one chain, whatever the tile sizes, so results repeat on every
- * machine and batch. */
+ *     acc = fma((float)(integer sum), scale * dx, acc)
+ *     acc = fma(minimum, dx * sum of x, acc)           where the type has one
+ * for each scale, in column order: each output is one chain, whatever the tile sizes, so results
+ * repeat on every machine and batch. */
 #ifndef KI_DENSE_H
 #define KI_DENSE_H
 #include "base.h"
 
-enum { KI_TILE_ROWS = 16, KI_BLOCK_COLS = 32 };
+enum { KI_TILE_ROWS = 16, KI_BLOCK_COLS = 32, KI_SUM_COLS = 16 };
 
 typedef enum ki_weight {
     KI_WEIGHT_F32,
@@ -32,13 +37,20 @@ typedef enum ki_weight {
     KI_WEIGHT_BF16,
     KI_WEIGHT_Q4_0,
     KI_WEIGHT_Q4_1,
+    KI_WEIGHT_Q5_0,
+    KI_WEIGHT_Q5_1,
     KI_WEIGHT_Q8_0,
+    KI_WEIGHT_Q2_K,
+    KI_WEIGHT_Q3_K,
+    KI_WEIGHT_Q4_K,
+    KI_WEIGHT_Q5_K,
+    KI_WEIGHT_Q6_K,
     KI_WEIGHT_COUNT
 } ki_weight;
 
 typedef struct ki_matrix {
     ki_weight type;
-    uint32_t n_rows, n_cols; /* n_cols % 16 == 0, % 32 for quantized types */
+    uint32_t n_rows, n_cols; /* n_cols % 16 == 0; whole blocks of 32 or 256 */
     uint8_t *tiles;          /* ki_matrix_bytes() bytes; rows past n_rows are zero */
 } ki_matrix;
 
@@ -60,7 +72,7 @@ typedef struct ki_activations {
     const float *x;     /* [rows][n_cols] f32 */
     int8_t *high, *low; /* [rows][n_cols] each: the integer is 128 high + low */
     float *scales;      /* [rows][n_cols / 32] */
-    int32_t *sums;      /* [rows][n_cols / 32]: of the integers */
+    int32_t *sums;      /* [rows][n_cols / 16]: of the integers */
 } ki_activations;
 
 typedef struct ki_dense_kernels {

@@ -1,5 +1,5 @@
 /* dense_simd.h: dense.h over sixteen lanes. Included once by each isa_<name>.c. */
-#include "dense.h"
+#include "form.h"
 #include "simd.h"
 
 #if defined(__AVX512F__)
@@ -21,68 +21,107 @@ static void quantize_row_simd(ki_activations *a, size_t row) {
             vf_max(vf_max2(vf_abs(vf_load(x + b * 32)), vf_abs(vf_load(x + b * 32 + 16))));
         bool tiny = !(largest > 1e-30f); /* the inverse must stay finite */
         vf inverse = vf_set(tiny ? 0.0f : ACTIVATION_MAX / largest);
-        int32_t lanes[16], sum = 0;
-        vi sums = vi_set(0);
-        for (size_t i = b * 32; i < b * 32 + 32; i += 16) {
+        for (size_t half = 2 * b; half < 2 * b + 2; half++) {
+            size_t i = half * KI_SUM_COLS;
             vi q = vf_to_vi(vf_mul(vf_load(x + i), inverse)), h = vi_sar(vi_add(q, vi_set(64)), 7);
+            int32_t lanes[16], sum = 0;
             vi_store_i8(a->high + row * a->n_cols + i, h);
             vi_store_i8(a->low + row * a->n_cols + i, vi_sub(q, vi_shl(h, 7)));
-            sums = vi_add(sums, q);
+            vi_store(lanes, q);
+            for (int j = 0; j < 16; j++) sum += lanes[j];
+            a->sums[row * n_blocks * 2 + half] = sum;
         }
-        vi_store(lanes, sums);
-        for (int i = 0; i < 16; i++) sum += lanes[i];
         a->scales[row * n_blocks + b] = tiny ? 0.0f : largest / ACTIVATION_MAX;
-        a->sums[row * n_blocks + b] = sum;
     }
 }
 
-/* The eight operands of one 32-column block: columns 4k..4k+3 of 16 rows each. */
-KI_INLINE void unpack_block(vb *w, const uint8_t *codes, ki_weight type) {
-    if (type == KI_WEIGHT_Q8_0) {
-        for (int k = 0; k < 8; k++) w[k] = vb_load(codes + k * 64);
-        return;
-    }
-    for (int k = 0; k < 4; k++) {
-        vi v = vb_load(codes + k * 64);
-        w[k] = vi_and(v, vi_set(0x0f0f0f0f));
-        w[k + 4] = vi_and(vi_shr(v, 4), vi_set(0x0f0f0f0f));
+/* `bits` of the operand in every byte. */
+KI_INLINE vi plane_operand(const uint8_t *plane, unsigned bits, unsigned k) {
+    vi v = vb_load(plane + k % bits * 64);
+    if (bits == 8) return v;
+    return vi_and(vi_shr(v, bits * (k / bits)), vi_set((int)((0xffu >> (8 - bits)) * 0x01010101u)));
+}
+
+/* The eight operands of 32 columns: columns 4k..4k+3 of 16 rows each. */
+KI_INLINE void unpack_codes(vb *w, const uint8_t *codes, const ki_form *f) {
+    for (unsigned k = 0; k < 8; k++) w[k] = plane_operand(codes, f->low_bits, k);
+    if (!f->high_bits) return;
+    for (unsigned k = 0; k < 8; k++) {
+        vi high = plane_operand(codes + f->low_bits * 64u, f->high_bits, k);
+        w[k] = vi_or(w[k], vi_shl(high, f->low_bits));
     }
 }
 
-/* sum + 32 columns of 16 rows times one plane of an activation row. */
-KI_INLINE vi dot_block(vi sum, const vb *w, const int8_t *x, ki_weight type) {
-    for (int k = 0; k < 8; k++) {
+/* sum + n operands of 16 rows times one plane of an activation row. */
+KI_INLINE vi dot_codes(vi sum, const vb *w, const int8_t *x, unsigned n, bool all_bits) {
+    for (unsigned k = 0; k < n; k++) {
         vb v = vi_set_bytes(x + k * 4);
-        sum = type == KI_WEIGHT_Q8_0 ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
+        sum = all_bits ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
     }
     return sum;
+}
+
+/* 32 columns of a tile, ready for any number of activation rows. */
+typedef struct unpacked {
+    vb codes[8];
+    vf scale[2], min[2]; /* of each part: of all 32 columns, or of 16 */
+} unpacked;
+
+KI_INLINE void unpack_32(unpacked *u, const uint8_t *p, vf d, vf m, const ki_form *f) {
+    unsigned n = f->n_scales;
+    u->scale[0] = d;
+    u->min[0] = m;
+    for (unsigned i = 0; i < n; i++) {
+        vi scale = vi_load_i8((const int8_t *)p + i * 16), min = scale;
+        if (f->min == KI_MIN_HALF) {
+            min = vi_and(vi_shr(scale, 4), vi_set(15));
+            scale = vi_and(scale, vi_set(15));
+        } else if (f->min == KI_MIN_BYTE) min = vi_load_i8((const int8_t *)p + (n + i) * 16);
+        u->scale[i] = vf_mul(d, vf_from_vi(scale));
+        if (f->min != KI_MIN_NONE) u->min[i] = vf_mul(m, vf_from_vi(min));
+    }
+    unpack_codes(u->codes, p + ki_form_scale_bytes(f) * 16, f);
+}
+
+/* acc + 32 columns, the b-th, of 16 rows times one row of activations. */
+KI_INLINE vf add_32(vf acc, const unpacked *u, const ki_activations *a, size_t row, size_t b,
+                    const ki_form *f) {
+    const int8_t *high = a->high + row * a->n_cols + b * 32;
+    const int8_t *low = a->low + row * a->n_cols + b * 32;
+    const int32_t *sums = a->sums + (row * a->n_cols + b * 32) / KI_SUM_COLS;
+    float dx = a->scales[row * (a->n_cols / 32) + b];
+    unsigned n_parts = f->n_scales == 2 ? 2 : 1, n = 8 / n_parts;
+    bool all_bits = f->low_bits == 8;
+    for (unsigned i = 0; i < n_parts; i++) {
+        vi sum = dot_codes(vi_set(0), u->codes + i * n, high + i * 16, n, all_bits);
+        sum = dot_codes(vi_shl(sum, 7), u->codes + i * n, low + i * 16, n, all_bits);
+        int32_t sx = n_parts == 2 ? sums[i] : sums[0] + sums[1];
+        if (f->zero) sum = vi_sub(sum, vi_set(f->zero * sx));
+        acc = vf_fma(vf_from_vi(sum), vf_mul(u->scale[i], vf_set(dx)), acc);
+        float x = dx * (float)sx;
+        if (f->min != KI_MIN_NONE)
+            acc = vf_fma(u->min[i], vf_set(f->min == KI_MIN_OWN ? x : -x), acc);
+    }
+    return acc;
 }
 
 /* One tile times n <= ROW_BLOCK rows of activations, from row r0 on. */
 KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
                            const ki_activations *a, size_t r0, unsigned n) {
-    unsigned n_heads = type == KI_WEIGHT_Q4_1 ? 2 : 1,
-             code_bytes = type == KI_WEIGHT_Q8_0 ? 512 : 256;
-    size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
-    vf acc[ROW_BLOCK];
+    const ki_form *f = &ki_forms[type];
+    size_t n_blocks = a->n_cols / KI_BLOCK_COLS, per_head = f->block_cols / KI_BLOCK_COLS;
+    vf acc[ROW_BLOCK], d = vf_set(0.0f), m = vf_set(0.0f);
     for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
     for (size_t b = 0; b < n_blocks; b++) {
-        vf d = vf_load_f16((const uint16_t *)tile), m = vf_set(0.0f);
-        if (type == KI_WEIGHT_Q4_1) m = vf_load_f16((const uint16_t *)tile + 16);
-        vb w[8];
-        unpack_block(w, tile + n_heads * 32, type);
-        tile += n_heads * 32 + code_bytes;
-        for (unsigned i = 0; i < n; i++) {
-            vi sum = dot_block(vi_set(0), w, a->high + (r0 + i) * a->n_cols + b * 32, type);
-            sum = dot_block(vi_shl(sum, 7), w, a->low + (r0 + i) * a->n_cols + b * 32, type);
-            size_t at = (r0 + i) * n_blocks + b;
-            float dx = a->scales[at];
-            int32_t sx = a->sums[at];
-            if (type == KI_WEIGHT_Q8_0) sum = vi_sub(sum, vi_set(128 * sx));
-            if (type == KI_WEIGHT_Q4_0) sum = vi_sub(sum, vi_set(8 * sx));
-            acc[i] = vf_fma(vf_from_vi(sum), vf_mul(d, vf_set(dx)), acc[i]);
-            if (type == KI_WEIGHT_Q4_1) acc[i] = vf_fma(m, vf_set(dx * (float)sx), acc[i]);
+        if (b % per_head == 0) {
+            d = vf_load_f16((const uint16_t *)tile);
+            if (f->min != KI_MIN_NONE) m = vf_load_f16((const uint16_t *)tile + 16);
+            tile += ki_form_head_bytes(f) * 16;
         }
+        unpacked u;
+        unpack_32(&u, tile, d, m, f);
+        tile += (ki_form_scale_bytes(f) + ki_form_code_bytes(f)) * 16;
+        for (unsigned i = 0; i < n; i++) acc[i] = add_32(acc[i], &u, a, r0 + i, b, f);
     }
     for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
 }
@@ -131,7 +170,14 @@ MATMUL_TYPE(f16, KI_WEIGHT_F16, true)
 MATMUL_TYPE(bf16, KI_WEIGHT_BF16, true)
 MATMUL_TYPE(q4_0, KI_WEIGHT_Q4_0, false)
 MATMUL_TYPE(q4_1, KI_WEIGHT_Q4_1, false)
+MATMUL_TYPE(q5_0, KI_WEIGHT_Q5_0, false)
+MATMUL_TYPE(q5_1, KI_WEIGHT_Q5_1, false)
 MATMUL_TYPE(q8_0, KI_WEIGHT_Q8_0, false)
+MATMUL_TYPE(q2_k, KI_WEIGHT_Q2_K, false)
+MATMUL_TYPE(q3_k, KI_WEIGHT_Q3_K, false)
+MATMUL_TYPE(q4_k, KI_WEIGHT_Q4_K, false)
+MATMUL_TYPE(q5_k, KI_WEIGHT_Q5_K, false)
+MATMUL_TYPE(q6_k, KI_WEIGHT_Q6_K, false)
 
 static void matmul_simd(float *out, size_t out_stride, const ki_matrix *matrix, uint32_t first_tile,
                         uint32_t end_tile, const ki_activations *a, size_t n_rows) {
@@ -139,7 +185,11 @@ static void matmul_simd(float *out, size_t out_stride, const ki_matrix *matrix, 
                                                   const ki_activations *, size_t) = {
         [KI_WEIGHT_F32] = matmul_f32,   [KI_WEIGHT_F16] = matmul_f16,
         [KI_WEIGHT_BF16] = matmul_bf16, [KI_WEIGHT_Q4_0] = matmul_q4_0,
-        [KI_WEIGHT_Q4_1] = matmul_q4_1, [KI_WEIGHT_Q8_0] = matmul_q8_0,
+        [KI_WEIGHT_Q4_1] = matmul_q4_1, [KI_WEIGHT_Q5_0] = matmul_q5_0,
+        [KI_WEIGHT_Q5_1] = matmul_q5_1, [KI_WEIGHT_Q8_0] = matmul_q8_0,
+        [KI_WEIGHT_Q2_K] = matmul_q2_k, [KI_WEIGHT_Q3_K] = matmul_q3_k,
+        [KI_WEIGHT_Q4_K] = matmul_q4_k, [KI_WEIGHT_Q5_K] = matmul_q5_k,
+        [KI_WEIGHT_Q6_K] = matmul_q6_k,
     };
     size_t all_bytes = 0;
     ki_matrix_bytes(&all_bytes, matrix->type, KI_TILE_ROWS, matrix->n_cols);

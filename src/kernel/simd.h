@@ -66,6 +66,9 @@ KI_INLINE vf vf_from_bits(vi a) { return _mm512_castsi512_ps(a); }
 KI_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 KI_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 KI_INLINE void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+KI_INLINE vi vi_load_i8(const int8_t *p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
 KI_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 KI_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 KI_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
@@ -200,6 +203,10 @@ KI_INLINE void vi_store(int32_t *p, vi a) {
     _mm256_storeu_si256((__m256i *)p, a.lo);
     _mm256_storeu_si256((__m256i *)(p + 8), a.hi);
 }
+KI_INLINE vi vi_load_i8(const int8_t *p) {
+    return VI2(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+               _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))));
+}
 KI_INLINE vi vi_add(vi a, vi b) {
     return VI2(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi));
 }
@@ -328,6 +335,7 @@ KI_INLINE vi vi_load(const int32_t *p) {
     return r;
 }
 KI_INLINE void vi_store(int32_t *p, vi a) { memcpy(p, &a, 64); }
+KI_INLINE vi vi_load_i8(const int8_t *p) { KI_LANES(vi, p[i]); }
 KI_INLINE vi vi_add(vi a, vi b) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
 KI_INLINE vi vi_sub(vi a, vi b) { KI_LANES(vi, (int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i])); }
 KI_INLINE vi vi_and(vi a, vi b) { KI_LANES(vi, a.v[i] & b.v[i]); }

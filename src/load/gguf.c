@@ -274,7 +274,7 @@ static kivi_status measure_infos(reader *r, size_t n_tensors, size_t *n_text_byt
 
 /* Names the types that would do, so that the user knows what to convert to. */
 static kivi_status refuse_type(reader *r, const info *t, const char *shown) {
-    char list[64] = "";
+    char list[128] = ""; /* all of them: 13 names of at most 5 bytes */
     size_t n = 0;
     for (unsigned i = 0; i < KI_DTYPE_COUNT; i++) {
         const char *name = ki_dtype_name((ki_dtype)i);

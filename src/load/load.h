@@ -18,20 +18,27 @@ extern "C" {
 
 /* ---- types of tensor elements ---- */
 
-/* Order and names of the table in tensor.c. Q4_0, Q4_1, Q8_0 are ggml's blocks of 32. */
+/* Order and names of the table in tensor.c. Q are ggml's blocks of 32, or 256 where a K stands. */
 typedef enum ki_dtype {
     KI_F32,
     KI_F16,
     KI_BF16,
     KI_Q4_0,
     KI_Q4_1,
+    KI_Q5_0,
+    KI_Q5_1,
     KI_Q8_0,
+    KI_Q2_K,
+    KI_Q3_K,
+    KI_Q4_K,
+    KI_Q5_K,
+    KI_Q6_K,
     KI_DTYPE_COUNT
 } ki_dtype;
 
 const char *ki_dtype_name(ki_dtype dtype);           /* "Q4_1"; "?" outside the list */
-uint32_t ki_dtype_block_elements(ki_dtype dtype);    /* 1 or 32; a row is whole blocks */
-uint32_t ki_dtype_block_bytes(ki_dtype dtype);       /* 4, 2, 2, 18, 20, 34 */
+uint32_t ki_dtype_block_elements(ki_dtype dtype);    /* 1, 32, 256; a row is whole blocks */
+uint32_t ki_dtype_block_bytes(ki_dtype dtype);       /* 4, 2, 2, 18, 20, ... */
 const char *ki_gguf_type_name(uint32_t type_number); /* ggml's name, "unknown" if there is none */
 
 /* ---- a file ---- */

@@ -9,7 +9,11 @@ static const struct dtype_row {
 } dtypes[KI_DTYPE_COUNT] = {
     [KI_F32] = {"F32", 1, 4, 0},      [KI_F16] = {"F16", 1, 2, 1},
     [KI_BF16] = {"BF16", 1, 2, 30},   [KI_Q4_0] = {"Q4_0", 32, 18, 2},
-    [KI_Q4_1] = {"Q4_1", 32, 20, 3},  [KI_Q8_0] = {"Q8_0", 32, 34, 8},
+    [KI_Q4_1] = {"Q4_1", 32, 20, 3},  [KI_Q5_0] = {"Q5_0", 32, 22, 6},
+    [KI_Q5_1] = {"Q5_1", 32, 24, 7},  [KI_Q8_0] = {"Q8_0", 32, 34, 8},
+    [KI_Q2_K] = {"Q2_K", 256, 84, 10},  [KI_Q3_K] = {"Q3_K", 256, 110, 11},
+    [KI_Q4_K] = {"Q4_K", 256, 144, 12}, [KI_Q5_K] = {"Q5_K", 256, 176, 13},
+    [KI_Q6_K] = {"Q6_K", 256, 210, 14},
 };
 
 /* ggml's numbers, so that a type kivi cannot read is refused by the name people know it by. */

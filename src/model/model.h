@@ -84,6 +84,8 @@ typedef struct ki_model_options {
 } ki_model_options;
 
 /* Reads and repacks all weights, spread over the workers. */
+/* How a tensor's elements stand in a matrix: the type of the same name. */
+ki_weight ki_weight_of(ki_dtype dtype);
 kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers,
                           const ki_model_options *options, kivi_error *err);
 void ki_model_destroy(ki_model **model);

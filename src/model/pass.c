@@ -46,7 +46,7 @@ static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) 
         {&a->high, a->max_rows, widest},
         {&a->low, a->max_rows, widest},
         {&a->scales, a->max_rows, (widest / 32 + 1) * sizeof(float)},
-        {&a->sums, a->max_rows, (widest / 32 + 1) * sizeof(int32_t)},
+        {&a->sums, a->max_rows, (widest / 16 + 1) * sizeof(int32_t)},
         {&a->logits, a->max_logit_rows, padded_vocab(c) * sizeof(float)},
         {&a->row_item, a->max_rows, sizeof(uint32_t)},
         {&a->places, a->max_items, sizeof(ki_place)},
@@ -187,7 +187,7 @@ static void poison_row(const ki_activations *a, uint32_t row) {
     size_t n_blocks = a->n_cols / 32;
     memset(a->high + (size_t)row * a->n_cols, 0, a->n_cols);
     memset(a->low + (size_t)row * a->n_cols, 0, a->n_cols);
-    memset(a->sums + row * n_blocks, 0, n_blocks * sizeof *a->sums);
+    memset(a->sums + row * n_blocks * 2, 0, n_blocks * 2 * sizeof *a->sums);
     memset(a->scales + row * n_blocks, 0, n_blocks * sizeof *a->scales);
     a->scales[row * n_blocks] = NAN;
 }

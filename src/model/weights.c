@@ -22,10 +22,13 @@ typedef struct loader {
     uint32_t n_dummies;
 } loader;
 
-static ki_weight weight_of(ki_dtype dtype) {
+ki_weight ki_weight_of(ki_dtype dtype) {
     static const ki_weight map[KI_DTYPE_COUNT] = {
         [KI_F32] = KI_WEIGHT_F32,   [KI_F16] = KI_WEIGHT_F16,   [KI_BF16] = KI_WEIGHT_BF16,
-        [KI_Q4_0] = KI_WEIGHT_Q4_0, [KI_Q4_1] = KI_WEIGHT_Q4_1, [KI_Q8_0] = KI_WEIGHT_Q8_0,
+        [KI_Q4_0] = KI_WEIGHT_Q4_0, [KI_Q4_1] = KI_WEIGHT_Q4_1, [KI_Q5_0] = KI_WEIGHT_Q5_0,
+        [KI_Q5_1] = KI_WEIGHT_Q5_1, [KI_Q8_0] = KI_WEIGHT_Q8_0, [KI_Q2_K] = KI_WEIGHT_Q2_K,
+        [KI_Q3_K] = KI_WEIGHT_Q3_K, [KI_Q4_K] = KI_WEIGHT_Q4_K, [KI_Q5_K] = KI_WEIGHT_Q5_K,
+        [KI_Q6_K] = KI_WEIGHT_Q6_K,
     };
     return map[dtype];
 }
@@ -173,7 +176,7 @@ static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint
     if (n_cols % ki_dtype_block_elements(dtype))
         return KI_FAIL(l->err, UNSUPPORTED, "%s: rows of %u elements, %s needs a multiple of %u",
                        name, n_cols, ki_dtype_name(dtype), ki_dtype_block_elements(dtype));
-    *out = (ki_matrix){.type = weight_of(dtype), .n_rows = n_rows, .n_cols = n_cols};
+    *out = (ki_matrix){.type = ki_weight_of(dtype), .n_rows = n_rows, .n_cols = n_cols};
     if (!ki_matrix_bytes(&n_bytes, out->type, n_rows, n_cols))
         return KI_FAIL(l->err, FORMAT, "%s: tensor %s is too large", ki_file_path(l->file), name);
     KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_weights, n_bytes, l->err));

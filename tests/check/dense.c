@@ -2,37 +2,101 @@
  * the bytes of scalar. */
 #include "check.h"
 
-static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32",  "f16",  "bf16",
-                                                          "q4_0", "q4_1", "q8_0"};
+static const char *const weight_names[KI_WEIGHT_COUNT] = {"f32",  "f16",  "bf16", "q4_0", "q4_1",
+                                                          "q5_0", "q5_1", "q8_0", "q2_k", "q3_k",
+                                                          "q4_k", "q5_k", "q6_k"};
+
+/* Columns and bytes of a block in the file; then where its f16 numbers stand, d and another. */
+static const struct block {
+    uint32_t cols;
+    size_t bytes, d, m;
+    double packed_bits; /* a column, in memory */
+} blocks[KI_WEIGHT_COUNT] = {
+    {1, 4, 0, 0, 32},           {1, 2, 0, 0, 16},        {1, 2, 0, 0, 16},
+    {32, 18, 0, 0, 4.5},        {32, 20, 0, 2, 5},       {32, 22, 0, 0, 5.5},
+    {32, 24, 0, 2, 6},          {32, 34, 0, 0, 8.5},     {256, 84, 80, 82, 2.625},
+    {256, 110, 108, 0, 3.5625}, {256, 144, 0, 2, 4.625}, {256, 176, 0, 2, 5.625},
+    {256, 210, 208, 0, 6.5625}};
+
+static uint32_t whole_blocks(ki_weight type, uint32_t n_cols) {
+    uint32_t cols = blocks[type].cols;
+    return (n_cols + cols - 1) / cols * cols;
+}
 
 static size_t file_row_bytes(ki_weight type, uint32_t n_cols) {
-    static const size_t per_32[KI_WEIGHT_COUNT] = {128, 64, 64, 18, 20, 34};
-    return n_cols * per_32[type] / 32;
+    return n_cols / blocks[type].cols * blocks[type].bytes;
 }
 
 static uint16_t get_u16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 
-/* Element c of a row as the file format defines it. */
-static double file_value(const uint8_t *row, ki_weight type, uint32_t c) {
-    static const size_t block_bytes[KI_WEIGHT_COUNT] = {0, 0, 0, 18, 20, 34};
+/* n bits of a little-endian string of bits, from bit `at` on. */
+static int bits(const uint8_t *p, unsigned at, unsigned n) {
+    return (p[at / 8] | (at % 8 + n > 8 ? p[at / 8 + 1] << 8 : 0)) >> at % 8 & ((1 << n) - 1);
+}
+
+/* Column i of a block of 256 as the format defines it: its code, and the scale and minimum. */
+typedef struct k_value {
+    int code, scale, min;
+} k_value;
+
+/* Two bits: 128 columns in 32 bytes; the quarters of the 128 are the bit pairs of a byte. */
+static int two_bits(const uint8_t *p, unsigned i) {
+    return bits(p + i / 128 * 32 + i % 32, i / 32 % 4 * 2, 2);
+}
+
+static k_value k_value_of(const uint8_t *b, ki_weight type, unsigned i) {
+    if (type == KI_WEIGHT_Q2_K)
+        return (k_value){two_bits(b + 16, i), bits(b, i / 16 * 8, 4), bits(b, i / 16 * 8 + 4, 4)};
+    if (type == KI_WEIGHT_Q3_K) {
+        unsigned s = i / 16;
+        int low = bits(b + 96 + s % 8, s / 8 * 4, 4), high = bits(b + 104 + s % 4, s / 4 * 2, 2);
+        int third = bits(b + i % 32, i / 32, 1);
+        return (k_value){two_bits(b + 32, i) - (third ? 0 : 4), low + 16 * high - 32, 0};
+    }
+    if (type == KI_WEIGHT_Q6_K) {
+        int low = bits(b + i / 128 * 64 + i % 64, i / 64 % 2 * 4, 4);
+        return (k_value){low + 16 * two_bits(b + 128, i) - 32, (int8_t)b[192 + i / 16], 0};
+    }
+    const uint8_t *s = b + 4;
+    unsigned k = i / 32, j = k % 4;
+    k_value v = {0, bits(s + j, 0, 6), bits(s + 4 + j, 0, 6)};
+    if (k >= 4) {
+        v.scale = bits(s + 8 + j, 0, 4) + 16 * bits(s + j, 6, 2);
+        v.min = bits(s + 8 + j, 4, 4) + 16 * bits(s + 4 + j, 6, 2);
+    }
+    const uint8_t *codes = b + (type == KI_WEIGHT_Q5_K ? 48 : 16);
+    v.code = bits(codes + i / 64 * 32 + i % 32, i / 32 % 2 * 4, 4);
+    if (type == KI_WEIGHT_Q5_K) v.code += 16 * bits(b + 16 + i % 32, k, 1);
+    return v;
+}
+
+/* Element c of a row as the file format defines it, and the part of it that is the minimum. */
+static double file_value(double *min, const uint8_t *row, ki_weight type, uint32_t c) {
     float f;
+    *min = 0;
     if (type == KI_WEIGHT_F32) return memcpy(&f, row + (size_t)c * 4, 4), (double)f;
     if (type == KI_WEIGHT_F16) return (double)ki_f16_to_f32(get_u16(row + (size_t)c * 2));
     if (type == KI_WEIGHT_BF16) return (double)ki_bf16_to_f32(get_u16(row + (size_t)c * 2));
-    const uint8_t *b = row + c / 32 * block_bytes[type];
-    double d = (double)ki_f16_to_f32(get_u16(b));
-    unsigned i = c % 32;
+    const uint8_t *b = row + c / blocks[type].cols * blocks[type].bytes;
+    double d = (double)ki_f16_to_f32(get_u16(b + blocks[type].d));
+    double m = blocks[type].m ? (double)ki_f16_to_f32(get_u16(b + blocks[type].m)) : 0;
+    unsigned i = c % blocks[type].cols;
+    if (type >= KI_WEIGHT_Q2_K) {
+        k_value v = k_value_of(b, type, i);
+        *min = -m * v.min;
+        return d * v.scale * v.code + *min;
+    }
     if (type == KI_WEIGHT_Q8_0) return d * (int8_t)b[2 + i];
-    const uint8_t *codes = b + (type == KI_WEIGHT_Q4_1 ? 4 : 2);
-    unsigned code = i < 16 ? codes[i] & 15u : codes[i - 16] >> 4;
-    if (type == KI_WEIGHT_Q4_0) return d * ((double)code - 8);
-    return d * code + (double)ki_f16_to_f32(get_u16(b + 2));
+    b += blocks[type].m ? 4 : 2;
+    *min = m;
+    if (type == KI_WEIGHT_Q4_0 || type == KI_WEIGHT_Q4_1)
+        return d * (bits(b + i % 16, i / 16 * 4, 4) - (type == KI_WEIGHT_Q4_0 ? 8 : 0)) + m;
+    int code = bits(b + 4 + i % 16, i / 16 * 4, 4) + 16 * bits(b, i, 1);
+    return d * (code - (type == KI_WEIGHT_Q5_0 ? 16 : 0)) + m;
 }
 
 static void random_row(uint8_t *row, ki_weight type, uint32_t n_cols, rng *r) {
-    size_t n = file_row_bytes(type, n_cols), block = type == KI_WEIGHT_Q4_0   ? 18
-                                                     : type == KI_WEIGHT_Q4_1 ? 20
-                                                                              : 34;
+    size_t n = file_row_bytes(type, n_cols);
     for (uint32_t c = 0; c < n_cols && type < KI_WEIGHT_Q4_0; c++) {
         float x = rng_normal(r);
         uint16_t h = type == KI_WEIGHT_F16 ? ki_f32_to_f16(x) : (uint16_t)(ki_f32_bits(x) >> 16);
@@ -41,10 +105,10 @@ static void random_row(uint8_t *row, ki_weight type, uint32_t n_cols, rng *r) {
     }
     if (type < KI_WEIGHT_Q4_0) return;
     for (size_t i = 0; i < n; i++) row[i] = (uint8_t)rng_u64(r);
-    for (size_t b = 0; b < n; b += block) {
+    for (size_t b = 0; b < n; b += blocks[type].bytes) {
         uint16_t d = ki_f32_to_f16(rng_normal(r) * 0.1f), m = ki_f32_to_f16(rng_normal(r));
-        memcpy(row + b, &d, 2);
-        if (type == KI_WEIGHT_Q4_1) memcpy(row + b + 2, &m, 2);
+        memcpy(row + b + blocks[type].d, &d, 2);
+        if (blocks[type].m) memcpy(row + b + blocks[type].m, &m, 2);
     }
 }
 
@@ -65,8 +129,8 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
     p->file = check_alloc(p->row_bytes * n_rows);
     for (uint32_t i = 0; i < n_rows; i++) random_row(p->file + i * p->row_bytes, type, n_cols, r);
     CHECK(ki_matrix_bytes(&n_bytes, type, n_rows, n_cols) &&
-              n_bytes == (n_rows + 15) / 16 * 16 * p->row_bytes,
-          "%zu bytes for %u rows of %zu", n_bytes, n_rows, p->row_bytes);
+              (double)n_bytes == (n_rows + 15) / 16 * 16 * n_cols * blocks[type].packed_bits / 8,
+          "%zu bytes for %u rows of %u", n_bytes, n_rows, n_cols);
     p->matrix.tiles = check_alloc(n_bytes);
     uint32_t n_tiles = (n_rows + 15) / 16, half = n_tiles / 2;
     ki_matrix_pack(&p->matrix, p->file, half, n_tiles); /* in parts, as worker threads do */
@@ -79,7 +143,7 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
     p->a.high = check_alloc(n * n_cols);
     p->a.low = check_alloc(n * n_cols);
     p->a.scales = check_alloc(n * (n_cols / 32 + 1) * 4);
-    p->a.sums = check_alloc(n * (n_cols / 32 + 1) * 4);
+    p->a.sums = check_alloc(n * (n_cols / 16 + 1) * 4);
 }
 
 static void product_deinit(product *p) {
@@ -91,15 +155,16 @@ static void matrix_rows(ki_weight type) {
     if (!check_case("dense/row/%s", weight_names[type])) return;
     rng r = check_rng();
     for (uint32_t n_rows = 1; n_rows <= 53; n_rows += 13) {
-        uint32_t n_cols = type < KI_WEIGHT_Q4_0 ? 80 : 96;
+        uint32_t n_cols = type < KI_WEIGHT_Q4_0 ? 80 : type < KI_WEIGHT_Q2_K ? 96 : 512;
         product p;
         product_init(&p, type, n_rows, n_cols, 1, &r);
-        float out[96];
+        float out[512];
         for (uint32_t i = 0; i < n_rows; i++) {
             ki_matrix_row(out, &p.matrix, i);
             for (uint32_t c = 0; c < n_cols; c++) {
-                double want = file_value(p.file + i * p.row_bytes, type, c);
-                /* d c is exact in float32 (11 + 8 bits); Q4_1 rounds its sum once */
+                double min, want = file_value(&min, p.file + i * p.row_bytes, type, c);
+                /* d s c is exact in float32 (11 + 7 + 5 bits at most, or a power of 2 for a
+                 * factor); a minimum (11 + 6 bits) is exact, and the sum is rounded once */
                 CHECK((double)out[c] == (double)(float)want, "row %u of %u, column %u: %g, not %g",
                       i, n_rows, c, (double)out[c], want);
             }
@@ -108,7 +173,7 @@ static void matrix_rows(ki_weight type) {
     }
     size_t n_bytes;
     CHECK(ki_weight_is_quantized(type) == (type >= KI_WEIGHT_Q4_0), "is_quantized");
-    CHECK(!ki_matrix_bytes(&n_bytes, type, UINT32_MAX, UINT32_MAX / 64 * 64) ||
+    CHECK(!ki_matrix_bytes(&n_bytes, type, UINT32_MAX, UINT32_MAX / 256 * 256) ||
               n_bytes > SIZE_MAX / 64,
           "overflow");
     check_end();
@@ -122,43 +187,38 @@ static int32_t activation(const ki_activations *a, size_t i) {
 static void check_activations(const product *p) {
     size_t n_blocks = p->a.n_cols / 32;
     for (size_t b = 0; b < p->n * n_blocks; b++) {
-        int32_t sum = 0;
+        int32_t sums[2] = {0};
         double scale = (double)p->a.scales[b], largest = 0;
         for (size_t i = b * 32; i < b * 32 + 32; i++) {
             double x = (double)p->x[i];
             int32_t code = activation(&p->a, i);
-            sum += code;
+            sums[i / 16 % 2] += code;
             largest = fabs(x) > largest ? fabs(x) : largest;
             /* x 16256 / largest in three roundings: below 16256 2^-22 of a step beside the half */
             CHECK(fabs(x - code * scale) <= scale * (0.5 + 16256 * 0x1p-22) && abs(code) <= 16256,
                   "activation %g becomes %d x %g", x, code, scale);
         }
-        CHECK(sum == p->a.sums[b], "sum of block %zu", b);
+        CHECK(!memcmp(sums, p->a.sums + 2 * b, sizeof sums), "sums of block %zu", b);
         CHECK(fabs(scale * 16256 - largest) <= largest * 0x1p-22, "scale of block %zu", b);
     }
 }
 
 /* One output and its tolerance. Plain types: one chain of n_cols fused steps, each rounds a partial
- * sum of at most sum |w x| by 2^-24. Quantized types: per block a conversion, d dx, and one or two
- * fused steps: 4 roundings a block (the integer part is exact), of at most sum |terms|, where
- * Q4_1's two parts count apart. */
+ * sum of at most sum |w x| by 2^-24. Quantized types: per scale a conversion, scale dx, dx sum, and
+ * one or two fused steps: 5 roundings, twice in 32 columns at most (the integer part is exact), of
+ * at most sum |terms|, where the two parts of a value with a minimum count apart. */
 static double reference(double *tolerance, const product *p, size_t row, uint32_t matrix_row) {
     const uint8_t *file = p->file + matrix_row * p->row_bytes;
     ki_weight type = p->matrix.type;
     double sum = 0, size = 0;
     for (uint32_t c = 0; c < p->a.n_cols; c++) {
         size_t at = row * p->a.n_cols + c;
-        double w = file_value(file, type, c), x = (double)p->x[at];
+        double min, w = file_value(&min, file, type, c), x = (double)p->x[at];
         if (ki_weight_is_quantized(type)) x = activation(&p->a, at) * (double)p->a.scales[at / 32];
         sum += w * x;
-        size += fabs(w * x);
-        if (type == KI_WEIGHT_Q4_1) {
-            double m = (double)ki_f16_to_f32(get_u16(file + c / 32 * 20 + 2));
-            size += fabs(m * x) + fabs((w - m) * x);
-        }
-        if (type == KI_WEIGHT_Q4_0) size += fabs(w * x);
+        size += fabs(min * x) + fabs((w - min) * x);
     }
-    double steps = ki_weight_is_quantized(type) ? p->a.n_cols / 32 * 4.0 : p->a.n_cols;
+    double steps = ki_weight_is_quantized(type) ? p->a.n_cols / 32 * 10.0 : p->a.n_cols;
     *tolerance = (steps + 2) * 0x1p-24 * size + 1e-30;
     return sum;
 }
@@ -201,11 +261,11 @@ static void matmul(ki_isa isa, ki_weight type) {
     static const size_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33};
     rng r = check_rng();
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        matmul_one(isa, type, 37, 96, rows[i], &r);
-        matmul_one(isa, type, 16, 32, rows[i], &r);
+        matmul_one(isa, type, 37, whole_blocks(type, 96), rows[i], &r);
+        matmul_one(isa, type, 16, whole_blocks(type, 32), rows[i], &r);
     }
-    matmul_one(isa, type, 1, 320, 1, &r);
-    matmul_one(isa, type, 50, 576, 2, &r);
+    matmul_one(isa, type, 1, whole_blocks(type, 320), 1, &r);
+    matmul_one(isa, type, 50, whole_blocks(type, 576), 2, &r);
     if (type < KI_WEIGHT_Q4_0) matmul_one(isa, type, 20, 48, 3, &r);
     check_end();
 }
