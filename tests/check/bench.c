@@ -84,26 +84,27 @@ static void run_matmul(void *context) {
 
 static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_rows) {
     matmul_bench b = {.kernels = &ki_kernels_get(isa)->dense, .n_rows = n_rows};
-    b.matrix = (ki_matrix){.type = type, .n_rows = 1536, .n_cols = 576};
+    uint32_t n_cols = type < KI_WEIGHT_Q2_K ? 576 : 768; /* K-quants: a multiple of 256 */
+    b.matrix = (ki_matrix){.type = type, .n_rows = 1536, .n_cols = n_cols};
     size_t n_bytes;
-    if (!ki_matrix_bytes(&n_bytes, type, 1536, 576)) return;
+    if (!ki_matrix_bytes(&n_bytes, type, 1536, n_cols)) return;
     b.matrix.tiles = check_alloc(n_bytes);
     for (size_t i = 0; i < n_bytes; i++)
         b.matrix.tiles[i] = (uint8_t)(i * 7 % 59); /* small float16 numbers */
-    float *x = check_alloc(n_rows * 576 * 4);
-    for (size_t i = 0; i < n_rows * 576; i++) x[i] = (float)(i % 17) - 8;
-    b.a = (ki_activations){.n_cols = 576,
+    float *x = check_alloc(n_rows * n_cols * 4);
+    for (size_t i = 0; i < n_rows * n_cols; i++) x[i] = (float)(i % 17) - 8;
+    b.a = (ki_activations){.n_cols = n_cols,
                            .x = x,
-                           .high = check_alloc(n_rows * 576),
-                           .low = check_alloc(n_rows * 576),
-                           .scales = check_alloc(n_rows * 18 * 4),
-                           .sums = check_alloc(n_rows * 18 * 4)};
+                           .high = check_alloc(n_rows * n_cols),
+                           .low = check_alloc(n_rows * n_cols),
+                           .scales = check_alloc(n_rows * n_cols / 32 * 4),
+                           .sums = check_alloc(n_rows * n_cols / KI_SUM_COLS * 4)};
     b.out = check_alloc(n_rows * 1536 * 4);
     double ns = time_ns(run_matmul, &b);
     printf(
-        "matmul  %-10s %s 1536x576 by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
-        ki_isa_names[isa], name, n_rows, ns, (double)n_bytes / ns,
-        1536.0 * 576 * (double)n_rows / ns);
+        "matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+        ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
+        1536.0 * n_cols * (double)n_rows / ns);
     fflush(stdout);
     free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
         free(b.out);
@@ -123,5 +124,9 @@ void check_bench(void) {
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 16);
         bench_matmul(isa, KI_WEIGHT_F16, "f16", 1);
+        bench_matmul(isa, KI_WEIGHT_Q4_K, "q4_k", 1);
+        bench_matmul(isa, KI_WEIGHT_Q4_K, "q4_k", 16);
+        bench_matmul(isa, KI_WEIGHT_Q6_K, "q6_k", 1);
+        bench_matmul(isa, KI_WEIGHT_Q6_K, "q6_k", 16);
     }
 }
