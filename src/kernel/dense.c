@@ -35,13 +35,24 @@ static uint32_t mask_of(unsigned bits) { return (0xffu >> (8 - bits)) * 0x010101
 
 /* `bits` bits of 32 codes, from bit `from` on, as a row's part of a plane; four columns are one
  * word, as in the vectors of the kernels. */
-static void pack_plane(uint8_t *plane, const uint8_t *codes, unsigned lane, unsigned bits,
-                       unsigned from) {
+static inline void pack_bits(uint8_t *plane, const uint8_t *codes, unsigned lane, unsigned bits,
+                             unsigned from) {
     for (unsigned g = 0; g < bits; g++) {
         uint32_t word = 0;
         for (unsigned t = 0; t < 8 / bits; t++)
             word |= (load_u32(codes + 4 * (g + bits * t)) >> from & mask_of(bits)) << bits * t;
         memcpy(plane + (g * KI_TILE_ROWS + lane) * 4, &word, 4);
+    }
+}
+
+/* Loading a model is mostly this: `bits` is a constant within each call. */
+static void pack_plane(uint8_t *plane, const uint8_t *codes, unsigned lane, unsigned bits,
+                       unsigned from) {
+    switch (bits) {
+    case 1: pack_bits(plane, codes, lane, 1, from); return;
+    case 2: pack_bits(plane, codes, lane, 2, from); return;
+    case 4: pack_bits(plane, codes, lane, 4, from); return;
+    default: pack_bits(plane, codes, lane, 8, from); return;
     }
 }
 
