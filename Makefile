@@ -71,6 +71,9 @@ $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
 $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ -lcmocka $(LIBS) -pthread
+# Not a test itself: the rows of a GGUF file as the kernels see them, for tests/py_gguf_rows.py.
+$(BUILD)/gguf_rows: $(BUILD)/tests/gguf_rows.o $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
@@ -117,5 +120,5 @@ help:
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
 
-tests: $(TEST_BIN)
--include $(LIB_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
+tests: $(TEST_BIN) $(BUILD)/gguf_rows
+-include $(LIB_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gguf_rows.d

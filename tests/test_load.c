@@ -8,8 +8,10 @@
 /* ---- good files ---- */
 
 static void test_dtypes(void **state) {
-    static const uint32_t bytes[] = {4, 2, 2, 18, 20, 34}, elements[] = {1, 1, 1, 32, 32, 32};
-    static const char *const names[] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"};
+    static const uint32_t bytes[] = {4, 2, 2, 18, 20, 22, 24, 34, 84, 110, 144, 176, 210};
+    static const uint32_t elements[] = {1, 1, 1, 32, 32, 32, 32, 32, 256, 256, 256, 256, 256};
+    static const char *const names[] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+                                        "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
     (void)state;
     for (int i = 0; i < KI_DTYPE_COUNT; i++) {
         assert_int_equal(ki_dtype_block_bytes((ki_dtype)i), bytes[i]);

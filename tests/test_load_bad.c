@@ -260,17 +260,24 @@ static void test_shapes(void **state) {
 }
 
 static void test_types(void **state) {
-    static const uint32_t refused[] = {4, 5, 6, 7, 9, 10, 14, 24, 28, 29, 31, 39, 40, 255, 1u << 31,
-                                       UINT32_MAX};
-    static const uint32_t taken[] = {0, 1, 2, 3, 8, 30};
-    static const size_t bytes[] = {128, 64, 18, 20, 34, 64};
+    static const uint32_t refused[] = {4,  5,  9,  15, 16, 24,  28,       29,
+                                       31, 34, 39, 40, 41, 255, 1u << 31, UINT32_MAX};
+    static const uint32_t taken[] = {0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30};
+    static const size_t bytes[] = {1024, 512, 144, 160, 176, 192, 272, 84, 110, 144, 176, 210, 512};
     (void)state;
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         bad_gguf(one_tensor(1, NE(32), refused[i], 0, 128), KIVI_UNSUPPORTED, "not supported (F32");
-    bad_gguf(one_tensor(1, NE(256), 14, 0, 210), KIVI_UNSUPPORTED,
-             "type Q6_K (14) not supported (F32 F16 BF16 Q4_0 Q4_1 Q8_0)");
+    bad_gguf(one_tensor(1, NE(256), 16, 0, 66), KIVI_UNSUPPORTED,
+             "type IQ2_XXS (16) not supported (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K "
+             "Q4_K Q5_K Q6_K)");
+    for (size_t i = 7; i < 12; i++) { /* K-quants: whole blocks of 256, even where 32 would do */
+        bad_gguf(one_tensor(1, NE(32), taken[i], 0, bytes[i]), KIVI_FORMAT, "a multiple of 256");
+        bad_gguf(one_tensor(1, NE(257), taken[i], 0, bytes[i]), KIVI_FORMAT,
+                 "the.tensor: rows of 257 elements");
+        bad_gguf(one_tensor(1, NE(256), taken[i], 0, bytes[i] - 1), KIVI_FORMAT, "the.tensor");
+    }
     for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) {
-        out o = one_tensor(1, NE(32), taken[i], 0, bytes[i]);
+        out o = one_tensor(1, NE(256), taken[i], 0, bytes[i]);
         ki_file *file = open_good_bytes(&o, NULL);
         assert_int_equal(ki_file_tensor_at(file, 0)->n_bytes, bytes[i]);
         close_good(file);
