@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from blackbox import GOLDEN, KIVI, bad, case, finish, good, logits, scratch, skip, write
+from blackbox import GOLDEN, KIVI, ROOT, bad, case, finish, good, logits, scratch, skip, write
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden'))
 from make_gguf_rows import BLOCKS, random_blocks  # noqa: E402
@@ -213,9 +213,27 @@ def refused():
             bad(3, 'info', path, says='blk.0.attn_q.weight')
 
 
+def terms():
+    """A model under terms of use is fetched only when they are accepted in so many words."""
+    fetch, flag = os.path.join(ROOT, 'tools', 'fetch_model.sh'), '--accept-gemma-terms'
+    env = {**os.environ, 'KIVI_CACHE_DIR': scratch('cache')}
+    with case('fetch/terms'):
+        for args in (['gemma3-270m'], ['gemma3-270m', '--accept'], ['gemma3-270m', flag, 'x'], ['smollm2', flag]):
+            done = subprocess.run([fetch, *args], capture_output=True, text=True, env=env, timeout=60)
+            assert done.returncode == 2 and not done.stdout and done.stderr.count('\n') == 1, (args, done)
+            assert args[0] == 'smollm2' or flag in done.stderr, (args, done.stderr)
+            assert len(args) > 1 or 'Gemma Terms of Use' in done.stderr, done.stderr
+            assert not os.path.exists(scratch('cache')), f'{args}: something was made in the cache folder'
+    with case('fetch/never-by-itself'):
+        for script in ('run.sh', 'test.sh', 'deps.sh'):
+            with open(os.path.join(ROOT, 'tools', script)) as f:
+                assert 'gemma' not in f.read(), script
+
+
 print(f'seed {SEED}')
 golden()
 package()
 model()
 refused()
+terms()
 finish()
