@@ -11,8 +11,8 @@ differ by at most 0.10 in the mean and 0.45 at the 99th percentile: what tests/p
 
 llama.cpp rounds the activations of quantized rows to 8 bits, which alone makes about a tenth. So the reference is
 llama.cpp on the same numbers as float32, a file that llama.cpp writes itself (4 bytes a parameter, in the folder for
-temporary files); its distance from the model as it is, and kivi's from that, stand beside. With --as-is there is no such
-file, and the reference is llama.cpp on the model as it is.
+temporary files); its distance from the model as it is, and kivi's from that, stand beside. With --as-is there is no
+such file, and the reference is llama.cpp on the model as it is.
 
 llama-cpp-python is found or built as tools/compare_llama.py does. KIVI_BIN is the kivi to use (build/kivi).
 """
