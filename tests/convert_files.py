@@ -90,7 +90,9 @@ def template(token, i):
 
 def bytes_tokenizer(pre):
     merges = [['h', 'e'], ['l', 'l'], ['he', 'll'], ['hell', 'o'], ['Ġ', 't'], ['Ġt', 'he'], ['i', 'n'], ['1', '2'],
-              ['12', '3'], ['Ġ', 'Ġ'], ['ĠĠ', 'ĠĠ'], ['e', 'r'], ["'", 's'], ['Ċ', 'Ċ'], ['!', '!'], ['Ã', '¼']]
+              ['12', '3'], ['Ġ', 'Ġ'], ['ĠĠ', 'ĠĠ'], ['e', 'r'], ["'", 's'], ['Ċ', 'Ċ'], ['!', '!']]
+    if pre != 'falcon':  # which takes the second, one of its bytes, for a digit
+        merges.append(['Ã', '¼'])
     special = ['<pad>', '<s>', '</s>', '<|im_start|>', '<|im_end|>']
     vocab = {t: i for i, t in enumerate(special)}
     for t in [*alphabet().values(), *(a + b for a, b in merges)]:

@@ -62,8 +62,10 @@ def same_ids(name, seed=3):
     folder = files.make_folder(family, f'words-{name}', tokenizer=files.TOKENIZERS[name]())
     out, result = convert(folder, f'words-{name}.gguf')
     strings = [unicodedata.normalize('NFC', t) for t in files.texts(40 if UNDER else 400, seed)]
-    if 'behind control tokens' in result.errors:  # said, and so: only texts without them are alike
-        strings = [t for t in strings if '<s>' not in t and '</s>' not in t]
+    if 'Metaspace' in result.errors:  # said, and so: only the other texts are alike
+        strings = [t for t in strings if t[:1] != ' ' and '<s>' not in t and '</s>' not in t]
+    if name == 'gemma3':  # U+2581 itself is two things in tokenizer.json: a space, and an added token's spelling
+        strings = [t for t in strings if '\u2581' not in t]
     for options in ((), ('--special',), ('--no-bos',)):
         ours, theirs = ids(out, strings, *options), ids(folder, strings, *options)
         wrong = [(t, a, b) for t, a, b in zip(strings, ours, theirs) if a != b]
@@ -197,8 +199,8 @@ def refusals():
     scored = files.TOKENIZERS['llama']()
     scored['model']['byte_fallback'] = False
     refuse('no bytes', 3, 'byte_fallback', files.make_folder('llama', 'odd', tokenizer=scored))
-    scored = files.TOKENIZERS['llama']()  # a merge less: scores would still make the token of its other parts
-    scored['model']['merges'] = [m for m in scored['model']['merges'] if m != ['he', 'llo']]
+    scored = files.TOKENIZERS['llama']()  # a token that no merge makes: scores would
+    scored['model']['merges'] = [m for m in scored['model']['merges'] if m != ['i', 'n']]
     refuse('merges that no scores are', 3, 'would be other tokens', files.make_folder('llama', 'odd', tokenizer=scored))
     weights = files.rounded('llama')
     big = np.zeros(192 * 128, np.float32)

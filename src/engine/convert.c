@@ -111,9 +111,9 @@ static kivi_status read_words(conversion *c) {
                                 v->bos_id, v->eos_id, ki_export_config(c->model)->n_vocab, c->err));
     if (c->words.drops_nfc)
         note(c, "tokenizer.json normalizes texts to NFC, GGUF has no key for it: give it such texts");
-    if (c->words.spaces_behind)
-        note(c, "tokenizer.json puts a space in front of a text only, GGUF behind control tokens "
-                "too");
+    if (c->words.adds_more_spaces)
+        note(c, "GGUF puts a space in front of a text that begins with one, too, and behind control "
+                "tokens; tokenizer.json (Metaspace) does not");
     return KIVI_OK;
 }
 

@@ -26,7 +26,7 @@ static float reciprocal(float d) {
 }
 
 static float largest(const float *x, size_t n) {
-    float most = 0, at = 0;
+    float most = fabsf(x[0]), at = x[0];
     for (size_t i = 0; i < n; i++)
         if (fabsf(x[i]) > most) most = fabsf(x[i]), at = x[i];
     return at;

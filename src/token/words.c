@@ -145,7 +145,7 @@ static kivi_status name_scored(ki_vocab_export *out, const json_t *root, const s
         bool adds = ki_json_flag(meta, "add_prefix_space", true); /* of before the scheme */
         if (!scheme) scheme = adds ? "always" : "never";
         out->spec.space_prefix = strcmp(scheme, "never") != 0;
-        out->spaces_behind = !strcmp(scheme, "first");
+        out->adds_more_spaces = out->spec.space_prefix;
         return KIVI_OK;
     }
     out->spec.space_prefix = !strcmp(norm->text, with_front);
@@ -362,6 +362,7 @@ static kivi_status try_text(trial *t, ki_span text, kivi_error *err) {
     const ki_vocab *both[2] = {t->theirs, t->made};
     size_t n[2] = {0};
     bool counts = text.n_bytes > 0 && text.n_bytes <= t->room / 2 && is_valid(text);
+    if (t->out->adds_more_spaces && counts && *text.bytes == ' ') counts = false; /* as was said */
     if (counts) KI_TRY(is_normal(&counts, t, text, err));
     if (!counts) return KIVI_OK;
     for (int i = 0; i < 2; i++)
@@ -380,8 +381,12 @@ static kivi_status try_text(trial *t, ki_span text, kivi_error *err) {
 static kivi_status try_all(trial *t, kivi_error *err) {
     for (size_t i = 0; i < sizeof probes / sizeof *probes; i++)
         KI_TRY(try_text(t, (ki_span){probes[i], strlen(probes[i])}, err));
-    for (size_t i = 0; i < t->theirs->n_tokens; i++)
-        KI_TRY(try_text(t, ki_pipeline_text(t->theirs, i), err));
+    for (size_t i = 0; i < t->theirs->n_tokens; i++) {
+        ki_span text = ki_pipeline_text(t->theirs, i);
+        KI_TRY(try_text(t, text, err));
+        if (text.n_bytes < 2 || *text.bytes != ' ') continue; /* the space may come by itself */
+        KI_TRY(try_text(t, (ki_span){text.bytes + 1, text.n_bytes - 1}, err));
+    }
     return KIVI_OK;
 }
 

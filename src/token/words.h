@@ -11,7 +11,8 @@ typedef struct ki_vocab_export {
     ki_vocab_spec spec; /* model and pre are static, the rest is lent for the export's life; ids of
                          * BOS and EOS and what is added are those of the vocabulary's own ends */
     bool drops_nfc;     /* texts are not brought to NFC any more */
-    bool spaces_behind; /* a space is put behind control tokens, too, not at the beginning only */
+    bool adds_more_spaces; /* a space is put in front of a text that begins with one, and behind
+                            * control tokens, where the tokenizer.json has none */
     struct ki_vocab_made *made;
 } ki_vocab_export;
 
