@@ -118,7 +118,10 @@ def scored_tokenizer(kind):
              'fuse_unk': True, 'unk_token': '<unk>'}
     spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
     out = {'version': '1.0', 'added_tokens': added(dict(enumerate(['<unk>', '<s>', '</s>']))), 'model': model,
-           'post_processor': template('<s>', 1)}
+           'post_processor': template('<s>', 1),
+           'decoder': {'type': 'Sequence', 'decoders': [
+               {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'},
+               {'type': 'Fuse'}]}}
     if kind == 'first':
         out['pre_tokenizer'] = {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}
         return out

@@ -358,11 +358,15 @@ static kivi_status is_normal(bool *out, trial *t, ki_span text, kivi_error *err)
     return KIVI_OK;
 }
 
+static bool begins_with_space(ki_span text) {
+    return *text.bytes == ' ' || (text.n_bytes >= 3 && !memcmp(text.bytes, "\xe2\x96\x81", 3));
+}
+
 static kivi_status try_text(trial *t, ki_span text, kivi_error *err) {
     const ki_vocab *both[2] = {t->theirs, t->made};
     size_t n[2] = {0};
     bool counts = text.n_bytes > 0 && text.n_bytes <= t->room / 2 && is_valid(text);
-    if (t->out->adds_more_spaces && counts && *text.bytes == ' ') counts = false; /* as was said */
+    if (t->out->adds_more_spaces && counts && begins_with_space(text)) counts = false; /* known */
     if (counts) KI_TRY(is_normal(&counts, t, text, err));
     if (!counts) return KIVI_OK;
     for (int i = 0; i < 2; i++)
