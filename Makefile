@@ -93,7 +93,8 @@ COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_comple
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
-	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h include/kivi_convert.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi_convert.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0

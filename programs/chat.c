@@ -186,12 +186,13 @@ static int say(chat *c, const char *text, size_t n_bytes) {
 
 /* ---- commands ---- */
 
-static const char help_text[] = "/save FILE   keep the conversation, with its cache\n"
-                                "/load FILE   go on with a saved one\n"
-                                "/reset       begin anew\n"
-                                "/stats       tokens, speed and memory\n"
-                                "/help        this\n"
-                                "/quit        end; so does Ctrl-D. Ctrl-C ends an answer or a prompt\n";
+static const char help_text[] =
+    "/save FILE   keep the conversation, with its cache\n"
+    "/load FILE   go on with a saved one\n"
+    "/reset       begin anew\n"
+    "/stats       tokens, speed and memory\n"
+    "/help        this\n"
+    "/quit        end; so does Ctrl-D. Ctrl-C ends an answer, or stops a turn\n";
 
 static int reset(chat *c) {
     kivi_session *fresh = NULL;

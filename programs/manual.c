@@ -69,10 +69,10 @@ static const char chat_part[] =
     ".BR /help \", \" /quit\nlist these, and end. Ctrl\\-C ends an answer, Ctrl\\-D the program.\n";
 
 static const char convert_part[] =
-    "Reads\n.IR FOLDER ,\nwhich has config.json, safetensors and tokenizer.json, and writes one GGUF "
-    "file that llama.cpp reads too. Vectors stay float32; with q4_0 the matrix that makes the logits "
-    "is q8_0. The file has its name when it is whole; a failure leaves nothing. What GGUF has no "
-    "name for, such as a pre\\-tokenizer, is refused.\n";
+    "Reads\n.IR FOLDER ,\nwhich has config.json, safetensors and tokenizer.json, and writes one "
+    "GGUF file that llama.cpp reads too. Vectors stay float32; with q4_0 the matrix that makes the "
+    "logits is q8_0. The file has its name when it is whole; a failure leaves nothing. What GGUF "
+    "has no name for, such as a pre\\-tokenizer, is refused.\n";
 
 static void put_page(FILE *out, const command_line *c) {
     option_info o;

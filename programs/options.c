@@ -367,7 +367,8 @@ static bool is_there(const bool *on_line, const char *name) {
 static void forget(options *o, const bool *on_line, const char *name) {
     for (size_t i = 0; i < N_OPTIONS; i++) {
         char *at = (char *)o + table[i].offset;
-        if (on_line[i] || strcmp(table[i].name, name) || !(table[i].commands & o->command)) continue;
+        bool is_meant = !strcmp(table[i].name, name) && (table[i].commands & o->command);
+        if (on_line[i] || !is_meant) continue;
         if (table[i].kind == UINT) memset(at, 0, sizeof(uint32_t));
         if (table[i].kind == TEXT) memset(at, 0, sizeof o->kv);
         if (table[i].given) *((bool *)o + table[i].given) = false;

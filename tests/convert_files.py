@@ -211,8 +211,8 @@ def dequantize(kind, data):
 
 def texts(n, seed):
     rng = random.Random(seed)
-    words = ("hello the in other 12 123 1234567 's 'S don't !! ... <tool> <s> </s> <|im_end|> <start_of_turn> naïve über "
-             "你好 Привет 🤗 camelCase foo_bar ▁ ▁▁ a/b // x=1; \u0301").split(' ')
+    words = ("hello the in other 12 123 1234567 's 'S don't !! ... <tool> <s> </s> <|im_end|> <start_of_turn> "
+             "naïve über 你好 Привет 🤗 camelCase foo_bar ▁ ▁▁ a/b // x=1; \u0301").split(' ')
     spaces = [' ', ' ', '  ', '    ', '\n', '\n\n', '\t', '\r\n', '', '\u00a0', '\u3000']
     return ['', ' ', 'a', ' a', 'a '] + [''.join(rng.choice(words) + rng.choice(spaces)
                                                  for _ in range(rng.randrange(1, 12))) for _ in range(n)]

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""py_convert.py: `kivi convert`: the converted file gives the logits and the token ids of the folder, its bytes are those
-of ggml's reference quantizers, and a conversion that fails leaves nothing behind.
+"""py_convert.py: `kivi convert`: the converted file gives the logits and the token ids of the folder, its bytes are
+those of ggml's reference quantizers, and a conversion that fails leaves nothing behind.
 
-Logits are compared with a folder whose matrices were rounded to float16 first, as the file's are: then every number that
-enters a product is the same, and so must be every byte of the logits. Two families have a number that is rounded once
-more on its way through GGUF, a float32: Llama 3's divisors (where no float32 gives the stretched frequency back) and
-YaRN's attention factor. A frequency off by one part in 2^24 turns position p by p 2^-24 radians more; with fewer than
-512 positions that is under 2^-15, and the logits, of magnitude 2^5 at most, stay within 2^-8 with room for three layers.
+Logits are compared with a folder whose matrices were rounded to float16 first, as the file's are: then every number
+that enters a product is the same, and so must be every byte of the logits. Two families have a number that is rounded
+once more on its way through GGUF, a float32: Llama 3's divisors (where no float32 gives the stretched frequency back)
+and YaRN's attention factor. A frequency off by one part in 2^24 turns position p by p 2^-24 radians more; with fewer
+than 512 positions that is under 2^-15, and the logits, of magnitude 2^5 at most, stay within 2^-8 with room for three
+layers.
 """
 import json
 import os

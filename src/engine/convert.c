@@ -84,7 +84,8 @@ static void describe_words(conversion *c) {
     bool is_scored = s->scores != NULL;
     ki_gguf_str(out, "tokenizer.ggml.model", (ki_str){s->model, strlen(s->model)});
     ki_gguf_str(out, "tokenizer.ggml.pre", (ki_str){s->pre, strlen(s->pre)});
-    ki_gguf_strs(out, "tokenizer.ggml.tokens", (const ki_str *)(const void *)s->tokens, s->n_tokens);
+    ki_gguf_strs(out, "tokenizer.ggml.tokens", (const ki_str *)(const void *)s->tokens,
+                 s->n_tokens);
     ki_gguf_i32s(out, "tokenizer.ggml.token_type", s->types, s->n_tokens);
     if (is_scored) ki_gguf_f32s(out, "tokenizer.ggml.scores", s->scores, s->n_tokens);
     else
@@ -110,10 +111,12 @@ static kivi_status read_words(conversion *c) {
     KI_TRY(ki_vocab_export_init(&c->words, &c->mem, v->tables, t->tokenizer, t->n_tokenizer,
                                 v->bos_id, v->eos_id, ki_export_config(c->model)->n_vocab, c->err));
     if (c->words.drops_nfc)
-        note(c, "tokenizer.json normalizes texts to NFC, GGUF has no key for it: give it such texts");
+        note(c,
+             "tokenizer.json normalizes texts to NFC, GGUF has no key for it: give it such texts");
     if (c->words.adds_more_spaces)
-        note(c, "GGUF puts a space in front of a text that begins with one, too, and behind control "
-                "tokens; tokenizer.json (Metaspace) does not");
+        note(c,
+             "GGUF puts a space in front of a text that begins with one, too, and behind control "
+             "tokens; tokenizer.json (Metaspace) does not");
     return KIVI_OK;
 }
 

@@ -309,9 +309,8 @@ static kivi_status load_folder(kivi_vocab *v, const char *folder, const ki_file 
 static kivi_status load_json(kivi_vocab *v, const char *path, kivi_error *err) {
     folder_source s = {0};
     bool found;
-    kivi_status status =
-        ki_text_read(&s.texts.tokenizer, &s.texts.n_tokenizer, &found, v->mem, NULL, path,
-                     MAX_JSON_BYTES, err);
+    kivi_status status = ki_text_read(&s.texts.tokenizer, &s.texts.n_tokenizer, &found, v->mem,
+                                      NULL, path, MAX_JSON_BYTES, err);
     if (status == KIVI_OK && !found) status = KI_FAIL(err, IO, "%s: not there", path);
     if (status == KIVI_OK) status = make_from_json(v, &s, NULL, err);
     free_source(&s, v->mem);

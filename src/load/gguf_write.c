@@ -11,8 +11,8 @@
 
 enum {
     VERSION = 3,
-    ALIGNMENT = 32,                                  /* GGUF's own, which needs no key */
-    FIXED_BYTES = 4 + 4 + 8 + 8,                     /* magic, version, two counts */
+    ALIGNMENT = 32,              /* GGUF's own, which needs no key */
+    FIXED_BYTES = 4 + 4 + 8 + 8, /* magic, version, two counts */
     MAX_INFO_BYTES = 64 * 1024 * 1024,
     MAX_KV_BYTES = KI_MAX_HEAD_BYTES - MAX_INFO_BYTES - 4096 /* what gguf.c reads */
 };
@@ -113,9 +113,9 @@ void ki_gguf_tensor(ki_gguf_out *out, const char *name, ki_dtype dtype, uint32_t
     if (out->status != KIVI_OK) return;
     if (!ki_mul(&n_bytes, n_elements / ki_dtype_block_elements(dtype),
                 ki_dtype_block_bytes(dtype)) ||
-        !ki_round_up(&padded, n_bytes, ALIGNMENT) ||
-        !ki_add(&padded, padded, out->data_bytes)) {
-        out->status = KI_FAIL(out->err, FORMAT, "tensor %s: the file would exceed 2^64 bytes", name);
+        !ki_round_up(&padded, n_bytes, ALIGNMENT) || !ki_add(&padded, padded, out->data_bytes)) {
+        out->status =
+            KI_FAIL(out->err, FORMAT, "tensor %s: the file would exceed 2^64 bytes", name);
         return;
     }
     put_str(out, &out->infos, ki_str_of(name));

@@ -15,7 +15,7 @@ enum { CHUNK_BYTES = 1 << 20 }; /* rows in work at once; a row may be longer */
 typedef enum row_order { ROWS_AS_THEY_ARE, ROWS_PAIRED, ROWS_FUSED } row_order;
 
 typedef struct item {
-    char name[128]; /* in GGUF */
+    char name[128];          /* in GGUF */
     const ki_tensor *tensor; /* NULL: the divisors of the frequencies */
     ki_dtype type;
     uint64_t n_rows, n_cols; /* n_rows 0: a vector */
@@ -61,8 +61,7 @@ static kivi_status check_windows(const ki_export *e) {
     for (uint32_t i = 0; i < c->n_layers && c->window; i++)
         any = any || c->local[i], all = all && c->local[i];
     if (!any) return KIVI_OK;
-    if (is_gemma(e) && !window_period(c))
-        return refuse(e, "the order of local and global layers");
+    if (is_gemma(e) && !window_period(c)) return refuse(e, "the order of local and global layers");
     if (!is_gemma(e) && !is_llama(e)) return refuse(e, "a sliding window");
     return is_gemma(e) || all ? KIVI_OK : refuse(e, "a window in some layers");
 }
@@ -191,7 +190,8 @@ static kivi_status add_layer(ki_export *e, uint32_t i) {
 }
 
 /* The loader divides the plain frequency by the divisor. Of the float32 numbers around the quotient
- * that one is taken whose division gives the stretched frequency back to the bit, if there is one. */
+ * that one is taken whose division gives the stretched frequency back to the bit, if there is one.
+ */
 static float divisor_of(float plain, float stretched) {
     float first = plain / stretched, d = first;
     for (int i = 0; i < 2; i++) d = nextafterf(d, 0);
@@ -242,8 +242,7 @@ static kivi_status fill(ki_export *e) {
     KI_TRY(ki_alloc(&p, e->mem, KI_TAG_other, ki_file_n_tensors(e->file), e->err));
     e->used = p;
     KI_TRY(add_matrix(e, KI_PART_EMBEDDING, 0, c->n_vocab, c->n_embd, plain));
-    if (!c->tied_output)
-        KI_TRY(add_matrix(e, KI_PART_OUTPUT, 0, c->n_vocab, c->n_embd, plain));
+    if (!c->tied_output) KI_TRY(add_matrix(e, KI_PART_OUTPUT, 0, c->n_vocab, c->n_embd, plain));
     KI_TRY(add_norm(e, KI_PART_OUTPUT_NORM, 0));
     KI_TRY(add_divisors(e));
     for (uint32_t i = 0; i < c->n_layers; i++) KI_TRY(add_layer(e, i));
@@ -294,7 +293,9 @@ static void put_text(ki_gguf_out *gguf, const char *name, const char *text) {
     ki_gguf_str(gguf, name, (ki_str){text, strlen(text)});
 }
 
-static void put_uint(keys *k, const char *leaf, uint32_t v) { ki_gguf_u32(k->gguf, key(k, leaf), v); }
+static void put_uint(keys *k, const char *leaf, uint32_t v) {
+    ki_gguf_u32(k->gguf, key(k, leaf), v);
+}
 static void put_real(keys *k, const char *leaf, double v) {
     ki_gguf_f32(k->gguf, key(k, leaf), (float)v);
 }
@@ -434,8 +435,7 @@ static kivi_status alloc_rows(work *w, const item *t, size_t n_at_once, size_t r
 
 static kivi_status write_tensor(work *w, const item *t) {
     size_t n_rows = t->n_rows ? t->n_rows : 1, row_bytes = t->tensor->n_bytes / n_rows;
-    size_t out_bytes =
-        t->n_cols / ki_dtype_block_elements(t->type) * ki_dtype_block_bytes(t->type);
+    size_t out_bytes = t->n_cols / ki_dtype_block_elements(t->type) * ki_dtype_block_bytes(t->type);
     size_t n_at_once = KI_MAX(CHUNK_BYTES / row_bytes, (size_t)1);
     kivi_status status = alloc_rows(w, t, KI_MIN(n_at_once, n_rows), row_bytes, out_bytes);
     for (size_t first = 0; first < n_rows && status == KIVI_OK; first += n_at_once) {
@@ -443,8 +443,8 @@ static kivi_status write_tensor(work *w, const item *t) {
             status = KI_FAIL(w->gguf->err, CANCELLED, "%s: interrupted, nothing was written",
                              w->gguf->path);
         else
-            status = write_rows(w, t, first, KI_MIN(n_at_once, n_rows - first), row_bytes,
-                                out_bytes);
+            status =
+                write_rows(w, t, first, KI_MIN(n_at_once, n_rows - first), row_bytes, out_bytes);
     }
     ki_free(w->e->mem, w->in);
     ki_free(w->e->mem, w->out);

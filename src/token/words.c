@@ -109,8 +109,8 @@ static const struct {
 };
 
 static kivi_status no_name(const char *room, const sign *s, kivi_error *err) {
-    return KI_FAIL(err, UNSUPPORTED, "tokenizer.json: the %s \"%.120s\"%s has no name in GGUF", room,
-                   s->text, s->n > 120 ? "..." : "");
+    return KI_FAIL(err, UNSUPPORTED, "tokenizer.json: the %s \"%.120s\"%s has no name in GGUF",
+                   room, s->text, s->n > 120 ? "..." : "");
 }
 
 static kivi_status name_bytes(ki_vocab_export *out, const sign *norm, const sign *cut,
@@ -138,8 +138,9 @@ static kivi_status name_scored(ki_vocab_export *out, const json_t *root, const s
     out->spec.model = "llama";
     out->spec.pre = "default";
     if (!ki_json_flag(model, "byte_fallback", false))
-        return KI_FAIL(err, UNSUPPORTED,
-                       "tokenizer.json: the model without bytes (byte_fallback) has no name in GGUF");
+        return KI_FAIL(
+            err, UNSUPPORTED,
+            "tokenizer.json: the model without bytes (byte_fallback) has no name in GGUF");
     if (!norm->n && type && !strcmp(type, "Metaspace")) {
         const char *mark = json_string_value(json_object_get(meta, "replacement"));
         if (mark && strcmp(mark, "\xe2\x96\x81")) return no_name("pre-tokenizer", cut, err);
@@ -276,7 +277,8 @@ static kivi_status fill_merges(ki_vocab_export *out, ki_vocab_made *m, kivi_erro
 static int32_t find_both(ki_vocab_made *m, const ki_span part[2], kivi_error *err) {
     m->merge_text.n_bytes = 0;
     for (int i = 0; i < 2; i++)
-        if (ki_buf_append(&m->merge_text, part[i].bytes, part[i].n_bytes, err) != KIVI_OK) return -1;
+        if (ki_buf_append(&m->merge_text, part[i].bytes, part[i].n_bytes, err) != KIVI_OK)
+            return -1;
     return ki_vocab_find(m->vocab,
                          (ki_span){(const char *)m->merge_text.data, m->merge_text.n_bytes});
 }
@@ -329,13 +331,19 @@ static kivi_status check_added(const ki_vocab_made *m, kivi_error *err) {
 static const char *const probes[] = {
     "Hello, world! I'm here; we'll see. DON'T THEY'RE 's 'Re",
     "1 12 123 1234 12345678 3.14 1,000,000 x1y22z333 0xFF 2\xc2\xb2 \xe2\x85\xa7",
-    " leading", "trailing ", "two  three   four    spaces", "tab\tand\nline\n\nlines\r\nends \n x",
+    " leading",
+    "trailing ",
+    "two  three   four    spaces",
+    "tab\tand\nline\n\nlines\r\nends \n x",
     "camelCase HTTPServer foo_bar a-b a--b ... !!! (x){y}[z] $1 <=> ^~`| #tag @me 50%",
-    "na\xc3\xafve \xc3\x9c" "bermut \xc4\xb0stanbul \xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82",
+    "na\xc3\xafve \xc3\x9c"
+    "bermut \xc4\xb0stanbul \xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82",
     "\xe4\xbd\xa0\xe5\xa5\xbd\xe4\xb8\x96\xe7\x95\x8c \xe3\x81\x93\xe3\x82\x93 \xed\x95\x9c",
     "\xe0\xa4\xa8\xe0\xa4\xae\xe0\xa4\xb8\xe0\xa5\x8d\xe0\xa4\xa4\xe0\xa5\x87 \xd8\xb3\xd9\x84",
-    "\xf0\x9f\xa4\x97 \xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7 \xe2\x82\xac\xc2\xa0x\xe3\x80\x80y",
-    "int main(void) { return x / 2 // half\n    && !y; }\n", "http://a.b/c?d=e&f #\n/\n//\r\n",
+    "\xf0\x9f\xa4\x97 \xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7 "
+    "\xe2\x82\xac\xc2\xa0x\xe3\x80\x80y",
+    "int main(void) { return x / 2 // half\n    && !y; }\n",
+    "http://a.b/c?d=e&f #\n/\n//\r\n",
 };
 
 static bool is_valid(ki_span text) {
@@ -347,7 +355,7 @@ static bool is_valid(ki_span text) {
 typedef struct trial {
     const ki_vocab *theirs, *made;
     const ki_vocab_export *out;
-    ki_encoder run; /* for normalizing */
+    ki_encoder run;     /* for normalizing */
     bool skips_spelled; /* texts with U+2581 itself, which were that added token */
     int32_t *ids[2];
     size_t room;
@@ -376,16 +384,17 @@ static kivi_status try_text(trial *t, ki_span text, kivi_error *err) {
     if (counts) KI_TRY(is_normal(&counts, t, text, err));
     if (!counts) return KIVI_OK;
     for (int i = 0; i < 2; i++)
-        KI_TRY(ki_vocab_encode(both[i], text.bytes, text.n_bytes, 0, t->ids[i], t->room, &n[i],
-                               err));
+        KI_TRY(
+            ki_vocab_encode(both[i], text.bytes, text.n_bytes, 0, t->ids[i], t->room, &n[i], err));
     if (n[0] == n[1] && !memcmp(t->ids[0], t->ids[1], n[0] * sizeof *t->ids[0])) return KIVI_OK;
     size_t at = 0;
     while (at < n[0] && at < n[1] && t->ids[0][at] == t->ids[1][at]) at++;
-    return KI_FAIL(err, UNSUPPORTED,
-                   "tokenizer.json: in GGUF (%s, %s) \"%.*s\" would be other tokens, from the %zuth "
-                   "on; it has no name there",
-                   t->out->spec.model, t->out->spec.pre, (int)KI_MIN(text.n_bytes, (size_t)60),
-                   text.bytes, at + 1);
+    return KI_FAIL(
+        err, UNSUPPORTED,
+        "tokenizer.json: in GGUF (%s, %s) \"%.*s\" would be other tokens, from the %zuth "
+        "on; it has no name there",
+        t->out->spec.model, t->out->spec.pre, (int)KI_MIN(text.n_bytes, (size_t)60), text.bytes,
+        at + 1);
 }
 
 static kivi_status try_all(trial *t, kivi_error *err) {
@@ -403,7 +412,10 @@ static kivi_status try_all(trial *t, kivi_error *err) {
 static kivi_status try_out(const ki_vocab_export *out, const ki_vocab_made *m, kivi_error *err) {
     enum { ROOM = 1 << 14 };
     ki_vocab *made = NULL;
-    trial t = {.theirs = m->vocab, .out = out, .run = {.vocab = m->vocab}, .room = ROOM,
+    trial t = {.theirs = m->vocab,
+               .out = out,
+               .run = {.vocab = m->vocab},
+               .room = ROOM,
                .skips_spelled = m->unadds_spaces};
     KI_TRY(ki_vocab_create(&made, m->mem, &out->spec, err));
     t.made = made;
