@@ -33,7 +33,7 @@ def n_generated(model, *more):
 
 def with_mark(i):
     """The tokenizer with <|im_end|> in the place of token i."""
-    tokenizer = files.TOKENIZERS['llama-gqa']()
+    tokenizer = files.TOKENIZERS['qwen2']()
     model = tokenizer['model']
     tokenizer['added_tokens'] = [t for t in tokenizer['added_tokens'] if t['content'] != '<|im_end|>' and t['id'] != i]
     gone = {t for t, k in model['vocab'].items() if k == i}
@@ -44,7 +44,7 @@ def with_mark(i):
 
 
 def ends():
-    folder = files.make_folder('llama-gqa', 'ends')
+    folder = files.make_folder('qwen2', 'ends')
     answer = chosen(folder)
     first = answer.index(answer[3])
     with case('ends/none'):
@@ -57,7 +57,7 @@ def ends():
             if leaf == 'config.json':
                 with open(os.path.join(folder, leaf)) as f:
                     there = json.load(f)
-            made = files.make_folder('llama-gqa', 'ends-too')
+            made = files.make_folder('qwen2', 'ends-too')
             files.put(made, leaf, {**there, 'eos_token_id': value})
             assert n_generated(made) == first, n_generated(made)
             assert n_generated(made, '--ignore-eos') == 6
@@ -67,7 +67,7 @@ def ends():
     with case('ends/the mark of a chat format'):  # even where it is an ordinary added token
         same, j = good('tokenize', folder, '-p', TEXT, '--ids').text, 0
         while True:  # a token of the answer that the prompt does not need
-            made = files.make_folder('llama-gqa', 'ends-too', tokenizer=with_mark(answer[j]))
+            made = files.make_folder('qwen2', 'ends-too', tokenizer=with_mark(answer[j]))
             if answer.index(answer[j]) == j and good('tokenize', made, '-p', TEXT, '--ids').text == same:
                 break
             j += 1

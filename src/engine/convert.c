@@ -1,10 +1,10 @@
 /* convert.c: kivi_convert.h implemented: a folder's weights (src/model/export.c) and vocabulary
  * (src/token/words.c) into one GGUF file (src/load/gguf_write.c). */
-#include "kivi_convert.h"
+#include "vocab.h"
 
 #include "device.h"
 #include "export.h"
-#include "vocab.h"
+#include "kivi_convert.h"
 #include "words.h"
 
 #include <stdio.h>
