@@ -117,6 +117,9 @@ static kivi_status read_words(conversion *c) {
         note(c,
              "GGUF puts a space in front of a text that begins with one, too, and behind control "
              "tokens; tokenizer.json (Metaspace) does not");
+    if (c->words.joins_spelled)
+        note(c, "tokenizer.json has added tokens of U+2581; in GGUF that character is a space like "
+                "any other");
     return KIVI_OK;
 }
 

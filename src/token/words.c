@@ -16,7 +16,6 @@ typedef struct ki_vocab_made {
     int32_t *types;
     float *scores;
     ki_buf merge_text, fill_text;
-    bool unadds_spaces; /* an added token of spelled spaces became a normal one */
 } ki_vocab_made;
 
 /* ---- a room of the pipeline as one line ---- */
@@ -304,7 +303,7 @@ static kivi_status fill_scores(ki_vocab_export *out, ki_vocab_made *m, kivi_erro
                          memmem(m->tokens[id].bytes, m->tokens[id].n_bytes, "\xe2\x96\x81", 3);
         if (m->types[id] != KI_TOKEN_USER || !has_space) continue;
         m->types[id] = KI_TOKEN_NORMAL;
-        m->unadds_spaces = true;
+        out->joins_spelled = true;
     }
     out->spec.scores = m->scores;
     return KIVI_OK;
@@ -416,7 +415,7 @@ static kivi_status try_out(const ki_vocab_export *out, const ki_vocab_made *m, k
                .out = out,
                .run = {.vocab = m->vocab},
                .room = ROOM,
-               .skips_spelled = m->unadds_spaces};
+               .skips_spelled = out->joins_spelled};
     KI_TRY(ki_vocab_create(&made, m->mem, &out->spec, err));
     t.made = made;
     kivi_status status = ki_pipeline_begin(&t.run, err);

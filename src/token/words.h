@@ -13,6 +13,7 @@ typedef struct ki_vocab_export {
     bool drops_nfc;     /* texts are not brought to NFC any more */
     bool adds_more_spaces; /* a space is put in front of a text that begins with one, and behind
                             * control tokens, where the tokenizer.json has none */
+    bool joins_spelled;    /* U+2581 in a text is a space; it was an added token's spelling, too */
     struct ki_vocab_made *made;
 } ki_vocab_export;
 
