@@ -44,12 +44,14 @@ TEST_BIN := $(TEST_SRC:tests/%.c=$(BUILD)/%)
 # Sixteen inlined lanes under a sanitizer at -O3 keep the compiler busy for minutes.
 KERNEL_OPT := $(if $(SAN),-O1,-O3)
 # Flags of an instruction set stand on single files only; everything else is baseline x86-64.
-$(BUILD)/src/kernel/isa_avx2.o: ISA := -mavx2 -mfma -mf16c $(KERNEL_OPT)
+AVX2 := -mavx2 -mfma -mf16c $(KERNEL_OPT)
+$(BUILD)/src/kernel/isa_avx2.o: ISA := $(AVX2)
 # GCC 12 aligns the fake stacks of detect_stack_use_after_return to less than the 64 bytes its code relies on.
 AVX512_SAN := $(if $(findstring address,$(SAN)),$(if $(findstring clang,$(CC)),,--param asan-use-after-return=0))
 AVX512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c $(KERNEL_OPT) -mprefer-vector-width=512 $(AVX512_SAN)
 $(BUILD)/src/kernel/isa_avx512.o: ISA := $(AVX512)
-$(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512) -mavx512vnni
+AVX512VNNI := $(AVX512) -mavx512vnni
+$(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512VNNI)
 $(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
 
 .PHONY: all run test lint install uninstall clean help bench fuzz deps FORCE
@@ -78,10 +80,11 @@ $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
 
-# A change of compiler or flags rebuilds everything.
+# A change of compiler or flags rebuilds everything; those of single files are among them.
+FLAGS_LINE = $(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS) | $(KERNEL_OPT) | $(AVX2) | $(AVX512) | $(AVX512VNNI)
 $(BUILD)/flags: FORCE
 	@mkdir -p $(@D)
-	@echo '$(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS)' > $@
+	@echo '$(FLAGS_LINE)' | cmp -s - $@ || echo '$(FLAGS_LINE)' > $@
 
 run: ; @tools/run.sh
 test: ; @tools/test.sh
@@ -94,6 +97,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
 	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi_convert.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -108,7 +112,7 @@ install: all
 	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
 	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1

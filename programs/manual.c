@@ -51,6 +51,7 @@ static void put_option(FILE *out, const option_info *o) {
     if (o->value) fprintf(out, " \\fI%s\\fR", o->value);
     fputc('\n', out);
     put_roff(out, o->help);
+    if (o->env) fprintf(out, "; in the environment %s", o->env);
     fputc('\n', out);
 }
 
@@ -67,13 +68,24 @@ static const char chat_part[] =
     "a saved one\n.TP\n.B /reset\nbegin anew\n.TP\n.B /stats\ntokens, speed and memory\n.TP\n"
     ".BR /help \", \" /quit\nlist these, and end. Ctrl\\-C ends an answer, Ctrl\\-D the program.\n";
 
+static const char convert_part[] =
+    "Reads\n.IR FOLDER ,\nwhich has config.json, safetensors and tokenizer.json, and writes one "
+    "GGUF file that llama.cpp reads too. Vectors stay float32; with q4_0 the matrix that makes the "
+    "logits is q8_0. The file has its name when it is whole; a failure leaves nothing. What GGUF "
+    "has no name for, such as a pre\\-tokenizer, is refused.\n";
+
 static void put_page(FILE *out, const command_line *c) {
     option_info o;
     fprintf(out, ".TH KIVI\\-%s 1 \"\" \"kivi " KIVI_VERSION "\"\n.SH NAME\nkivi\\-%s \\- ",
             c->name, c->name);
     put_roff(out, c->help);
-    fprintf(out, "\n.SH SYNOPSIS\n.B kivi %s\n.I MODEL\n[options]\n.SH DESCRIPTION\n", c->name);
-    fputs(".I MODEL\nis a GGUF file, a Hugging Face folder, or smollm2.\n.SH OPTIONS\n", out);
+    fprintf(out, "\n.SH SYNOPSIS\n.B kivi %s\n.I %s\n[options]\n.SH DESCRIPTION\n", c->name,
+            c->words);
+    fputs(c->command == CMD_CONVERT
+              ? convert_part
+              : ".I MODEL\nis a GGUF file, a Hugging Face folder, or smollm2.\n",
+          out);
+    fputs(".SH OPTIONS\n", out);
     for (size_t i = 0; options_get(&o, i); i++)
         if (o.commands & c->command) put_option(out, &o);
     if (c->command == CMD_CHAT) fputs(chat_part, out);

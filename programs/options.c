@@ -59,6 +59,9 @@ static const option table[] = {
     {"prompt-chunk", "", UINT, CMD_LOGITS, AT(prompt_chunk), 0, "N", "rows of a prompt step (512)",
      1, 65536},
     {"out", "-o", TEXT, CMD_LOGITS, AT(out), 0, "FILE", "write float32 [T][V] as .npy", 0, 0},
+    {"type", "", TEXT, CMD_CONVERT, AT(type), 0, "TYPE", "of matrices: f16, q8_0 or q4_0 (f16)", 0,
+     0},
+    {"force", "", FLAG, CMD_CONVERT, AT(force), 0, NULL, "replace a file that exists", 0, 0},
     {"n-prompt", "-p", LIST, CMD_BENCH, AT(bench_prompt), 0, "N,..", "prompt lengths to time (512)",
      0, 1e7},
     {"n-gen", "-n", LIST, CMD_BENCH, AT(bench_gen), 0, "N,..", "generated tokens to time (128)", 0,
@@ -115,8 +118,9 @@ static const struct {
     {"eval", CMD_EVAL, "perplexity, or divergence from a 16-bit cache: eval ppl|kld MODEL -f TEXT"},
     {"chat", CMD_CHAT, "talk with a model"},
     {"tokenize", CMD_TOKENIZE, "token ids of a text, with any vocabulary"},
+    {"convert", CMD_CONVERT, "a Hugging Face folder as a GGUF file"},
 };
-static const char *const later[] = {"serve", "study", "batch", "convert"};
+static const char *const later[] = {"serve", "study", "batch"};
 
 int usage_error(const char *format, ...) {
     va_list args;
@@ -146,6 +150,17 @@ int fail_with(const kivi_error *err) {
 
 /* ---- help ---- */
 
+/* What a command takes beside options. */
+static const char *words_of(unsigned command) {
+    return command == CMD_CONVERT ? "FOLDER OUT.gguf" : "MODEL";
+}
+
+/* The environment name of an option that is not the usual one: of two options with one name that
+ * mean different things one has another. NULL: KIVI_ and its name in capitals. */
+static const char *env_of(const option *o) {
+    return o->commands == CMD_LOGITS && !strcmp(o->name, "prompt") ? "KIVI_LOGITS_PROMPT" : NULL;
+}
+
 void options_help(FILE *out, unsigned command) {
     if (!command) {
         fputs("kivi: language models with a 2-bit key/value cache\n\nusage: kivi COMMAND MODEL "
@@ -160,8 +175,8 @@ void options_help(FILE *out, unsigned command) {
     }
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (commands[i].command == command)
-            fprintf(out, "usage: kivi %s MODEL [options]    %s\n\n", commands[i].name,
-                    commands[i].help);
+            fprintf(out, "usage: kivi %s %s [options]    %s\n\n", commands[i].name,
+                    words_of(command), commands[i].help);
     for (size_t i = 0; i < N_OPTIONS; i++) {
         const option *o = &table[i];
         char left[96];
@@ -179,13 +194,14 @@ void options_help(FILE *out, unsigned command) {
 bool options_get(option_info *out, size_t i) {
     if (i >= N_OPTIONS) return false;
     const option *o = &table[i];
-    *out = (option_info){o->name, o->shorts, o->value, o->help, o->commands};
+    *out = (option_info){o->name, o->shorts, o->value, o->help, env_of(o), o->commands};
     return true;
 }
 
 bool options_command(command_line *out, size_t i) {
     if (i >= sizeof commands / sizeof *commands) return false;
-    *out = (command_line){commands[i].name, commands[i].help, commands[i].command};
+    unsigned command = commands[i].command;
+    *out = (command_line){commands[i].name, commands[i].help, words_of(command), command};
     return true;
 }
 
@@ -278,6 +294,7 @@ static int from_environment(options *o) {
         for (const char *p = table[i].name; *p && n + 1 < sizeof name; p++)
             name[n++] = (char)(*p == '-' ? '_' : *p >= 'a' && *p <= 'z' ? *p - 32 : *p);
         name[n] = 0;
+        if (env_of(&table[i])) snprintf(name, sizeof name, "%s", env_of(&table[i]));
         const char *value = (table[i].commands & o->command) ? getenv(name) : NULL;
         if (!value || !*value) continue;
         int code = set_value(o, &table[i], value, name);
@@ -286,7 +303,26 @@ static int from_environment(options *o) {
     return EXIT_OK;
 }
 
-static int parse_words(options *o, int argc, char **argv, bool *done) {
+/* A word that is no option: MODEL, and what a command has beside it. */
+static int take_word(options *o, const char *word) {
+    if (o->command == CMD_EVAL && !o->what) {
+        o->what = word;
+        return EXIT_OK;
+    }
+    if (o->command == CMD_CONVERT && o->model && !o->target) {
+        o->target = word;
+        return EXIT_OK;
+    }
+    if (o->command == CMD_CONVERT && o->model)
+        return usage_error("'%s': a folder and a file are given already", word);
+    if (o->model && strcmp(word, o->model))
+        return usage_error("'%s': the model is '%s' already", word, o->model);
+    o->model = word;
+    return EXIT_OK;
+}
+
+/* on_line [N_OPTIONS]: the options that are there. */
+static int parse_words(options *o, bool *on_line, int argc, char **argv, bool *done) {
     for (int i = 0; i < argc; i++) {
         const char *word = argv[i];
         if (!strcmp(word, "--help") || !strcmp(word, "-h")) {
@@ -295,13 +331,8 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
             return EXIT_OK;
         }
         if (word[0] != '-' || !word[1]) {
-            if (o->command == CMD_EVAL && !o->what) {
-                o->what = word;
-                continue;
-            }
-            if (o->model && strcmp(word, o->model))
-                return usage_error("'%s': the model is '%s' already", word, o->model);
-            o->model = word;
+            int refused = take_word(o, word);
+            if (refused) return refused;
             continue;
         }
         if (!strcmp(word, "-m") || !strcmp(word, "--model")) {
@@ -321,8 +352,38 @@ static int parse_words(options *o, int argc, char **argv, bool *done) {
         if (!value) return usage_error("%s needs a value: %s", word, opt->help);
         int code = set_value(o, opt, value, word);
         if (code) return code;
+        on_line[opt - table] = true;
     }
     return EXIT_OK;
+}
+
+static bool is_there(const bool *on_line, const char *name) {
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (on_line[i] && !strcmp(table[i].name, name)) return true;
+    return false;
+}
+
+/* Takes back what the environment said. */
+static void forget(options *o, const bool *on_line, const char *name) {
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        char *at = (char *)o + table[i].offset;
+        bool is_meant = !strcmp(table[i].name, name) && (table[i].commands & o->command);
+        if (on_line[i] || !is_meant) continue;
+        if (table[i].kind == UINT) memset(at, 0, sizeof(uint32_t));
+        if (table[i].kind == TEXT) memset(at, 0, sizeof o->kv);
+        if (table[i].given) *((bool *)o + table[i].given) = false;
+    }
+}
+
+/* A cache kind on the command line is meant as a whole, not mixed with finer settings of the
+ * environment; and so is one side's type. */
+static void hide_environment(options *o, const bool *on_line) {
+    static const char *const of_a_kind[] = {"k-bits", "v-bits",   "cache-type-k", "cache-type-v",
+                                            "group",  "residual", "sinks"};
+    for (size_t i = 0; i < sizeof of_a_kind / sizeof *of_a_kind; i++)
+        if (is_there(on_line, "kv")) forget(o, on_line, of_a_kind[i]);
+    if (is_there(on_line, "cache-type-k")) forget(o, on_line, "k-bits");
+    if (is_there(on_line, "cache-type-v")) forget(o, on_line, "v-bits");
 }
 
 static int find_command(options *o, const char *name) {
@@ -337,6 +398,8 @@ static int find_command(options *o, const char *name) {
 }
 
 static int check(const options *o) {
+    if (o->command == CMD_CONVERT && (!o->model || !o->target))
+        return usage_error("convert needs a folder and the name of the file to make");
     if (!o->model)
         return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
     if (o->device && strcmp(o->device, "auto") && strcmp(o->device, "cpu")) {
@@ -363,6 +426,7 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
                    .bench_gen = {{128}, 1},
                    .bench_depth = {{0}, 1},
                    .bench_batch = {{1}, 1}};
+    bool on_line[N_OPTIONS] = {false};
     *done = false;
     if (argc == 0 || !strcmp(argv[0], "--help") || !strcmp(argv[0], "-h") ||
         !strcmp(argv[0], "help")) {
@@ -383,7 +447,8 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
     int code = find_command(o, argv[0]);
     if (!code) code = from_environment(o);
     const char *prompt = o->prompt, *file = o->file; /* of the environment */
-    if (!code) code = parse_words(o, argc - 1, argv + 1, done);
+    if (!code) code = parse_words(o, on_line, argc - 1, argv + 1, done);
+    hide_environment(o, on_line);
     /* Two ways to say one thing: the command line's hides the environment's other one. */
     if (o->prompt != prompt && o->file == file) o->file = NULL;
     else if (o->file != file && o->prompt == prompt) o->prompt = NULL;

@@ -20,7 +20,8 @@ enum command {
     CMD_EVAL = 16,
     CMD_CHAT = 32,
     CMD_ALL = 63,
-    CMD_TOKENIZE = 64
+    CMD_TOKENIZE = 64,
+    CMD_CONVERT = 128
 };
 
 typedef struct list {
@@ -31,6 +32,7 @@ typedef struct list {
 typedef struct options {
     enum command command;
     const char *model;
+    const char *target, *type; /* convert: the file to make, and its matrices' */
     const char *prompt, *file, *tokens, *out, *stats, *device, *format;
     const char *system, *chat_template, *load;
     const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
@@ -45,7 +47,7 @@ typedef struct options {
     uint32_t n_files, skip, chunks;
     bool skip_given;
     list bench_prompt, bench_gen, bench_depth, bench_batch;
-    bool json, ignore_eos, only_ids, special, no_bos, by_zeros;
+    bool force, json, ignore_eos, only_ids, special, no_bos, by_zeros;
 } options;
 
 /* argv after the program's name: command, model and options in any order. Returns EXIT_OK to go on,
@@ -58,10 +60,12 @@ void options_help(FILE *out, unsigned command);
 typedef struct option_info {
     const char *name, *shorts; /* without and with dashes */
     const char *value, *help;  /* value NULL: it takes none */
+    const char *env;           /* its environment name if that is not the usual one */
     unsigned commands;
 } option_info;
 typedef struct command_line {
     const char *name, *help;
+    const char *words; /* what it takes beside options */
     unsigned command;
 } command_line;
 bool options_get(option_info *out, size_t i);

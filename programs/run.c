@@ -2,6 +2,8 @@
  * error. */
 #include "commands.h"
 
+#include "kivi_text.h"
+
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -97,13 +99,14 @@ static int write_failed(void) {
 
 static int generate(generation *g) {
     const kivi_engine_info *info = kivi_engine_info_get(g->engine);
+    const kivi_vocab *vocab = kivi_engine_vocab(g->engine);
     kivi_utf8 utf8 = {0};
     double start = now_seconds();
     while (g->n_generated < g->o->n_predict && !interrupted) {
         int32_t id;
         char piece[256];
         if (kivi_sampler_next(&id, g->sampler, g->session, &g->err)) return fail_with(&g->err);
-        if (id == info->eos_id && !g->o->ignore_eos) break;
+        if (vocab && kivi_vocab_is_end(vocab, id) && !g->o->ignore_eos) break;
         size_t n = kivi_token_is_control(g->engine, id)
                        ? 0
                        : kivi_token_bytes(g->engine, id, piece, sizeof piece);

@@ -373,6 +373,62 @@ static void test_full_in_a_step(void **state) {
     close_engine(engine);
 }
 
+/* A prompt that gets no pages for its rest is given up: all goes on as if it had not been. */
+static void abandon(const char *model, kivi_rule rule, uint32_t begun, const char *what) {
+    kivi_engine_options o = tiny(model);
+    o.max_sessions = 2;
+    o.ctx_tokens = 384; /* six pages in all */
+    o.kv.rule = rule;
+    kivi_engine *engine = open_engine(&o);
+    const int32_t *ids = golden_tokens();
+    script s = {.tokens = ids, .turns = {{90, 11}, {60, 10}}};
+    trace straight = run_alone(engine, &s, 0), t = trace_new(engine, 171);
+    kivi_session *a = open_session(engine), *other = open_session(engine);
+    MUST(kivi_session_abandon_prompt(a, &err)); /* there is none */
+    go_on(a, &s, 101, 0, &t);
+    MUST(kivi_session_prompt(other, ids, 300, &err));
+    uint32_t n_free = free_pages(engine);
+    uint64_t held = kivi_engine_memory(engine).kv_residual;
+    MUST(kivi_session_begin_prompt(a, 280, &err));
+    for (uint32_t i = 0; i < begun; i += 5) {
+        kivi_step_item item = {.session = a, .tokens = ids + 7 + i, .n_tokens = 5};
+        MUST(kivi_engine_step(engine, &item, 1, &err));
+        assert_int_equal(item.status, KIVI_OK);
+    }
+    kivi_session *third = NULL; /* takes the pages that are left */
+    MUST(kivi_session_create(&third, engine, &err));
+    while (free_pages(engine)) MUST(kivi_session_prompt(third, ids, 100, &err));
+    kivi_step_item item = {.session = a, .tokens = ids, .n_tokens = 280 - begun};
+    for (int i = 0; i < 2; i++) { /* the second time, too: it is not a fault */
+        MUST(kivi_engine_step(engine, &item, 1, &err));
+        assert_int_equal(item.status, KIVI_FULL);
+        assert_int_equal(kivi_session_length(a), 101 + begun);
+    }
+    kivi_session_destroy(&third);
+    MUST(kivi_session_abandon_prompt(a, &err));
+    assert_int_equal(kivi_session_length(a), 101);
+    assert_null(kivi_session_logits(a, 0));
+    assert_int_equal(free_pages(engine), n_free);
+    assert_int_equal(kivi_engine_memory(engine).kv_residual, held);
+    kivi_session_destroy(&other);
+    go_on(a, &s, 0, 0, &t);
+    trace_same(&straight, &t, 0, "abandoned", what);
+    kivi_session_destroy(&a);
+    trace_free(&straight), trace_free(&t);
+    close_engine(engine);
+}
+
+static void test_abandoned_prompt(void **state) {
+    (void)state;
+    abandon("llama", KIVI_RULE_PAPER, 0, "paper, at its beginning");
+    abandon("llama", KIVI_RULE_PAPER, 20, "paper");
+    abandon("llama", KIVI_RULE_STREAM, 20, "stream");
+    abandon("llama", KIVI_RULE_STREAM, 110, "stream, far in");
+    abandon("mistral-swa", KIVI_RULE_PAPER, 110, "a window");
+    abandon("dynamic", KIVI_RULE_PAPER, 25, "dynamic");
+    abandon("dynamic", KIVI_RULE_STREAM, 110, "dynamic, stream");
+}
+
 /* A long step back has to evaluate again, and finds no pages: what could be had stays. */
 static void test_full_in_a_step_back(void **state) {
     (void)state;
@@ -482,6 +538,7 @@ int main(void) {
         cmocka_unit_test(test_full),
         cmocka_unit_test(test_full_in_a_step),
         cmocka_unit_test(test_full_in_a_step_back),
+        cmocka_unit_test(test_abandoned_prompt),
         cmocka_unit_test(test_text_without_vocabulary),
         cmocka_unit_test(test_text),
         cmocka_unit_test(test_utf8),

@@ -121,6 +121,9 @@ void ki_seq_put_row(const kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t
                     const uint16_t *k, const uint16_t *v);
 /* The first position that may still be read or written once no step goes back behind n tokens. */
 uint32_t ki_seq_live_from(const ki_layout *layout, uint32_t n_tokens);
+/* Gives up the prompt that is being fed, and goes back to n_tokens; ARG as kivi_seq_rewind, the
+ * prompt is given up then too. Not within a step. */
+kivi_status ki_seq_abandon(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 /* Gives pages until the table covers n_tokens; FULL leaves everything as it was. */
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 

@@ -434,3 +434,12 @@ kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     release_pages(seq, pages_for(n_tokens));
     return KIVI_OK;
 }
+
+/* The prompt's larger ring still holds rows that the usual one has lost: first back, then it goes.
+ */
+kivi_status ki_seq_abandon(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
+    seq->run_left = 0;
+    kivi_status status = kivi_seq_rewind(seq, n_tokens, err);
+    drop_large(seq);
+    return status;
+}

@@ -243,6 +243,19 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
     return status;
 }
 
+kivi_status kivi_session_abandon_prompt(kivi_session *session, kivi_error *err) {
+    const ki_run *runs;
+    uint32_t n_runs = ki_session_runs(session, &runs);
+    if (!session->seq->run_left) return KIVI_OK;
+    uint32_t start = runs[n_runs - 1].start; /* of the prompt at hand: the last one announced */
+    kivi_status status = ki_seq_abandon(session->seq, start, NULL);
+    cut_runs(session, start);
+    if (status != KIVI_OK) status = replay(session, start, err);
+    if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
+    session->logits = NULL;
+    return status;
+}
+
 /* ---- files ----
  *     "KIVISES1"  fingerprint u64  n_tokens u32  tokens [n] i32  n_runs u32  runs [n] 2 u32  then
  * the sequence */

@@ -73,6 +73,38 @@ static kivi_status read_flags(ki_vocab_spec *spec, const ki_file *file, kivi_err
                         "tokenizer.ggml.remove_extra_whitespaces", err);
 }
 
+/* ---- the ends of an answer ---- */
+
+static void add_end(kivi_vocab *v, int64_t id) {
+    if (id < 0 || id >= (int64_t)ki_vocab_size(v->tables) || v->n_ends == KI_MAX_ENDS) return;
+    for (uint32_t i = 0; i < v->n_ends; i++)
+        if (v->ends[i] == id) return;
+    v->ends[v->n_ends++] = (int32_t)id;
+}
+
+/* The model's own end, and what the known chat formats end a turn with: a vocabulary that has such
+ * a token was made for that. */
+static void add_known_ends(kivi_vocab *v) {
+    static const char *const known[] = {"<|im_end|>",     "<|eot_id|>",    "<|end|>",
+                                        "<end_of_turn>",  "<|endoftext|>", "<|eom_id|>",
+                                        "<|end_of_text|>"};
+    add_end(v, v->eos_id);
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        add_end(v, ki_vocab_find(v->tables, (ki_span){known[i], strlen(known[i])}));
+}
+
+static kivi_status read_ends(kivi_vocab *v, const ki_file *file, kivi_error *err) {
+    static const char *const keys[] = {"tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        int64_t id = -1;
+        KI_TRY(read_id(&id, file, keys[i], ki_vocab_size(v->tables), err));
+        add_end(v, id);
+    }
+    add_known_ends(v);
+    return KIVI_OK;
+}
+
 static kivi_status make_tables(kivi_vocab *out, const vocab_source *v, const ki_file *file,
                                kivi_error *err) {
     _Static_assert(sizeof(ki_str) == sizeof(ki_span), "both are a pointer and a length");
@@ -87,12 +119,12 @@ static kivi_status make_tables(kivi_vocab *out, const vocab_source *v, const ki_
     KI_TRY(read_id(&spec.bos_id, file, "tokenizer.ggml.bos_token_id", v->n_tokens, err));
     KI_TRY(read_id(&spec.eos_id, file, "tokenizer.ggml.eos_token_id", v->n_tokens, err));
     KI_TRY(read_id(&spec.unk_id, file, "tokenizer.ggml.unknown_token_id", v->n_tokens, err));
-    KI_TRY(read_id(&out->turn_id, file, "tokenizer.ggml.eot_token_id", v->n_tokens, err));
     KI_TRY(read_flags(&spec, file, err));
     out->bos_id = spec.bos_id;
     out->eos_id = spec.eos_id;
     out->adds_bos = spec.add_bos;
-    return ki_vocab_create(&out->tables, out->mem, &spec, err);
+    KI_TRY(ki_vocab_create(&out->tables, out->mem, &spec, err));
+    return read_ends(out, file, err);
 }
 
 static kivi_status keep_template(kivi_vocab *v, const char *bytes, size_t n_bytes,
@@ -128,9 +160,8 @@ static kivi_status load_gguf(kivi_vocab *out, const ki_file *file, kivi_error *e
 
 /* Texts of a folder (or of a tokenizer.json alone) until the vocabulary is made. */
 typedef struct folder_source {
-    char *tokenizer, *settings, *jinja;
-    size_t n_tokenizer, n_settings, n_jinja;
-    json_t *config; /* tokenizer_config.json */
+    ki_folder_texts texts;
+    json_t *config, *generation; /* tokenizer_config.json, generation_config.json */
 } folder_source;
 
 static kivi_status parse(json_t **out, const char *text, size_t n_bytes, const char *name,
@@ -142,16 +173,32 @@ static kivi_status parse(json_t **out, const char *text, size_t n_bytes, const c
     return KIVI_OK;
 }
 
-static kivi_status read_folder(folder_source *s, ki_mem *mem, const char *folder, kivi_error *err) {
+kivi_status ki_folder_read(ki_folder_texts *out, ki_mem *mem, const char *folder, kivi_error *err) {
     bool found;
-    KI_TRY(ki_text_read(&s->tokenizer, &s->n_tokenizer, &found, mem, folder, "tokenizer.json",
+    KI_TRY(ki_text_read(&out->tokenizer, &out->n_tokenizer, &found, mem, folder, "tokenizer.json",
                         MAX_JSON_BYTES, err));
     if (!found) return KI_FAIL(err, UNSUPPORTED, "%s: the folder has no tokenizer.json", folder);
-    KI_TRY(ki_text_read(&s->settings, &s->n_settings, &found, mem, folder, "tokenizer_config.json",
+    KI_TRY(ki_text_read(&out->settings, &out->n_settings, &found, mem, folder,
+                        "tokenizer_config.json", MAX_SETTINGS_BYTES, err));
+    KI_TRY(ki_text_read(&out->jinja, &out->n_jinja, &found, mem, folder, "chat_template.jinja",
                         MAX_SETTINGS_BYTES, err));
-    KI_TRY(ki_text_read(&s->jinja, &s->n_jinja, &found, mem, folder, "chat_template.jinja",
-                        MAX_SETTINGS_BYTES, err));
-    return parse(&s->config, s->settings, s->n_settings, "tokenizer_config.json", err);
+    return ki_text_read(&out->generation, &out->n_generation, &found, mem, folder,
+                        "generation_config.json", MAX_SETTINGS_BYTES, err);
+}
+
+void ki_folder_free(ki_folder_texts *texts, ki_mem *mem) {
+    ki_free(mem, texts->tokenizer);
+    ki_free(mem, texts->settings);
+    ki_free(mem, texts->jinja);
+    ki_free(mem, texts->generation);
+    *texts = (ki_folder_texts){0};
+}
+
+static kivi_status read_folder(folder_source *s, ki_mem *mem, const char *folder, kivi_error *err) {
+    ki_folder_texts *t = &s->texts;
+    KI_TRY(ki_folder_read(t, mem, folder, err));
+    KI_TRY(parse(&s->config, t->settings, t->n_settings, "tokenizer_config.json", err));
+    return parse(&s->generation, t->generation, t->n_generation, "generation_config.json", err);
 }
 
 /* "<s>", or {"content": "<s>", ...} */
@@ -190,7 +237,7 @@ static int flag_of(const json_t *config, const char *key) {
 /* chat_template: a string, or a list of {"name", "template"} where "default" counts. */
 static kivi_status read_template(kivi_vocab *v, const folder_source *s, kivi_error *err) {
     const json_t *text = json_object_get(s->config, "chat_template");
-    if (s->jinja) return keep_template(v, s->jinja, s->n_jinja, err);
+    if (s->texts.jinja) return keep_template(v, s->texts.jinja, s->texts.n_jinja, err);
     for (size_t i = 0; json_is_array(text) && i < json_array_size(text); i++) {
         const json_t *item = json_array_get(text, i);
         const char *name = json_string_value(json_object_get(item, "name"));
@@ -202,22 +249,52 @@ static kivi_status read_template(kivi_vocab *v, const folder_source *s, kivi_err
     return keep_template(v, json_string_value(text), json_string_length(text), err);
 }
 
+/* A number, or a list of them. */
+static void add_json_ends(kivi_vocab *v, const json_t *ids) {
+    if (json_is_integer(ids)) add_end(v, json_integer_value(ids));
+    for (size_t i = 0; i < json_array_size(ids); i++) {
+        const json_t *id = json_array_get(ids, i);
+        if (json_is_integer(id)) add_end(v, json_integer_value(id));
+    }
+}
+
+static kivi_status read_folder_ends(kivi_vocab *v, const folder_source *s, const ki_file *file,
+                                    kivi_error *err) {
+    static const char *const key = "eos_token_id";
+    int32_t *list = NULL;
+    uint64_t id = 0;
+    size_t n = 0;
+    bool found = false;
+    add_end(v, v->eos_id);
+    add_json_ends(v, json_object_get(s->generation, key));
+    if (file && ki_file_value_kind(file, key) == KI_VALUE_ARRAY)
+        KI_TRY(ki_file_int_array(&list, &n, &found, file, key, err));
+    for (size_t i = 0; i < n; i++) add_end(v, list[i]);
+    if (file) ki_file_free(file, list);
+    if (file && ki_file_value_kind(file, key) == KI_VALUE_INT)
+        KI_TRY(ki_file_u64(&id, &found, file, key, 0, INT32_MAX, err));
+    if (found && !n) add_end(v, (int64_t)id);
+    add_known_ends(v);
+    return KIVI_OK;
+}
+
 static kivi_status make_from_json(kivi_vocab *v, const folder_source *s, const ki_file *file,
                                   kivi_error *err) {
-    KI_TRY(ki_vocab_create_json(&v->tables, v->mem, s->tokenizer, s->n_tokenizer, err));
+    KI_TRY(ki_vocab_create_json(&v->tables, v->mem, s->texts.tokenizer, s->texts.n_tokenizer, err));
     v->bos_id = find_id(v, s->config, "bos_token", "bos_token_id", file);
     v->eos_id = find_id(v, s->config, "eos_token", "eos_token_id", file);
+    v->pad_id = find_id(v, s->config, "pad_token", "pad_token_id", file);
     ki_vocab_set_ends(v->tables, v->bos_id, flag_of(s->config, "add_bos_token"), v->eos_id,
                       flag_of(s->config, "add_eos_token"));
     v->adds_bos = ki_vocab_has_front(v->tables);
+    KI_TRY(read_folder_ends(v, s, file, err));
     return read_template(v, s, err);
 }
 
 static void free_source(folder_source *s, ki_mem *mem) {
     json_decref(s->config);
-    ki_free(mem, s->tokenizer);
-    ki_free(mem, s->settings);
-    ki_free(mem, s->jinja);
+    json_decref(s->generation);
+    ki_folder_free(&s->texts, mem);
 }
 
 static kivi_status load_folder(kivi_vocab *v, const char *folder, const ki_file *file,
@@ -232,8 +309,8 @@ static kivi_status load_folder(kivi_vocab *v, const char *folder, const ki_file 
 static kivi_status load_json(kivi_vocab *v, const char *path, kivi_error *err) {
     folder_source s = {0};
     bool found;
-    kivi_status status =
-        ki_text_read(&s.tokenizer, &s.n_tokenizer, &found, v->mem, NULL, path, MAX_JSON_BYTES, err);
+    kivi_status status = ki_text_read(&s.texts.tokenizer, &s.texts.n_tokenizer, &found, v->mem,
+                                      NULL, path, MAX_JSON_BYTES, err);
     if (status == KIVI_OK && !found) status = KI_FAIL(err, IO, "%s: not there", path);
     if (status == KIVI_OK) status = make_from_json(v, &s, NULL, err);
     free_source(&s, v->mem);
@@ -252,7 +329,7 @@ static kivi_status vocab_new(kivi_vocab **out, ki_mem *mem, kivi_error *err) {
     ki_mem_init(&v->own);
     v->owns_mem = !mem;
     v->mem = mem ? mem : &v->own;
-    v->bos_id = v->eos_id = v->turn_id = -1;
+    v->bos_id = v->eos_id = v->pad_id = -1;
     *out = v;
     return KIVI_OK;
 }
@@ -315,15 +392,7 @@ bool kivi_vocab_is_control(const kivi_vocab *vocab, int32_t id) {
 }
 
 bool kivi_vocab_is_end(const kivi_vocab *vocab, int32_t id) {
-    static const char *const known[] = {"<|im_end|>",     "<|eot_id|>",    "<|end|>",
-                                        "<end_of_turn>",  "<|endoftext|>", "<|eom_id|>",
-                                        "<|end_of_text|>"};
-    char text[32];
-    if (id < 0) return false;
-    if (id == vocab->eos_id || id == vocab->turn_id) return true;
-    if (!ki_vocab_is_control(vocab->tables, id)) return false;
-    size_t n = ki_vocab_bytes(vocab->tables, id, text, sizeof text);
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (n == strlen(known[i]) && !memcmp(text, known[i], n)) return true;
+    for (uint32_t i = 0; i < vocab->n_ends; i++)
+        if (vocab->ends[i] == id) return true;
     return false;
 }

@@ -103,6 +103,11 @@ void ki_falcon_read(ki_config *c, ki_reader *r);
 void ki_llama_layers(ki_pass *p);
 void ki_falcon_layers(ki_pass *p);
 
+/* ---- weights.c ---- */
+
+/* A tensor that may stand in a file without a use. */
+bool ki_is_known_extra(const char *name);
+
 /* ---- dummy.c ---- */
 
 /* The type of dummy matrices; ARG when the name is none. */

@@ -324,7 +324,7 @@ static kivi_status load_output(loader *l) {
 
 /* Tensors that may stand in a file without a use: the embedding once more, and tables that older
  * programs wrote. */
-static bool is_known_extra(const char *name) {
+bool ki_is_known_extra(const char *name) {
     static const char *const extras[] = {"lm_head.weight", "rotary_emb.inv_freq", "attention.bias",
                                          "attention.masked_bias"};
     size_t n = strlen(name);
@@ -338,7 +338,7 @@ static bool is_known_extra(const char *name) {
 static kivi_status check_used(const loader *l) {
     for (size_t i = 0; i < ki_file_n_tensors(l->file) && !l->options->dummy; i++) {
         const char *name = ki_file_tensor_at(l->file, i)->name;
-        if (!l->used[i] && !is_known_extra(name))
+        if (!l->used[i] && !ki_is_known_extra(name))
             return KI_FAIL(l->err, UNSUPPORTED, "%s: tensor %.80s is not one that %s has",
                            ki_file_path(l->file), name, l->model->config.architecture);
     }

@@ -40,7 +40,7 @@ static kivi_status check_limits(const char *text, size_t n_bytes, kivi_error *er
     return KIVI_OK;
 }
 
-static kivi_status parse(json_t **out, const char *text, size_t n_bytes, kivi_error *err) {
+kivi_status ki_json_parse(json_t **out, const char *text, size_t n_bytes, kivi_error *err) {
     json_error_t bad;
     if (n_bytes > MAX_BYTES)
         return KI_FAIL(err, FORMAT, "tokenizer.json: %zu bytes, at most %d", n_bytes, MAX_BYTES);
@@ -302,7 +302,7 @@ kivi_status ki_vocab_create_json(ki_vocab **out, ki_mem *mem, const char *text, 
     vocab->mem = mem;
     vocab->kind = KI_VOCAB_PIPELINE;
     vocab->bos_id = vocab->eos_id = -1;
-    kivi_status status = parse(&root, text, n_bytes, err);
+    kivi_status status = ki_json_parse(&root, text, n_bytes, err);
     if (status == KIVI_OK) status = fill(vocab, &t, root, err);
     json_decref(root);
     ki_free(mem, t.tokens);

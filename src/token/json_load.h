@@ -6,6 +6,8 @@
 
 #include <jansson.h>
 
+/* A whole tokenizer.json within its limits; *out is the caller's to json_decref. */
+kivi_status ki_json_parse(json_t **out, const char *text, size_t n_bytes, kivi_error *err);
 /* Text of a member; {NULL, 0}: none. Lent by the JSON. */
 ki_span ki_json_text(const json_t *object, const char *key);
 bool ki_json_flag(const json_t *object, const char *key, bool otherwise);
