@@ -15,7 +15,8 @@ static void make_tokens(uint32_t part) {
 
 static const uint32_t kinds[][4] = {/* key bits, value bits, residual, sinks */
                                     {2, 2, 32, 0},   {2, 2, 128, 0},   {4, 8, 32, 32},
-                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0}};
+                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0},
+                                    {2, 2, 32, 4},   {4, 2, 128, 20},  {2, 2, 32, 1}};
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
@@ -569,8 +570,8 @@ static void misuse(void) {
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "span 100");
     g = good, g.kv.residual_tokens = 48;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "residual 48");
-    g = good, g.kv.sink_tokens = 8;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "8 sinks");
+    g = good, g.kv.sink_tokens = 4097;
+    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "4097 sinks");
     g = good, g.kv.k_bits = 3;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "3 bits");
     kivi_cache_destroy(&cache);
