@@ -6,10 +6,10 @@
  *     position   0 ........ S ................ k_packed(n) ........ n
  *                [ sinks    ][ codes in pages  ][ 16-bit store      ]       n = tokens so far
  *
- * S is any number. The 16-bit store of the sinks has whole blocks of 16 tokens; rows behind S in the
- * last one live there instead of in the ring, and are read like the ring's. A key group that begins
- * with sinks is quantized without them: their slots hold a copy of the first other token, so the
- * range is that of the others, and their codes are stored as 0 and never read.
+ * S is any number. The 16-bit store of the sinks has whole blocks of 16 tokens; rows behind S in
+ * the last one live there instead of in the ring, and are read like the ring's. A key group that
+ * begins with sinks is quantized without them: their slots hold a copy of the first other token,
+ * so the range is that of the others, and their codes are stored as 0 and never read.
  *
  * k_packed(n) = floor(n / R) R and v_packed(n) = max(0, n - R): the state after n tokens, by
  * DESIGN.md 3. Codes are made as soon as a token falls behind that line; which tokens a *query*
