@@ -95,17 +95,18 @@ static int read_texts(evaluation *e, const kivi_engine *engine) {
 
 /* ---- distributions ---- */
 
-static double log_sum_exp(const float *logits, uint32_t n) {
-    double top = (double)logits[kivi_logits_argmax(logits, n)], sum = 0;
+/* best: the index of the largest logit */
+static double log_sum_exp(const float *logits, int32_t best, uint32_t n) {
+    double top = (double)logits[best], sum = 0;
     for (uint32_t i = 0; i < n; i++) sum += exp((double)logits[i] - top);
     return top + log(sum);
 }
 
 /* sum p (log p - log q), nats: p = e^(base - lse of base), q likewise. With w = e^(base - top) it
  * is sum w (base - other) / sum w - lse of base + lse of other: one exponential for both sums. */
-static double divergence(double *base_lse, const float *base, const float *other, double other_lse,
-                         uint32_t n) {
-    double top = (double)base[kivi_logits_argmax(base, n)], sum = 0, apart = 0;
+static double divergence(double *base_lse, const float *base, int32_t best, const float *other,
+                         double other_lse, uint32_t n) {
+    double top = (double)base[best], sum = 0, apart = 0;
     for (uint32_t i = 0; i < n; i++) {
         double w = exp((double)base[i] - top);
         sum += w;
@@ -199,13 +200,15 @@ typedef struct scorer {
 
 static void score_row(row_score *out, const scoring *job, uint32_t r) {
     const float *own = kivi_session_logits(job->own->session, r);
-    double own_lse = log_sum_exp(own, job->n_vocab), base_lse = 0;
+    int32_t own_best = kivi_logits_argmax(own, job->n_vocab);
+    double own_lse = log_sum_exp(own, own_best, job->n_vocab), base_lse = 0;
     if (r < job->n_next) out->nll = own_lse - (double)own[job->next[r]];
     if (!job->base->engine) return;
     const float *base = kivi_session_logits(job->base->session, r);
-    out->kld = divergence(&base_lse, base, own, own_lse, job->n_vocab);
+    int32_t base_best = kivi_logits_argmax(base, job->n_vocab);
+    out->kld = divergence(&base_lse, base, base_best, own, own_lse, job->n_vocab);
     if (r < job->n_next) out->nll_base = base_lse - (double)base[job->next[r]];
-    out->top1 = kivi_logits_argmax(own, job->n_vocab) == kivi_logits_argmax(base, job->n_vocab);
+    out->top1 = own_best == base_best;
 }
 
 static void *score_rows(void *context) {
