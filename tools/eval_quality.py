@@ -81,8 +81,8 @@ def kinds(model, files, threads):
         agree = abs(apart) <= 2
         all_agree = all_agree and agree
         print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | '
-              f'{mean:.4f} +- {se:.4f} | {apart:+.1f} | {kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | {ppl} | '
-              f'{"agrees" if agree else "DIFFERS"} |', flush=True)
+              f'{mean:.4f} +- {se:.4f} | {apart:+.1f} | {kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | '
+              f'{ppl} | {"agrees" if agree else "DIFFERS"} |', flush=True)
     print(f'\nPerplexity with the 16-bit cache: {m["ppl_base"]:.3f}, the reference has 21.04. {m["windows"]} windows, '
           f'{m["tokens"]} positions. {cpu_name()}, {threads} threads.', flush=True)
     return all_agree
