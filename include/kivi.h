@@ -114,8 +114,7 @@ typedef struct kivi_kv_options {
     uint32_t k_bits, v_bits;  /* 2, 4, 8, or 16 for not quantized */
     uint32_t group;           /* G: 16, 32, 64 or 128; divides the head size and R */
     uint32_t residual_tokens; /* R: a multiple of G, at most 4096 */
-    uint32_t sink_tokens;     /* first positions that stay in 16 bit for good; a multiple of G; 0 by
-                                 default */
+    uint32_t sink_tokens;     /* first positions that stay in 16 bit for good: 0 (default) to 4096 */
     kivi_rule rule;
     uint32_t span_tokens;   /* N of KIVI_RULE_SPAN, a multiple of the page (128) */
     uint32_t rewind_tokens; /* how far a sequence can step back at once; costs that many rows of 16

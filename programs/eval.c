@@ -10,11 +10,12 @@
 #include "commands.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_TEXT_BYTES = 1 << 28, STEP_ROWS = 128 };
+enum { MAX_TEXT_BYTES = 1 << 28, STEP_ROWS = 128, MAX_SCORERS = 64 };
 
 typedef struct window {
     const int32_t *tokens; /* [ctx], inside a text's ids */
@@ -94,21 +95,25 @@ static int read_texts(evaluation *e, const kivi_engine *engine) {
 
 /* ---- distributions ---- */
 
-static double log_sum_exp(const float *logits, uint32_t n) {
-    double top = (double)logits[kivi_logits_argmax(logits, n)], sum = 0;
+/* best: the index of the largest logit */
+static double log_sum_exp(const float *logits, int32_t best, uint32_t n) {
+    double top = (double)logits[best], sum = 0;
     for (uint32_t i = 0; i < n; i++) sum += exp((double)logits[i] - top);
     return top + log(sum);
 }
 
-/* sum p (log p - log q), nats; p from base, q from other, each with its log-sum-exp */
-static double divergence(const float *base, double base_lse, const float *other, double other_lse,
-                         uint32_t n) {
-    double sum = 0;
+/* sum p (log p - log q), nats: p = e^(base - lse of base), q likewise. With w = e^(base - top) it
+ * is sum w (base - other) / sum w - lse of base + lse of other: one exponential for both sums. */
+static double divergence(double *base_lse, const float *base, int32_t best, const float *other,
+                         double other_lse, uint32_t n) {
+    double top = (double)base[best], sum = 0, apart = 0;
     for (uint32_t i = 0; i < n; i++) {
-        double log_p = (double)base[i] - base_lse;
-        if (log_p > -60) sum += exp(log_p) * (log_p - ((double)other[i] - other_lse));
+        double w = exp((double)base[i] - top);
+        sum += w;
+        apart += w * ((double)base[i] - (double)other[i]);
     }
-    return sum;
+    *base_lse = top + log(sum);
+    return apart / sum - *base_lse + other_lse;
 }
 
 static bool series_init(series *s, size_t n) {
@@ -175,20 +180,81 @@ static int step(side *s, const int32_t *tokens, uint32_t n) {
     return item.status ? fail_with(&item.error) : EXIT_OK;
 }
 
-static void score_row(measure *m, const float *own, const float *base, uint32_t n_vocab,
-                      int32_t next) {
-    double own_lse = log_sum_exp(own, n_vocab);
-    if (next >= 0) series_add(&m->nll, own_lse - (double)own[next]);
-    m->n_positions++;
-    if (!base) return;
-    double base_lse = log_sum_exp(base, n_vocab);
-    if (next >= 0) series_add(&m->nll_base, base_lse - (double)base[next]);
-    series_add(&m->kld, divergence(base, base_lse, own, own_lse, n_vocab));
-    m->n_top1 += kivi_logits_argmax(own, n_vocab) == kivi_logits_argmax(base, n_vocab);
+/* What one position gives; a row at a time, so the same on any number of threads. */
+typedef struct row_score {
+    double nll, nll_base, kld;
+    bool top1;
+} row_score;
+
+typedef struct scoring {
+    const side *own, *base;
+    const int32_t *next; /* the token after each row */
+    uint32_t n_vocab, n_next, from, end, n_threads;
+    row_score *scores; /* [STEP_ROWS] */
+} scoring;
+
+typedef struct scorer {
+    const scoring *job;
+    uint32_t index;
+} scorer;
+
+static void score_row(row_score *out, const scoring *job, uint32_t r) {
+    const float *own = kivi_session_logits(job->own->session, r);
+    int32_t own_best = kivi_logits_argmax(own, job->n_vocab);
+    double own_lse = log_sum_exp(own, own_best, job->n_vocab), base_lse = 0;
+    if (r < job->n_next) out->nll = own_lse - (double)own[job->next[r]];
+    if (!job->base->engine) return;
+    const float *base = kivi_session_logits(job->base->session, r);
+    int32_t base_best = kivi_logits_argmax(base, job->n_vocab);
+    out->kld = divergence(&base_lse, base, base_best, own, own_lse, job->n_vocab);
+    if (r < job->n_next) out->nll_base = base_lse - (double)base[job->next[r]];
+    out->top1 = own_best == base_best;
+}
+
+static void *score_rows(void *context) {
+    const scorer *s = context;
+    for (uint32_t r = s->job->from + s->index; r < s->job->end; r += s->job->n_threads)
+        score_row(&s->job->scores[r], s->job, r);
+    return NULL;
+}
+
+/* Spread over threads of their own, as many as the engine has; a thread that cannot be made leaves
+ * its rows to the caller. */
+static void score_all(const scoring *job) {
+    pthread_t threads[MAX_SCORERS];
+    scorer scorers[MAX_SCORERS];
+    bool made[MAX_SCORERS];
+    for (uint32_t i = 0; i < job->n_threads; i++) {
+        scorers[i] = (scorer){job, i};
+        made[i] = i && !pthread_create(&threads[i], NULL, score_rows, &scorers[i]);
+    }
+    for (uint32_t i = 0; i < job->n_threads; i++)
+        if (!made[i]) score_rows(&scorers[i]);
+    for (uint32_t i = 0; i < job->n_threads; i++)
+        if (made[i]) pthread_join(threads[i], NULL);
+}
+
+/* Scores rows [from, n) of the step at `at` and adds them up in their order. */
+static void score_step(const evaluation *e, measure *m, const side *own, const side *base,
+                       const window *w, uint32_t at, uint32_t from, uint32_t n) {
+    const kivi_engine_info *info = kivi_engine_info_get(own->engine);
+    row_score scores[STEP_ROWS] = {0};
+    scoring job = {.own = own, .base = base, .next = w->tokens + at + 1, .n_vocab = info->n_vocab};
+    job.n_next = e->ctx - 1 - at;
+    job.from = from, job.end = n, job.scores = scores;
+    job.n_threads = info->n_threads < MAX_SCORERS ? info->n_threads : MAX_SCORERS;
+    score_all(&job);
+    for (uint32_t r = from; r < n; r++) {
+        m->n_positions++;
+        if (r < job.n_next) series_add(&m->nll, scores[r].nll);
+        if (!base->engine) continue;
+        if (r < job.n_next) series_add(&m->nll_base, scores[r].nll_base);
+        series_add(&m->kld, scores[r].kld);
+        m->n_top1 += scores[r].top1;
+    }
 }
 
 static int run_window(const evaluation *e, measure *m, side *own, side *base, const window *w) {
-    uint32_t n_vocab = kivi_engine_info_get(own->engine)->n_vocab;
     size_t first[3] = {m->kld.n, m->nll.n, m->nll_base.n};
     int code = begin_window(own, e->ctx);
     if (!code) code = begin_window(base, e->ctx);
@@ -196,10 +262,8 @@ static int run_window(const evaluation *e, measure *m, side *own, side *base, co
         uint32_t n = e->ctx - at < STEP_ROWS ? e->ctx - at : STEP_ROWS;
         code = step(own, w->tokens + at, n);
         if (!code) code = step(base, w->tokens + at, n);
-        for (uint32_t r = at < e->skip ? e->skip - at : 0; !code && r < n; r++)
-            score_row(m, kivi_session_logits(own->session, r),
-                      base->engine ? kivi_session_logits(base->session, r) : NULL, n_vocab,
-                      at + r + 1 < e->ctx ? w->tokens[at + r + 1] : -1);
+        uint32_t from = at < e->skip ? e->skip - at : 0;
+        if (!code && from < n) score_step(e, m, own, base, w, at, from, n);
     }
     kivi_session_destroy(&own->session);
     kivi_session_destroy(&base->session);

@@ -117,7 +117,7 @@ def cache_kinds():
         ('residual-not-multiple', 2, 'multiple of the group', [*logits_args(), '--residual', '100']),
         ('residual-0', 2, '--residual', [*logits_args(), '--residual', '0']),
         ('residual-large', 2, '4096', [*logits_args(), '--residual', '8192']),
-        ('sinks', 2, 'multiple of the group', [*logits_args(), '--sinks', '5']),
+        ('sinks', 2, 'up to 4096', [*logits_args(), '--sinks', '4097']),
         ('rule', 2, 'paper, stream or span:N', [*logits_args(), '--rule', 'best']),
         ('rule-span-junk', 2, 'paper, stream or span:N', [*logits_args(), '--rule', 'span:x']),
         ('rule-span-0', 2, None, [*logits_args(), '--rule', 'span:0']),

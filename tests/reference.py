@@ -60,11 +60,15 @@ def quantize(x, bits):
     return (codes * scale + zero).astype(np.float64)
 
 
-def quantize_keys(k, bits, group):
-    """[T][Hk][D]; a group is `group` tokens of one channel. Tokens of a group that is not full stay as they are."""
+def quantize_keys(k, bits, group, sinks=0):
+    """[T][Hk][D]; a group is `group` tokens of one channel. Tokens of a group that is not full stay as they are, and
+    sinks do not count in the range of theirs."""
     n = len(k) - len(k) % group
     if bits == 16 or n == 0:
         return k
+    if sinks % group and sinks < n:
+        k = k.copy()
+        k[sinks - sinks % group:sinks] = k[sinks]
     x = k[:n].reshape(n // group, group, -1).swapaxes(1, 2)
     return np.concatenate([quantize(x, bits).swapaxes(1, 2).reshape(k[:n].shape), k[n:]])
 
@@ -129,7 +133,7 @@ class Llama:
         if cache is None:
             kq, vq, exact_k, exact_v = k, v, column >= 0, column >= 0
         else:
-            kq, vq = (quantize_keys(k, cache['k_bits'], cache['group']),
+            kq, vq = (quantize_keys(k, cache['k_bits'], cache['group'], cache.get('sinks', 0)),
                       quantize_values(v, cache['v_bits'], cache['group']))
             first_k, first_v = visibility(len(q), cache['n_prompt'], cache['rule'], cache['residual'],
                                           cache.get('span', 0))

@@ -91,7 +91,7 @@ static void test_kv_options(void **state) {
         {"llama", {.residual_tokens = 100}, "residual 100|multiple of the group (32)|4096"},
         {"llama", {.residual_tokens = 16}, "residual 16|multiple of the group (32)"},
         {"llama", {.residual_tokens = 8192}, "residual 8192|4096"},
-        {"llama", {.sink_tokens = 5}, "5 sinks|multiple of the group (32)"},
+        {"llama", {.sink_tokens = 4097}, "4097 sinks|4096"},
         {"llama", {.sink_tokens = 8192}, "8192 sinks|4096"},
         {"llama", {.rewind_tokens = 5000}, "5000|4096"},
         {"llama", {.rule = KIVI_RULE_SPAN}, "span of 0|128"},

@@ -27,6 +27,9 @@ static const kind kinds[] = {
     {"k16v2 stream sinks", KV(16, 2, 32, 32, STREAM, 0)},
     {"k2v16 span", KV(2, 16, 32, 0, SPAN, 128)},
     {"f16", KV(16, 16, 32, 0, PAPER, 0)},
+    {"kivi2 stream 4 sinks", KV(2, 2, 32, 4, STREAM, 0)},
+    {"k4v2 paper 1 sink", KV(4, 2, 64, 1, PAPER, 0)},
+    {"kivi2 span 20 sinks", KV(2, 2, 32, 20, SPAN, 128)},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds, N_CASES = 2 * N_KINDS };
 

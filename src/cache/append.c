@@ -21,22 +21,38 @@ static append_scratch carve(void *memory, const ki_layout *l) {
     return s;
 }
 
+/* The first n_sinks slots of each channel of a group: before quantizing a copy of the next one, so
+ * that they do not count in the range; their codes, which nobody reads, are 0. */
+static void hide_sinks(const append_scratch *s, const ki_layout *l, uint32_t n_sinks) {
+    for (uint32_t c = 0; c < l->head_dim; c++) {
+        uint16_t *x = s->group + (size_t)c * l->kv.group;
+        for (uint32_t i = 0; i < n_sinks; i++) x[i] = x[n_sinks];
+    }
+}
+static void clear_sink_codes(const append_scratch *s, const ki_layout *l, uint32_t n_sinks) {
+    for (uint32_t c = 0; n_sinks && c < l->head_dim; c++)
+        memset(s->codes + (size_t)c * l->kv.group, 0, n_sinks);
+}
+
 /* Keys [first, first + G) of one head: gathered channel by channel, quantized, packed. */
 static void pack_key_group(kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t first,
                            const append_scratch *s) {
     const kivi_cache *cache = seq->cache;
     const ki_layout *l = &cache->layout;
     uint32_t group = l->kv.group, in_page = first % KI_PAGE_TOKENS;
+    uint32_t n_sinks = l->kv.sink_tokens > first ? l->kv.sink_tokens - first : 0; /* < G */
     for (uint32_t b = 0; b < group / KI_LANES; b++) {
         const uint16_t *block = ki_seq_k_block(seq, layer, head, first / KI_LANES + b);
         for (uint32_t c = 0; c < l->head_dim; c++)
             memcpy(s->group + (size_t)c * group + b * KI_LANES, block + c * KI_LANES, KI_LANES * 2);
     }
+    hide_sinks(s, l, n_sinks);
     uint8_t *page = ki_seq_page(seq, first / KI_PAGE_TOKENS, layer, head);
     size_t at = (size_t)(in_page / group) * l->head_dim;
     cache->kernels->quant.quantize(s->codes, (uint16_t *)(page + l->k_scale_at) + at,
                                    (uint16_t *)(page + l->k_zero_at) + at, s->group, l->head_dim,
                                    group, l->kv.k_bits);
+    clear_sink_codes(s, l, n_sinks);
     ki_pack_keys((uint32_t *)(page + l->k_codes_at), s->codes, in_page, group, l->head_dim,
                  l->kv.k_bits);
 }
@@ -63,7 +79,8 @@ static void pack_behind_line(kivi_seq *seq, uint32_t layer, uint32_t head,
                              const append_scratch *s) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t from = seq->n_tokens, to = from + seq->step_rows, sinks = l->kv.sink_tokens;
-    for (uint32_t p = KI_MAX(ki_k_packed(l, from), sinks); p < ki_k_packed(l, to); p += l->kv.group)
+    uint32_t k_from = KI_MAX(ki_k_packed(l, from), sinks / l->kv.group * l->kv.group);
+    for (uint32_t p = k_from; p < ki_k_packed(l, to); p += l->kv.group)
         pack_key_group(seq, layer, head, p, s);
     for (uint32_t p = KI_MAX(ki_v_packed(l, from), sinks); p < ki_v_packed(l, to); p++)
         pack_value_row(seq, layer, head, p, s);

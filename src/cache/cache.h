@@ -6,6 +6,11 @@
  *     position   0 ........ S ................ k_packed(n) ........ n
  *                [ sinks    ][ codes in pages  ][ 16-bit store      ]       n = tokens so far
  *
+ * S is any number. The 16-bit store of the sinks has whole blocks of 16 tokens; rows behind S in
+ * the last one live there instead of in the ring, and are read like the ring's. A key group that
+ * begins with sinks is quantized without them: their slots hold a copy of the first other token,
+ * so the range is that of the others, and their codes are stored as 0 and never read.
+ *
  * k_packed(n) = floor(n / R) R and v_packed(n) = max(0, n - R): the state after n tokens, by
  * DESIGN.md 3. Codes are made as soon as a token falls behind that line; which tokens a *query*
  * reads from the codes is decided by the visibility rule from its position alone, so it cannot
@@ -29,7 +34,7 @@ typedef struct ki_layout {
     size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
     uint32_t k_ring_blocks, v_ring_blocks,
-        sink_blocks; /* 16-token blocks of the window, and of the sinks */
+        sink_blocks; /* 16-token blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);

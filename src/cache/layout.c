@@ -36,9 +36,9 @@ static kivi_status check_kind(const kivi_kv_options *kv, uint32_t head_dim, kivi
         kv->residual_tokens > MAX_RESIDUAL_TOKENS)
         return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the group (%u) up to %d",
                        kv->residual_tokens, kv->group, MAX_RESIDUAL_TOKENS);
-    if (kv->sink_tokens % kv->group || kv->sink_tokens > MAX_RESIDUAL_TOKENS)
-        return KI_FAIL(err, ARG, "kv: %u sinks, expected a multiple of the group (%u) up to %d",
-                       kv->sink_tokens, kv->group, MAX_RESIDUAL_TOKENS);
+    if (kv->sink_tokens > MAX_RESIDUAL_TOKENS)
+        return KI_FAIL(err, ARG, "kv: %u sinks, expected up to %d", kv->sink_tokens,
+                       MAX_RESIDUAL_TOKENS);
     if (kv->rewind_tokens > MAX_RESIDUAL_TOKENS)
         return KI_FAIL(err, ARG, "kv: rewind of %u tokens, expected up to %d", kv->rewind_tokens,
                        MAX_RESIDUAL_TOKENS);
@@ -113,7 +113,8 @@ kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *g, kivi_er
     if (kv->k_bits < 16) out->k_ring_blocks = (kv->residual_tokens + kv->rewind_tokens + 15) / 16;
     if (kv->v_bits < 16)
         out->v_ring_blocks = blocks_for(kv->residual_tokens + 1 + kv->rewind_tokens);
-    if (kv->k_bits < 16 || kv->v_bits < 16) out->sink_blocks = kv->sink_tokens / KI_LANES;
+    if (kv->k_bits < 16 || kv->v_bits < 16)
+        out->sink_blocks = (kv->sink_tokens + KI_LANES - 1) / KI_LANES;
     return KIVI_OK;
 }
 

@@ -6,7 +6,7 @@
  *     for each layer, for each KV head:
  *         keys     16-bit sinks [min(S, n)][D] f16
  *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token
- *                  for each group of them: scale [D] f16, zero [D] f16
+ *                  for each group that has one of them: scale [D] f16, zero [D] f16
  *                  16-bit tail [n - packed][D] f16
  *         values   the same, with scale [D / G] and zero [D / G] for each token
  *     FNV-1a of all that, u64
@@ -185,12 +185,14 @@ static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_
     const ki_layout *l = &seq->cache->layout;
     uint32_t n = seq->n_tokens,
              sinks = (keys ? l->kv.k_bits : l->kv.v_bits) == 16 ? 0 : KI_MIN(l->kv.sink_tokens, n);
-    uint32_t from = KI_MAX(seq->n_gone * KI_PAGE_TOKENS, sinks); /* both are whole key groups */
-    uint32_t packed = KI_MAX(keys ? ki_k_packed(l, n) : ki_v_packed(l, n), from);
+    uint32_t from = KI_MAX(seq->n_gone * KI_PAGE_TOKENS, sinks);
+    uint32_t line = keys ? ki_k_packed(l, n) : ki_v_packed(l, n), packed = KI_MAX(line, from);
+    uint32_t groups_from = from / l->kv.group * l->kv.group; /* it may begin with sinks */
     rows(s, seq, keys, layer, head, 0, sinks);
     for (uint32_t p = from; p < packed && s->status == KIVI_OK; p++)
         token_codes(s, seq, keys, layer, head, p);
-    for (uint32_t p = from; keys && p < packed && s->status == KIVI_OK; p += l->kv.group)
+    for (uint32_t p = groups_from; keys && from < line && p < line && s->status == KIVI_OK;
+         p += l->kv.group)
         key_group_scales(s, seq, layer, head, p);
     for (uint32_t p = from; !keys && p < packed && s->status == KIVI_OK; p++)
         value_token_scales(s, seq, layer, head, p);

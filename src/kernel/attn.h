@@ -39,8 +39,8 @@ typedef struct ki_attn_tile {
 
 /* One query head of one row. Token numbers are relative to the tile, 0..128; tokens [first, end)
  * are visible, of these [first, sink_end) and [k_exact, end) (v_exact for values) are read in 16
- * bit, the rest from the codes. sink_end and k_exact are multiples of 16. An empty range leaves the
- * state as it is. */
+ * bit, the rest from the codes. k_exact is a multiple of 16, sink_end any number: the block it lies
+ * in is exact up to it only. An empty range leaves the state as it is. */
 typedef struct ki_attn_query {
     const float *q; /* [D] f32, scaled */
     uint16_t first, end, sink_end, k_exact, v_exact;

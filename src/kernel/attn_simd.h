@@ -197,6 +197,14 @@ static void score_packed_blocks(const ki_attn_tile *t, const attn_scratch *s, ki
     }
 }
 
+/* A block whose first tokens are sinks and whose others a query reads from the codes: only the
+ * sinks' scores are replaced. */
+static void score_sink_lanes(const ki_attn_tile *t, float *p, const ki_attn_query *q, unsigned b) {
+    float scores[16], *out = scores;
+    exact_scores(&out, &q->q, 1, t->k_blocks[b], t->head_dim);
+    memcpy(p, scores, (q->sink_end - b * 16) * sizeof *p);
+}
+
 /* After the packed blocks: a query's exact blocks overwrite what the neighbours' packed range left
  * there. */
 static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
@@ -209,7 +217,9 @@ static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_
             bool visible = b * 16 < qs[i].end && (b + 1) * 16 > qs[i].first;
             if (!visible || (b * 16 >= qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)) continue;
             p[n] = s->p + (size_t)(q0 + i) * KI_PAGE_TOKENS + b * 16;
-            q[n++] = qs[i].q;
+            if ((b + 1) * 16 > qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)
+                score_sink_lanes(t, p[n], &qs[i], b);
+            else q[n++] = qs[i].q;
         }
         if (n) exact_scores_n(p, q, n, t->k_blocks[b], t->head_dim);
     }

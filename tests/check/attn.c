@@ -69,8 +69,11 @@ static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, u
         o->v.exact[i] = ki_f16_to_f32(ki_f32_to_f16(o->v.exact[i]));
     }
     for (uint32_t t = 0; l->kv.k_bits < 16 && t + group <= n_tokens;
-         t += group) /* whole groups of tokens */
-        for (size_t c = 0; c < row; c++) oracle_group(&o->k, t * row + c, row, group, l->kv.k_bits);
+         t += group) { /* whole groups of tokens; sinks do not count in theirs */
+        uint32_t first = KI_MAX(t, KI_MIN(l->kv.sink_tokens, t + group));
+        for (size_t c = 0; c < row && first < t + group; c++)
+            oracle_group(&o->k, first * row + c, row, t + group - first, l->kv.k_bits);
+    }
     for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += group)
         oracle_group(&o->v, i, 1, group, l->kv.v_bits);
 }
@@ -392,6 +395,12 @@ void check_attn(void) {
     for (uint32_t b = 0; b < 8; b++)
         for (uint32_t rule = 0; rule < 4; rule++)
             one(64, 1, b, 32, 32, rule % 2 ? 32 : 0, rule, 290, false);
+    for (uint32_t i = 0; i < 12; i++) { /* sinks that end within a block, a group, a page */
+        static const uint32_t sinks[] = {1, 4, 20, 47, 100, 128};
+        uint32_t group = 32u << i % 3, residual = i % 2 ? 128 : group;
+        one(128, i % 3, i % 5, group, residual, sinks[i % 6], i % 4, 337, false);
+        one(64, 1, i % 8, 16, 32, sinks[i % 6], (i + 1) % 4, 150, false);
+    }
     one(64, 0, 0, 32, 128, 0, 0, 1, false);
     one(128, 2, 1, 64, 128, 64, 1, 1, false);
     static const uint32_t longer[] = {1000, 4000};

@@ -15,7 +15,8 @@ static void make_tokens(uint32_t part) {
 
 static const uint32_t kinds[][4] = {/* key bits, value bits, residual, sinks */
                                     {2, 2, 32, 0},   {2, 2, 128, 0},   {4, 8, 32, 32},
-                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0}};
+                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0},
+                                    {2, 2, 32, 4},   {4, 2, 128, 20},  {2, 2, 32, 1}};
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
@@ -80,6 +81,66 @@ static uint64_t feed(kivi_seq *seq, const uint32_t *tokens, uint32_t n, uint32_t
 static uint64_t prompt(kivi_seq *seq, const uint32_t *tokens, uint32_t n, uint32_t chunk) {
     CHECK_OK(kivi_seq_begin_prompt(seq, n, err));
     return feed(seq, tokens, n, chunk);
+}
+
+/* ---- sinks within a key group ---- */
+
+/* The group's scale, zero and codes are those of its other tokens alone, by the definition; the
+ * sinks' codes are 0, of keys and of values, and so are scales of a group that is all sinks. */
+static void check_sink_page(kivi_seq *seq, uint32_t head) {
+    const ki_layout *l = &seq->cache->layout;
+    uint32_t g = l->kv.group, s = l->kv.sink_tokens, d = l->head_dim, first = s / g * g;
+    const uint8_t *page = ki_seq_page(seq, 0, 0, head);
+    const uint32_t *words = (const uint32_t *)(page + l->k_codes_at);
+    const uint16_t *scale = (const uint16_t *)(page + l->k_scale_at),
+                   *zero = (const uint16_t *)(page + l->k_zero_at);
+    float *k = check_alloc((size_t)(first + g) * l->n_kv_heads * d * 4);
+    world_rows(k, NULL, NULL, l, tokens_a, 0, 0, first + g);
+    for (uint32_t c = 0; c < d; c++) {
+        uint16_t x[KI_PAGE_TOKENS], want_scale, want_zero;
+        uint8_t codes[KI_PAGE_TOKENS];
+        for (uint32_t t = 0; t < g; t++) {
+            size_t row = KI_MAX(first + t, s); /* the range of the others alone */
+            x[t] = ki_f32_to_f16(k[(row * l->n_kv_heads + head) * d + c]);
+        }
+        ki_quantize_scalar(codes, &want_scale, &want_zero, x, 1, g, l->kv.k_bits);
+        size_t at = (size_t)(first / g) * d + c;
+        CHECK(scale[at] == want_scale && zero[at] == want_zero, "channel %u: scale or zero", c);
+        for (uint32_t t = 0; t < first + g; t++) {
+            unsigned want = t < s ? 0 : codes[t - first];
+            CHECK(ki_key_code(words, t, c, d, l->kv.k_bits) == want, "key code %u %u", t, c);
+        }
+        for (uint32_t i = 0; i < first / g; i++)
+            CHECK(scale[i * d + c] == 0 && zero[i * d + c] == 0, "scale of sinks alone");
+        for (uint32_t t = 0; t < s; t++)
+            CHECK(ki_value_code((const uint32_t *)(page + l->v_codes_at), t, c, d, l->kv.v_bits) ==
+                      0,
+                  "value code %u %u", t, c);
+    }
+    free(k);
+}
+
+static void sinks_in_pages(void) {
+    static const uint32_t cases[][3] = {{16, 32, 4},  {16, 32, 1}, {32, 32, 20},
+                                        {32, 64, 47}, {64, 64, 4}, {128, 128, 100}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int isa = 0; isa < KI_ISA_COUNT; isa++) {
+            if (!check_case_isa((ki_isa)isa, "cache/sinks-in-page/g%u-s%u", cases[i][0],
+                                cases[i][2]))
+                continue;
+            make_tokens(0);
+            world w = world_small();
+            w.isa = (ki_isa)isa;
+            w.geometry.head_dim = 128;
+            w.geometry.kv.group = cases[i][0], w.geometry.kv.residual_tokens = cases[i][1];
+            w.geometry.kv.sink_tokens = cases[i][2];
+            stage s = stage_open(&w);
+            memset(s.cache->pool.data, 0xff, s.cache->pool.id_bytes * s.cache->pool.n_pages);
+            feed(s.seq, tokens_a, 300, 77);
+            for (uint32_t h = 0; h < w.geometry.n_kv_heads; h++) check_sink_page(s.seq, h);
+            stage_close(&s);
+            check_end();
+        }
 }
 
 /* ---- chunks, threads, instruction sets, rules ---- */
@@ -569,8 +630,8 @@ static void misuse(void) {
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "span 100");
     g = good, g.kv.residual_tokens = 48;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "residual 48");
-    g = good, g.kv.sink_tokens = 8;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "8 sinks");
+    g = good, g.kv.sink_tokens = 4097;
+    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "4097 sinks");
     g = good, g.kv.k_bits = 3;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "3 bits");
     kivi_cache_destroy(&cache);
@@ -679,6 +740,7 @@ void check_cache(void) {
         kivi_rule rule;
         uint32_t span;
     } rules[] = {{KIVI_RULE_PAPER, 0}, {KIVI_RULE_STREAM, 0}, {KIVI_RULE_SPAN, 128}};
+    sinks_in_pages();
     half_rows();
     misuse();
     for (uint32_t kind = 0; kind < N_KINDS; kind++) {

@@ -226,6 +226,8 @@ void check_cache_random(void) {
         uint32_t span;
     } kinds[] = {
         {2, 2, 32, 32, 0, 16, KIVI_RULE_PAPER, 0},   {2, 2, 32, 128, 32, 16, KIVI_RULE_STREAM, 0},
+        {2, 2, 32, 32, 4, 16, KIVI_RULE_STREAM, 0},  {4, 8, 16, 32, 20, 16, KIVI_RULE_PAPER, 0},
+        {2, 4, 32, 64, 1, 40, KIVI_RULE_SPAN, 128},  {8, 2, 32, 32, 75, 16, KIVI_RULE_STREAM, 0},
         {4, 2, 16, 32, 16, 0, KIVI_RULE_SPAN, 128},  {2, 16, 32, 64, 0, 16, KIVI_RULE_PAPER, 0},
         {16, 8, 32, 32, 0, 33, KIVI_RULE_SPAN, 256}, {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {

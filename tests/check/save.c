@@ -181,7 +181,8 @@ void check_save(void) {
     for (uint32_t i = 0; i < N_TOKENS; i++) tokens[i] = (uint32_t)hash_u64(check_opt.seed, i);
     snprintf(path, sizeof path, "check-save-%ld.seq", (long)getpid());
     static const uint32_t kinds[][3] = {{2, 2, 0},  {2, 2, 32},  {4, 8, 64}, {16, 2, 32},
-                                        {2, 16, 0}, {16, 16, 0}, {8, 4, 0}};
+                                        {2, 16, 0}, {16, 16, 0}, {8, 4, 0},  {2, 2, 4},
+                                        {4, 2, 20}, {2, 16, 1},  {2, 2, 40}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         round_trip(kinds[i][0], kinds[i][1], kinds[i][2]);
     damage();

