@@ -43,12 +43,12 @@ static float squared_error(const uint16_t *const *blocks, unsigned n_sinks, unsi
     return sum;
 }
 
-typedef struct channel {
+typedef struct key_range {
     float min, max; /* of the tokens from n_sinks on; -0 is +0 here */
-} channel;
+} key_range;
 
-static channel range_of(const uint16_t *const *blocks, unsigned n_sinks, unsigned c) {
-    channel r = {key_at(blocks, n_sinks, c), key_at(blocks, n_sinks, c)};
+static key_range range_of(const uint16_t *const *blocks, unsigned n_sinks, unsigned c) {
+    key_range r = {key_at(blocks, n_sinks, c), key_at(blocks, n_sinks, c)};
     for (unsigned t = n_sinks + 1; t < KI_PAGE_TOKENS; t++) {
         float x = key_at(blocks, t, c);
         r.min = x < r.min ? x : r.min;
@@ -59,12 +59,12 @@ static channel range_of(const uint16_t *const *blocks, unsigned n_sinks, unsigne
     return r;
 }
 
-static void four_bits(uint16_t *scale, uint16_t *zero, channel r) {
+static void four_bits(uint16_t *scale, uint16_t *zero, key_range r) {
     *zero = ki_f32_to_f16(r.min);
     *scale = f16_up((r.max - r.min) / 15);
 }
 
-static void two_bits(uint16_t *scale, uint16_t *zero, channel r, const uint16_t *const *blocks,
+static void two_bits(uint16_t *scale, uint16_t *zero, key_range r, const uint16_t *const *blocks,
                      unsigned n_sinks, unsigned c) {
     float mid = (r.min + r.max) / 2, least = 0;
     for (int i = 0; i < KI_PLUS_KEY_STEPS; i++) {
@@ -93,7 +93,7 @@ void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *b
     bool wide[256] = {false};
     memset(out->low, 0, (size_t)KI_PAGE_TOKENS * head_dim * bits / 8);
     for (unsigned c = 0; c < head_dim; c++) {
-        channel r = range_of(blocks, n_sinks, c);
+        key_range r = range_of(blocks, n_sinks, c);
         spread[c] = r.max - r.min;
     }
     if (bits == 2) {
@@ -102,7 +102,7 @@ void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *b
         for (unsigned w = 0; w < head_dim / 4; w++) wide[out->list[w]] = true;
     }
     for (unsigned c = 0; c < head_dim; c++) {
-        channel r = range_of(blocks, n_sinks, c);
+        key_range r = range_of(blocks, n_sinks, c);
         if (bits == 4 || wide[c]) four_bits(out->scale + c, out->zero + c, r);
         else two_bits(out->scale + c, out->zero + c, r, blocks, n_sinks, c);
         code_channel(out, blocks, n_sinks, c, head_dim, bits == 4 || wide[c] ? 15 : 3);
@@ -229,7 +229,7 @@ void ki_plus_put_key_code(const ki_plus_keys *keys, unsigned token, unsigned cha
 
 void ki_plus_pack_values(uint32_t *low, uint32_t *third, const uint8_t *codes, unsigned token,
                          unsigned head_dim) {
-    uint8_t part[256];
+    uint8_t part[256] = {0};
     for (unsigned c = 0; c < head_dim; c++) part[c] = codes[c] & 3;
     ki_pack_values(low, part, token, head_dim, 2);
     if (!third) return;
