@@ -17,10 +17,10 @@
  *     the c of the least sum of (x - (code - half) scale)^2, in the order of the channels, is
  *     stored; of equal ones the first
  * Turning: by blocks of the largest power of two B that divides D, butterflies (a + b, a - b) at
- * distance 1, 2, 4, ..., B / 2, then a product with the float32 nearest to 1 / sqrt(B). The matrix is
- * its own inverse, so the same function turns the attention's output back. What the butterflies make
- * infinite or NaN from huge float32 is refused where the row is rounded to float16 (to_f16), and
- * what exceeds 65504 saturates and is counted there.
+ * distance 1, 2, 4, ..., B / 2, then a product with the float32 nearest to 1 / sqrt(B). The matrix
+ * is its own inverse, so the same function turns the attention's output back. What the butterflies
+ * make infinite or NaN from huge float32 is refused where the row is rounded to float16 (to_f16),
+ * and what exceeds 65504 saturates and is counted there.
  *
  * Scales and zeros cannot leave float16: |zero| <= max|x| <= 65504, scale <= 2 * 65504 / 3. A
  * channel with one value only has scale 0, codes 0 and its value as zero; a row of zeros has scale
