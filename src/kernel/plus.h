@@ -49,7 +49,15 @@
  *
  * The third plane. 32 tokens share a word: the bit of token t is at 8 (t % 4) + (t % 32) / 4 of
  * word [t / 32][c]. The low plane's quad k of its row r (tokens 16 r + 4 k on) so becomes bytes by
- *     (low >> 2 k & 0x03030303) | (third >> (4 (r % 2) + k) & 0x01010101) << 2 */
+ *     (low >> 2 k & 0x03030303) | (third >> (4 (r % 2) + k) & 0x01010101) << 2
+ *
+ * What attention makes of them, with one key group a page (step: attn.h's fold of a vector of
+ * float32 to 15 bits):
+ *     score = step1 (integers of q s . low) + step2 (integers of 4 q s, wide channels gathered
+ *             through the list, . high) + q . z
+ *     acc   = step (integers of p s . code) - half sum p s, then turned once a row at the very end
+ * The wide sum is the low one's loop over D/4 channels; codes up to 15 stay within the dot product
+ * of bytes below 128. */
 #ifndef KI_PLUS_H
 #define KI_PLUS_H
 #include "quant.h"

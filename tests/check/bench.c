@@ -152,7 +152,7 @@ static void bench_plus(ki_isa isa, unsigned d) {
     b.keys.wide = NULL;
     b.bits = 4;
     double four = time_ns(run_close, &b);
-    printf("plus    %-10s D %3u  page of keys %7.0f ns, of 4 bits %7.0f ns; row of values %5.0f ns, "
+    printf("plus    %-10s D %3u  page of keys %6.0f ns, of 4 bits %6.0f ns  values %5.0f ns a row, "
            "turned %4.0f ns\n",
            ki_isa_names[isa], d, wide, four, values, turn);
     free(x), free(planes), free(keys.list), free(keys.scale), free(keys.zero);

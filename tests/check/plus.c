@@ -198,7 +198,7 @@ static void golden_cases(void) {
 
 /* ---- generated input ---- */
 
-enum { N_KINDS = 12 };
+enum { N_KINDS = 13 };
 
 static float element(unsigned kind, float constant, float mean, rng *r) {
     float n = rng_normal(r);
@@ -213,6 +213,8 @@ static float element(unsigned kind, float constant, float mean, rng *r) {
     case 8: return 1 + (float)rng_below(r, 3) * 0x1p-10f;
     case 9: return rng_below(r, 2) ? -0.0f : 0.0f;
     case 10: return rng_below(r, 2) ? -65504.0f : 65504.0f;
+    /* pulled in, the lower end is between the smallest float16 below 0 and 0 */
+    case 12: return ((float)rng_below(r, 6) - 1) * 0x1p-24f;
     default: return n;
     }
 }
@@ -333,6 +335,7 @@ static void check_channel(const page *p, const closed *k, unsigned c, bool wide)
     double scale = (double)ki_f16_to_f32(k->keys.scale[c]),
            zero = (double)ki_f16_to_f32(k->keys.zero[c]), min, max, sum = 0;
     range_of(p, c, &min, &max);
+    CHECK(k->keys.zero[c] != 0x8000 && k->keys.scale[c] < 0x7c00, "channel %u: -0 or infinite", c);
     for (unsigned t = p->n_sinks; t < 128; t++) {
         double x = key_at(p, t, c),
                d = fabs(x - (ki_plus_key_code(&k->keys, t, c, p->head_dim) * scale + zero));
