@@ -5,11 +5,13 @@
 #include "attn.h"
 #include "dense.h"
 #include "device.h"
+#include "plus.h"
 #include "quant.h"
 
 typedef struct ki_kernels {
     ki_isa isa;
     ki_quant_kernels quant;
+    ki_plus_kernels plus;
     ki_attn_kernels attn;
     ki_dense_kernels dense;
 } ki_kernels;

@@ -118,6 +118,11 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+/* Lane i gets lane i ^ n. */
+KI_INLINE vf vf_swap1(vf a) { return _mm512_permute_ps(a, 0xb1); }
+KI_INLINE vf vf_swap2(vf a) { return _mm512_permute_ps(a, 0x4e); }
+KI_INLINE vf vf_swap4(vf a) { return _mm512_shuffle_f32x4(a, a, 0xb1); }
+KI_INLINE vf vf_swap8(vf a) { return _mm512_shuffle_f32x4(a, a, 0x4e); }
 
 #elif defined(__AVX2__)
 #include <immintrin.h>
@@ -273,6 +278,17 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+/* Lane i gets lane i ^ n. */
+KI_INLINE vf vf_swap1(vf a) {
+    return VF2(_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1));
+}
+KI_INLINE vf vf_swap2(vf a) {
+    return VF2(_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e));
+}
+KI_INLINE vf vf_swap4(vf a) {
+    return VF2(_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1));
+}
+KI_INLINE vf vf_swap8(vf a) { return VF2(a.hi, a.lo); }
 
 #else /* scalar: the definition */
 typedef struct vf {
@@ -373,6 +389,11 @@ KI_INLINE float vf_max(vf a) {
     return a.v[0];
 }
 KI_INLINE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
+/* Lane i gets lane i ^ n. */
+KI_INLINE vf vf_swap1(vf a) { KI_LANES(vf, a.v[i ^ 1]); }
+KI_INLINE vf vf_swap2(vf a) { KI_LANES(vf, a.v[i ^ 2]); }
+KI_INLINE vf vf_swap4(vf a) { KI_LANES(vf, a.v[i ^ 4]); }
+KI_INLINE vf vf_swap8(vf a) { KI_LANES(vf, a.v[i ^ 8]); }
 #endif
 
 /* ---- built from the above, so alike everywhere ---- */

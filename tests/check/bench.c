@@ -110,12 +110,63 @@ static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_
         free(b.out);
 }
 
+typedef struct plus_bench {
+    const ki_plus_kernels *kernels;
+    const uint16_t *blocks[8];
+    ki_plus_keys keys;
+    unsigned head_dim, bits;
+    uint8_t codes[256];
+    uint16_t scale[16];
+    float row[256];
+} plus_bench;
+
+static void run_close(void *context) {
+    plus_bench *b = context;
+    b->kernels->close_keys(&b->keys, b->blocks, 0, b->head_dim, b->bits);
+}
+static void run_values(void *context) {
+    plus_bench *b = context;
+    b->kernels->quantize_values(b->codes, b->scale, b->blocks[0], b->head_dim, b->bits);
+}
+static void run_turn(void *context) {
+    plus_bench *b = context;
+    b->kernels->turn(b->row, b->head_dim);
+}
+
+/* What kivi2+ costs beside attention, for one KV head: a page of keys, a row of values. */
+static void bench_plus(ki_isa isa, unsigned d) {
+    plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d, .bits = 2};
+    uint16_t *x = check_alloc((size_t)128 * d * 2);
+    rng r = rng_make(1);
+    for (size_t i = 0; i < (size_t)128 * d; i++) x[i] = ki_f32_to_f16(rng_normal(&r));
+    for (unsigned i = 0; i < 8; i++) b.blocks[i] = x + (size_t)i * d * 16;
+    uint32_t *planes = check_alloc((size_t)128 * d * 2);
+    b.keys = (ki_plus_keys){.low = planes,
+                            .wide = planes + 8 * d,
+                            .list = check_alloc(d),
+                            .scale = check_alloc(d * 2),
+                            .zero = check_alloc(d * 2)};
+    double wide = time_ns(run_close, &b), values = time_ns(run_values, &b);
+    double turn = time_ns(run_turn, &b);
+    ki_plus_keys keys = b.keys;
+    b.keys.list = NULL;
+    b.keys.wide = NULL;
+    b.bits = 4;
+    double four = time_ns(run_close, &b);
+    printf("plus    %-10s D %3u  page of keys %6.0f ns, of 4 bits %6.0f ns  values %5.0f ns a row, "
+           "turned %4.0f ns\n",
+           ki_isa_names[isa], d, wide, four, values, turn);
+    free(x), free(planes), free(keys.list), free(keys.scale), free(keys.zero);
+}
+
 void check_bench(void) {
     for (int i = 0; i < KI_ISA_COUNT; i++) {
         ki_isa isa = (ki_isa)i;
         if (!ki_isa_available(isa) ||
             (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[i]) != 0))
             continue;
+        bench_plus(isa, 64);
+        bench_plus(isa, 128);
         bench_attend(isa, 64, 9, 3, 2);
         bench_attend(isa, 64, 9, 3, 4);
         bench_attend(isa, 64, 9, 3, 16);

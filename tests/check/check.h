@@ -74,6 +74,7 @@ void check_base(void);
 void check_device(void);
 void check_quant(void);
 void check_pack(void);
+void check_plus(void);
 void check_dense(void);
 void check_attn(void);
 void check_cache(void);

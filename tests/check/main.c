@@ -195,6 +195,7 @@ int main(int argc, char **argv) {
     check_device();
     check_quant();
     check_pack();
+    check_plus();
     check_dense();
     check_attn();
     check_cache();
