@@ -29,9 +29,15 @@ LIBS = $(PKG_LIBS) -lm
 PROG_PKGS := libedit
 PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
+# Instruction sets of the machine the compiler compiles for; no file of another's is compiled.
+TARGET := $(shell $(CC) -dumpmachine)
+ISAS := scalar $(if $(filter x86_64-%,$(TARGET)),avx2 avx512 avx512vnni) \
+        $(if $(filter aarch64-% arm64-%,$(TARGET)),neon neondot)
+OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/isa_*.c))
+
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
-LIB_SRC := $(wildcard src/*/*.c)
-CORE_SRC := $(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)
+LIB_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/*/*.c))
+CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c))
 PROG_SRC := $(wildcard programs/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
@@ -43,13 +49,16 @@ TEST_BIN := $(TEST_SRC:tests/%.c=$(BUILD)/%)
 
 # Sixteen inlined lanes under a sanitizer at -O3 keep the compiler busy for minutes.
 KERNEL_OPT := $(if $(SAN),-O1,-O3)
-# Flags of an instruction set stand on single files only; everything else is baseline x86-64.
+# Flags of an instruction set stand on single files only; everything else is the baseline of x86-64 or aarch64.
 $(BUILD)/src/kernel/isa_avx2.o: ISA := -mavx2 -mfma -mf16c $(KERNEL_OPT)
 # GCC 12 aligns the fake stacks of detect_stack_use_after_return to less than the 64 bytes its code relies on.
 AVX512_SAN := $(if $(findstring address,$(SAN)),$(if $(findstring clang,$(CC)),,--param asan-use-after-return=0))
 AVX512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c $(KERNEL_OPT) -mprefer-vector-width=512 $(AVX512_SAN)
 $(BUILD)/src/kernel/isa_avx512.o: ISA := $(AVX512)
 $(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512) -mavx512vnni
+# Every aarch64 has NEON. GCC's dot product intrinsics want Armv8.2; src/device/cpu.c asks for what that brings.
+$(BUILD)/src/kernel/isa_neon.o: ISA := $(KERNEL_OPT)
+$(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 $(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
 
 .PHONY: all run test lint install uninstall clean help bench fuzz deps FORCE
@@ -66,9 +75,13 @@ $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
-# One static program without libraries, to be carried to any x86 machine.
+# One static program without libraries, to be carried to any machine of its kind.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
+# The same for aarch64, by Debian's cross compiler; runs under qemu-aarch64 (tests/aarch64.py).
+CROSS_AARCH64 ?= aarch64-linux-gnu-
+$(BUILD)/aarch64/check-kernels: FORCE
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/aarch64 CC=$(CROSS_AARCH64)gcc PKG_CFLAGS= PKG_LIBS= $@
 $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ -lcmocka $(LIBS) -pthread
 $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE

@@ -1,8 +1,8 @@
 /* simd.h: sixteen virtual lanes, the same on every machine.
  *
  * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set
- * maps them to its registers (AVX-512: one; AVX2: two halves; scalar: loops), and every operation
- * here gives the same bits on all of them: lanes never mix except in vf_sum and vf_max, whose trees
+ * maps them to its registers (AVX-512: one; AVX2: two halves; NEON: four quarters, simd_neon.h;
+ * scalar: loops), and every operation here gives the same bits on all of them: lanes never mix except in vf_sum and vf_max, whose trees
  * are fixed. So a kernel's result cannot depend on the machine. This header is included once per
  * instruction set by isa_<name>.c and stays inside that file.
  *
@@ -15,7 +15,7 @@
 
 /* Kernels depend on inlining for speed; sixteen lanes of loops under a sanitizer would keep the
  * compiler busy for a quarter of an hour, so there the scalar lanes stay functions. */
-#if defined(KI_DEBUG) && !defined(__AVX2__)
+#if defined(KI_DEBUG) && !defined(__AVX2__) && !defined(KI_SIMD_NEON)
 #define KI_INLINE static __attribute__((noinline, unused))
 #else
 #define KI_INLINE static inline __attribute__((always_inline, unused))
@@ -266,6 +266,9 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+
+#elif defined(KI_SIMD_NEON)
+#include "simd_neon.h"
 
 #else /* scalar: the definition */
 typedef struct vf {
