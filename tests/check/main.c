@@ -51,6 +51,7 @@ bool check_case_isa(ki_isa isa, const char *format, ...) {
     va_end(args);
     snprintf(state.name, sizeof state.name, "%s/%s", base, ki_isa_names[isa]);
     if (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[isa]) != 0) return false;
+    if (!ki_isa_compiled(isa)) return false; /* another architecture's: its own program has it */
     if (!open_case()) return false;
     if (ki_isa_available(isa)) return true;
     printf("skip %s: this machine has no %s\n", state.name, ki_isa_names[isa]);
