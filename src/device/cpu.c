@@ -62,8 +62,7 @@ static kivi_status isa_by_name(ki_isa *out, const char *name, size_t n_bytes, ki
             *out = (ki_isa)i;
             return KIVI_OK;
         }
-    return KI_FAIL(err, ARG,
-                   "KIVI_DISABLE: unknown instruction set '%.*s', expected " KNOWN_NAMES,
+    return KI_FAIL(err, ARG, "KIVI_DISABLE: unknown instruction set '%.*s', expected " KNOWN_NAMES,
                    (int)KI_MIN(n_bytes, (size_t)64), name);
 }
 

@@ -2,9 +2,10 @@
  *
  * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set
  * maps them to its registers (AVX-512: one; AVX2: two halves; NEON: four quarters, simd_neon.h;
- * scalar: loops), and every operation here gives the same bits on all of them: lanes never mix except in vf_sum and vf_max, whose trees
- * are fixed. So a kernel's result cannot depend on the machine. This header is included once per
- * instruction set by isa_<name>.c and stays inside that file.
+ * scalar: loops), and every operation here gives the same bits on all of them: lanes never mix
+ * except in vf_sum and vf_max, whose trees are fixed. So a kernel's result cannot depend on the
+ * machine. This header is included once per instruction set by isa_<name>.c and stays inside that
+ * file.
  *
  * vf f32 lanes   vi i32 lanes   vb bytes (an i32 lane holds 4 neighbours) */
 #ifndef KI_SIMD_H

@@ -71,7 +71,8 @@ static void choose(void) {
     }
     for (int i = 0; i < KI_ISA_COUNT; i++)
         if (ki_isa_available((ki_isa)i))
-            CHECK(ki_isa_compiled((ki_isa)i) && ki_kernels_get((ki_isa)i)->isa == (ki_isa)i, "table %d", i);
+            CHECK(ki_isa_compiled((ki_isa)i) && ki_kernels_get((ki_isa)i)->isa == (ki_isa)i,
+                  "table %d", i);
     CHECK(ki_isa_available(KI_ISA_SCALAR) && !ki_isa_available(KI_ISA_COUNT), "availability");
     CHECK(ki_cpu_count() >= 1, "no processor");
     check_end();
@@ -194,8 +195,7 @@ static void hostile_fpu(ki_isa isa) {
         fesetround(FE_TONEAREST);
         fpu_write(before);
         CHECK((hostile & MODE_BITS) != (before & MODE_BITS), "mode %zu cannot be set", m);
-        CHECK((after & MODE_BITS) == (hostile & MODE_BITS),
-              "the caller's state is not given back");
+        CHECK((after & MODE_BITS) == (hostile & MODE_BITS), "the caller's state is not given back");
         CHECK(!memcmp(&want, &got, sizeof want) && !memcmp(e_want, e_got, sizeof e_want),
               "bytes differ under rounding mode %zu", m);
         CHECK(memcmp(e_want, e_other, sizeof e_want), "mode %zu makes no difference", m);

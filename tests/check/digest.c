@@ -123,7 +123,7 @@ static void digest_steps(ki_isa isa) {
 
 /* Prompts, single rows and their attention over packed pages, window and sinks; then the pages. */
 static void digest_cache(ki_isa isa, uint32_t head_dim, const kivi_kv_options *kv) {
-    enum { N = 310 };
+    enum { N = 219 };
     static uint32_t tokens[N];
     char name[96];
     snprintf(name, sizeof name, "cache/d%u-b%u.%u-g%u-r%u-s%u-%s", head_dim, kv->k_bits, kv->v_bits,
@@ -142,7 +142,7 @@ static void digest_cache(ki_isa isa, uint32_t head_dim, const kivi_kv_options *k
         return;
     }
     float *out = check_alloc(world_out_floats(&cache->layout, N) * 4);
-    static const uint32_t steps[] = {200, 1, 1, 1, 70, 1, 36};
+    static const uint32_t steps[] = {150, 1, 1, 1, 40, 1, 25};
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         if (steps[i] > 1) kivi_seq_begin_prompt(seq, steps[i], NULL);
         if (world_step(seq, tokens, steps[i], out, NULL)) printf("not ok %s: step\n", name);
