@@ -5,7 +5,7 @@
 
 /* Instruction sets kernels are compiled for, of each architecture the poorest first. A machine
  * offers a set only with all that it needs: avx2 means AVX2 + FMA + F16C, avx512 means F + BW + VL
- * + DQ, avx512vnni adds VNNI; neon is every aarch64, neondot adds DotProd (and what Armv8.2 has). */
+ * + DQ, avx512vnni adds VNNI; neon is every aarch64, neondot adds DotProd on an Armv8.2. */
 typedef enum ki_isa {
     KI_ISA_SCALAR,
     KI_ISA_AVX2,
