@@ -29,9 +29,15 @@ LIBS = $(PKG_LIBS) -lm
 PROG_PKGS := libedit
 PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
+# Instruction sets of the machine the compiler compiles for; no file of another's is compiled.
+TARGET := $(shell $(CC) -dumpmachine)
+ISAS := scalar $(if $(filter x86_64-%,$(TARGET)),avx2 avx512 avx512vnni) \
+        $(if $(filter aarch64-% arm64-%,$(TARGET)),neon neondot)
+OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/isa_*.c))
+
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
-LIB_SRC := $(wildcard src/*/*.c)
-CORE_SRC := $(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)
+LIB_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/*/*.c))
+CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c))
 PROG_SRC := $(wildcard programs/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
@@ -43,7 +49,7 @@ TEST_BIN := $(TEST_SRC:tests/%.c=$(BUILD)/%)
 
 # Sixteen inlined lanes under a sanitizer at -O3 keep the compiler busy for minutes.
 KERNEL_OPT := $(if $(SAN),-O1,-O3)
-# Flags of an instruction set stand on single files only; everything else is baseline x86-64.
+# Flags of an instruction set stand on single files only; everything else is the baseline of x86-64 or aarch64.
 AVX2 := -mavx2 -mfma -mf16c $(KERNEL_OPT)
 $(BUILD)/src/kernel/isa_avx2.o: ISA := $(AVX2)
 # GCC 12 aligns the fake stacks of detect_stack_use_after_return to less than the 64 bytes its code relies on.
@@ -52,9 +58,12 @@ AVX512 := -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c $(KERNEL_OPT) 
 $(BUILD)/src/kernel/isa_avx512.o: ISA := $(AVX512)
 AVX512VNNI := $(AVX512) -mavx512vnni
 $(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512VNNI)
+# Every aarch64 has NEON. GCC's dot product intrinsics want Armv8.2; src/device/cpu.c asks for what that brings.
+$(BUILD)/src/kernel/isa_neon.o: ISA := $(KERNEL_OPT)
+$(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 $(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
 
-.PHONY: all run test lint install uninstall clean help bench fuzz deps FORCE
+.PHONY: all run test lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -68,9 +77,17 @@ $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
-# One static program without libraries, to be carried to any x86 machine.
+# One static program without libraries, to be carried to any machine of its kind.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
+# The same for aarch64, by Debian's cross compiler; runs under qemu-aarch64 (tests/aarch64.py).
+CROSS_AARCH64 ?= aarch64-linux-gnu-
+$(BUILD)/aarch64/check-kernels: FORCE
+	@$(MAKE) --no-print-directory BUILD=$(BUILD)/aarch64 CC=$(CROSS_AARCH64)gcc PKG_CFLAGS= PKG_LIBS= $@
+# All other sources as far as a compiler gets without that machine's libraries: their headers are the same everywhere.
+aarch64-syntax:
+	$(CROSS_AARCH64)gcc $(filter-out -MMD -MP,$(CFLAGS_BASE)) $(WARN) $(INC) $(PKG_CFLAGS) -idirafter /usr/include \
+	    -fsyntax-only $(filter-out src/kernel/isa_%,$(LIB_SRC)) $(PROG_SRC)
 $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ -lcmocka $(LIBS) -pthread
 # Not a test itself: the rows of a GGUF file as the kernels see them, for tests/py_gguf_rows.py.

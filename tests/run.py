@@ -8,7 +8,7 @@ all is a failure of its own: silence never counts as success. Tools called here 
 
   KIVI_BIN         the program `kivi` to test            KIVI_GOLDEN      folder of the golden files
   KIVI_TEST_MODEL  the SmolLM2 file; without it, skip     KIVI_TEST_UNDER  asan, tsan or valgrind: do less, it is slow
-  KIVI_TEST_QUICK  set to 1: no sanitizers, no valgrind   KIVI_BUILD       the build folder (default: build)
+  KIVI_TEST_QUICK  set to 1: no sanitizers, valgrind, qemu  KIVI_BUILD       the build folder (default: build)
 """
 import argparse
 import glob
@@ -55,6 +55,10 @@ def python(build):
     return [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/py_*.py'))]
 
 
+def aarch64(build):
+    return [('aarch64', [sys.executable, 'tests/aarch64.py'])]
+
+
 def valgrind(build):
     """A small model, a prompt, decode steps that close key groups and overflow the window, and the end."""
     model = f'{GOLDEN}/llama-gqa'
@@ -74,6 +78,7 @@ STAGES = [
     ('unit', [unit], BUILD, None, False),
     ('kernels', [kernels], BUILD, None, False),
     ('python', [python], BUILD, None, False),
+    ('aarch64', [aarch64], BUILD, None, True),
     ('asan', [unit, kernels], 'build-asan', ['SAN=address,undefined', *TESTED], True),
     ('tsan', [unit, kernels], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),

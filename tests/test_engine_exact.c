@@ -133,10 +133,14 @@ static void check_isa(const char *isa, const char *disable) {
         close_engine(engine);
     }
 }
-static void test_isa_scalar(void **state) { (void)state, check_isa("scalar", "avx2"); }
+static void test_isa_scalar(void **state) { (void)state, check_isa("scalar", "avx2,neon"); }
 static void test_isa_avx2(void **state) { (void)state, check_isa("avx2", "avx512"); }
 static void test_isa_avx512(void **state) { (void)state, check_isa("avx512", "avx512vnni"); }
 static void test_isa_avx512vnni(void **state) { (void)state, check_isa("avx512vnni", NULL); }
+#if defined(__aarch64__)
+static void test_isa_neon(void **state) { (void)state, check_isa("neon", "neondot"); }
+static void test_isa_neondot(void **state) { (void)state, check_isa("neondot", NULL); }
+#endif
 
 /* ---- neighbours ---- */
 
@@ -573,6 +577,10 @@ int main(void) {
         cmocka_unit_test(test_isa_avx2),
         cmocka_unit_test(test_isa_avx512),
         cmocka_unit_test(test_isa_avx512vnni),
+#if defined(__aarch64__)
+        cmocka_unit_test(test_isa_neon),
+        cmocka_unit_test(test_isa_neondot),
+#endif
         cmocka_unit_test(test_neighbours),
         cmocka_unit_test(test_stream),
         cmocka_unit_test(test_rules_differ),

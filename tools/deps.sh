@@ -6,7 +6,9 @@ set -euo pipefail
 packages() {
     case $1 in
         build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev ;;
-        test) echo g++ libcmocka-dev python3 python3-numpy python3-jinja2 valgrind ;; # g++: headers compile as C++
+        test) echo g++ libcmocka-dev python3 python3-numpy python3-jinja2 valgrind # g++: headers compile as C++
+            # the other architecture; on it, the kernels are tested as they are
+            [ "$(uname -m)" != x86_64 ] || echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user ;;
         model) echo python3 python3-pip ca-certificates ;;             # the model comes inside a Python package
         *) echo "kivi: error: deps.sh: unknown set '$1', known: build test model" >&2; return 2 ;;
     esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # test.sh [OPTION...]: everything there is to test; options go to tests/run.py. The last line is the count.
-# KIVI_TEST_QUICK=1 leaves out the sanitizer and valgrind stages.
+# KIVI_TEST_QUICK=1 leaves out the sanitizer, valgrind and aarch64 stages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=${BUILD:-build}

@@ -3,21 +3,25 @@
 #define KI_DEVICE_H
 #include "base.h"
 
-/* Instruction sets kernels are compiled for, poorest first. A machine offers a set only with all
- * before it that it needs: avx2 means AVX2 + FMA + F16C, avx512 means F + BW + VL + DQ, avx512vnni
- * adds VNNI. */
+/* Instruction sets kernels are compiled for, of each architecture the poorest first. A machine
+ * offers a set only with all that it needs: avx2 means AVX2 + FMA + F16C, avx512 means F + BW + VL
+ * + DQ, avx512vnni adds VNNI; neon is every aarch64, neondot adds DotProd on an Armv8.2. */
 typedef enum ki_isa {
     KI_ISA_SCALAR,
     KI_ISA_AVX2,
     KI_ISA_AVX512,
     KI_ISA_AVX512VNNI,
+    KI_ISA_NEON,
+    KI_ISA_NEONDOT,
     KI_ISA_COUNT
 } ki_isa;
 extern const char *const ki_isa_names[KI_ISA_COUNT];
 
+bool ki_isa_compiled(ki_isa isa); /* belongs to the architecture this program is compiled for */
 bool ki_isa_available(ki_isa isa);
 /* The richest available set that `disabled` does not name ("avx512,avx2", NULL allowed; a disabled
- * set disables the richer ones built on it). ARG names an unknown word. */
+ * set disables the richer ones built on it; sets of other architectures may be named). ARG names an
+ * unknown word. */
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
 
 /* A pool of n_threads - 1 workers; the caller is the last one. Idle workers sleep in the kernel:

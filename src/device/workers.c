@@ -47,6 +47,8 @@ struct ki_workers {
 static void look_again(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb"); /* a pause of some ten nanoseconds; `yield` does nothing on most */
 #endif
 }
 

@@ -3,6 +3,8 @@
 extern const ki_kernels ki_kernels_scalar;
 #if defined(__x86_64__)
 extern const ki_kernels ki_kernels_avx2, ki_kernels_avx512, ki_kernels_avx512vnni;
+#elif defined(__aarch64__)
+extern const ki_kernels ki_kernels_neon, ki_kernels_neondot;
 #endif
 
 const ki_kernels *ki_kernels_get(ki_isa isa) {
@@ -13,6 +15,9 @@ const ki_kernels *ki_kernels_get(ki_isa isa) {
     case KI_ISA_AVX512VNNI: return &ki_kernels_avx512vnni;
     default: break;
     }
+#elif defined(__aarch64__)
+    if (isa == KI_ISA_NEON) return &ki_kernels_neon;
+    if (isa == KI_ISA_NEONDOT) return &ki_kernels_neondot;
 #endif
     (void)isa;
     return &ki_kernels_scalar;

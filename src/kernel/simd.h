@@ -1,10 +1,11 @@
 /* simd.h: sixteen virtual lanes, the same on every machine.
  *
  * Kernels are written once, over vectors of 16 float32, 16 int32 or 64 bytes. Each instruction set
- * maps them to its registers (AVX-512: one; AVX2: two halves; scalar: loops), and every operation
- * here gives the same bits on all of them: lanes never mix except in vf_sum and vf_max, whose trees
- * are fixed. So a kernel's result cannot depend on the machine. This header is included once per
- * instruction set by isa_<name>.c and stays inside that file.
+ * maps them to its registers (AVX-512: one; AVX2: two halves; NEON: four quarters, simd_neon.h;
+ * scalar: loops), and every operation here gives the same bits on all of them: lanes never mix
+ * except in vf_sum and vf_max, whose trees are fixed. So a kernel's result cannot depend on the
+ * machine. This header is included once per instruction set by isa_<name>.c and stays inside that
+ * file.
  *
  * vf f32 lanes   vi i32 lanes   vb bytes (an i32 lane holds 4 neighbours) */
 #ifndef KI_SIMD_H
@@ -15,7 +16,7 @@
 
 /* Kernels depend on inlining for speed; sixteen lanes of loops under a sanitizer would keep the
  * compiler busy for a quarter of an hour, so there the scalar lanes stay functions. */
-#if defined(KI_DEBUG) && !defined(__AVX2__)
+#if defined(KI_DEBUG) && !defined(__AVX2__) && !defined(KI_SIMD_NEON)
 #define KI_INLINE static __attribute__((noinline, unused))
 #else
 #define KI_INLINE static inline __attribute__((always_inline, unused))
@@ -289,6 +290,9 @@ KI_INLINE vf vf_swap4(vf a) {
     return VF2(_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1));
 }
 KI_INLINE vf vf_swap8(vf a) { return VF2(a.hi, a.lo); }
+
+#elif defined(KI_SIMD_NEON)
+#include "simd_neon.h"
 
 #else /* scalar: the definition */
 typedef struct vf {

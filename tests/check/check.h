@@ -12,7 +12,7 @@
 typedef struct check_options {
     const char *prefix, *isa;
     uint64_t seed;
-    bool list, thorough, bench;
+    bool list, thorough, bench, digest;
 } check_options;
 extern check_options check_opt;
 
@@ -82,4 +82,5 @@ void check_cache_random(void);
 void check_memory(void);
 void check_save(void);
 void check_bench(void);
+void check_digest(void);
 #endif

@@ -5,36 +5,64 @@
 #include <pthread.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+/* FTZ and DAZ; compared without the flags that computing sets. */
+enum { HOSTILE = 0x8040, MODE_BITS = 0xffc0 };
+static uint32_t fpu_read(void) { return _mm_getcsr(); }
+static void fpu_write(uint32_t state) { _mm_setcsr(state); }
+#elif defined(__aarch64__)
+/* FZ16, FZ, DN, and AHP, which gives float16 another meaning. */
+enum { HOSTILE = 1 << 19 | 1 << 24 | 1 << 25 | 1 << 26, MODE_BITS = HOSTILE | 3 << 22 };
+static uint32_t fpu_read(void) {
+    uint64_t state;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(state));
+    return (uint32_t)state;
+}
+static void fpu_write(uint32_t state) { __asm__ volatile("msr fpcr, %0" ::"r"((uint64_t)state)); }
 #endif
 
-static ki_isa richest(ki_isa limit) {
-    int isa = (int)limit;
-    while (!ki_isa_available((ki_isa)isa)) isa--;
-    return (ki_isa)isa;
+/* The first of a list, richest first, that this machine has. */
+static ki_isa first_available(const int *list) {
+    while (!ki_isa_available((ki_isa)*list)) list++;
+    return (ki_isa)*list;
 }
 
 static void choose(void) {
     if (!check_case("cpu/choose")) return;
+    enum {
+        NONE = KI_ISA_SCALAR,
+        A2 = KI_ISA_AVX2,
+        A512 = KI_ISA_AVX512,
+        VNNI = KI_ISA_AVX512VNNI,
+        NEON = KI_ISA_NEON,
+        DOT = KI_ISA_NEONDOT
+    };
+    /* what may be chosen, richest first; a machine has one architecture's at most */
     static const struct {
         const char *disabled;
-        ki_isa limit;
-    } good[] = {{NULL, KI_ISA_AVX512VNNI},
-                {"", KI_ISA_AVX512VNNI},
-                {"avx512vnni", KI_ISA_AVX512},
-                {"avx512", KI_ISA_AVX2},
-                {"avx2", KI_ISA_SCALAR},
-                {"avx512,avx2", KI_ISA_SCALAR},
-                {"avx2,avx512vnni", KI_ISA_SCALAR},
-                {"avx512vnni,", KI_ISA_AVX512},
-                {",avx512", KI_ISA_AVX2},
-                {",,", KI_ISA_AVX512VNNI}};
+        int left[KI_ISA_COUNT];
+    } good[] = {{NULL, {DOT, NEON, VNNI, A512, A2}},
+                {"", {DOT, NEON, VNNI, A512, A2}},
+                {"avx512vnni", {DOT, NEON, A512, A2}},
+                {"avx512", {DOT, NEON, A2}},
+                {"avx2", {DOT, NEON}},
+                {"avx512,avx2", {DOT, NEON}},
+                {"avx2,avx512vnni", {DOT, NEON}},
+                {"avx512vnni,", {DOT, NEON, A512, A2}},
+                {",avx512", {DOT, NEON, A2}},
+                {",,", {DOT, NEON, VNNI, A512, A2}},
+                {"neon", {VNNI, A512, A2}},
+                {"neondot", {NEON, VNNI, A512, A2}},
+                {"neondot,neon", {VNNI, A512, A2}},
+                {"neon,avx512", {A2}},
+                {"avx512vnni,neondot", {NEON, A512, A2}},
+                {"avx2,neon", {NONE}}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ki_isa isa = KI_ISA_COUNT;
         CHECK_OK(ki_isa_choose(&isa, good[i].disabled, err));
-        CHECK(isa == richest(good[i].limit), "'%s' gives %d", good[i].disabled, (int)isa);
+        CHECK(isa == first_available(good[i].left), "'%s' gives %d", good[i].disabled, (int)isa);
     }
-    static const char *const bad[] = {"avx",   "avx5122",         "AVX2",  "avx2;avx512",
-                                      " avx2", "avx512,nonsense", "scalar"};
+    static const char *const bad[] = {"avx",   "avx5122",         "AVX2",   "avx2;avx512",
+                                      " avx2", "avx512,nonsense", "scalar", "neond"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ki_isa isa;
         kivi_error err = {0};
@@ -43,7 +71,8 @@ static void choose(void) {
     }
     for (int i = 0; i < KI_ISA_COUNT; i++)
         if (ki_isa_available((ki_isa)i))
-            CHECK(ki_kernels_get((ki_isa)i)->isa == (ki_isa)i, "table %d", i);
+            CHECK(ki_isa_compiled((ki_isa)i) && ki_kernels_get((ki_isa)i)->isa == (ki_isa)i,
+                  "table %d", i);
     CHECK(ki_isa_available(KI_ISA_SCALAR) && !ki_isa_available(KI_ISA_COUNT), "availability");
     CHECK(ki_cpu_count() >= 1, "no processor");
     check_end();
@@ -134,11 +163,14 @@ static void quantize_all(quant_out *out, const uint16_t *x, const ki_quant_kerne
 }
 
 static void hostile_fpu(ki_isa isa) {
-    if (!check_case_isa(isa, "cpu/mxcsr")) return;
-#if defined(__x86_64__)
+    if (!check_case_isa(isa, "cpu/fpu-mode")) return;
+#if defined(__x86_64__) || defined(__aarch64__)
     const ki_quant_kernels *kernels = &ki_kernels_get(isa)->quant;
+    const ki_dense_kernels *dense = &ki_kernels_get(isa)->dense;
     rng r = check_rng();
     uint16_t x[64 * 32];
+    float y[256], e_want[256], e_got[256], e_other[256];
+    for (size_t i = 0; i < 256; i++) y[i] = rng_normal(&r);
     for (size_t i = 0; i < 64 * 32; i++) {
         float scale = i / 32 % 2 ? 2e-7f : 1.0f; /* every second group is subnormal in float16 */
         x[i] = ki_f32_to_f16(rng_normal(&r) * scale);
@@ -147,20 +179,26 @@ static void hostile_fpu(ki_isa isa) {
     memset(&want, 0, sizeof want);
     memset(&got, 0, sizeof got);
     quantize_all(&want, x, kernels);
+    dense->exp(e_want, y, 256);
     static const int modes[] = {FE_DOWNWARD, FE_UPWARD, FE_TOWARDZERO};
     for (size_t m = 0; m < 3; m++) {
-        unsigned before = _mm_getcsr();
+        uint32_t before = fpu_read();
         fesetround(modes[m]);
-        _mm_setcsr(_mm_getcsr() | 0x8040); /* FTZ and DAZ */
-        unsigned hostile = _mm_getcsr();
+        fpu_write(fpu_read() | HOSTILE);
+        uint32_t hostile = fpu_read();
+        dense->exp(e_other, y, 256); /* so that the mode is known to matter */
         ki_fpu fpu = ki_fpu_enter();
         quantize_all(&got, x, kernels);
+        dense->exp(e_got, y, 256);
         ki_fpu_leave(fpu);
-        unsigned after = _mm_getcsr();
+        uint32_t after = fpu_read();
         fesetround(FE_TONEAREST);
-        _mm_setcsr(before);
-        CHECK((after & 0xffc0) == (hostile & 0xffc0), "the caller's state is not given back");
-        CHECK(!memcmp(&want, &got, sizeof want), "bytes differ under rounding mode %zu", m);
+        fpu_write(before);
+        CHECK((hostile & MODE_BITS) != (before & MODE_BITS), "mode %zu cannot be set", m);
+        CHECK((after & MODE_BITS) == (hostile & MODE_BITS), "the caller's state is not given back");
+        CHECK(!memcmp(&want, &got, sizeof want) && !memcmp(e_want, e_got, sizeof e_want),
+              "bytes differ under rounding mode %zu", m);
+        CHECK(memcmp(e_want, e_other, sizeof e_want), "mode %zu makes no difference", m);
     }
 #endif
     check_end();
@@ -169,7 +207,7 @@ static void hostile_fpu(ki_isa isa) {
 /* Scalar code may use x87 or the library's rounding: rintf and the conversions must not see the
  * caller's mode. */
 static void hostile_scalar(void) {
-    if (!check_case("cpu/mxcsr/definition")) return;
+    if (!check_case("cpu/fpu-mode/definition")) return;
     static quant_out want, got;
     ki_quant_kernels kernels = {.quantize = ki_quantize_scalar};
     rng r = check_rng();
