@@ -42,8 +42,7 @@ static kivi_status area_init(worker_area *a, ki_mem *mem, const ki_layout *l, ui
                              kivi_error *err) {
     size_t floats = (size_t)max_queries * l->head_dim * sizeof(float);
     void *p;
-    KI_TRY(
-        ki_alloc(&p, mem, KI_TAG_workspace, ki_attn_scratch_bytes(l->head_dim, max_queries), err));
+    KI_TRY(ki_alloc(&p, mem, KI_TAG_workspace, ki_attn_scratch_bytes(), err));
     a->tile_scratch = p;
     KI_TRY(ki_alloc_array(&p, mem, KI_TAG_workspace, max_queries, sizeof(ki_attn_query), err));
     a->queries = p;
@@ -180,6 +179,16 @@ static void load_queries(worker_area *a, const attend_call *call, const row_bloc
         }
 }
 
+/* The next page comes from memory while this one is worked on: its planes are too short, and too far
+ * from this page's, for the hardware to see them coming. */
+static void prefetch_page(const attend_call *call, const kivi_seq *seq, uint32_t head,
+                          uint32_t page) {
+    if (page >= seq->n_pages || seq->pages[page] == (uint32_t)KI_NO_PAGE) return;
+    const uint8_t *data = ki_seq_page(seq, page, call->layer, head);
+    for (size_t at = 0; at < call->cache->layout.page_bytes; at += 64)
+        __builtin_prefetch(data + at, 0, 2);
+}
+
 /* The states of all queries of a block over one split. */
 static void run_split(worker_area *a, const attend_call *call, const row_block *block,
                       uint32_t split) {
@@ -202,6 +211,7 @@ static void run_split(worker_area *a, const attend_call *call, const row_block *
         if (!visible) continue;
         ki_attn_tile tile;
         fill_tile(&tile, call, seq, block->head, p);
+        prefetch_page(call, seq, block->head, p + 1);
         call->cache->kernels->attn.tile(&tile, a->queries, n_queries, a->tile_scratch);
     }
 }

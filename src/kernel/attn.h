@@ -48,8 +48,8 @@ typedef struct ki_attn_query {
     float *acc; /* [D] f32, zeroed at the start */
 } ki_attn_query;
 
-/* Scratch of one worker for n_queries queries, in bytes. */
-size_t ki_attn_scratch_bytes(unsigned head_dim, unsigned n_queries);
+/* Scratch of one worker, in bytes. */
+size_t ki_attn_scratch_bytes(void);
 
 typedef struct ki_attn_kernels {
     void (*tile)(const ki_attn_tile *tile, ki_attn_query *queries, unsigned n_queries,

@@ -2,95 +2,161 @@
 #include "attn.h"
 #include "simd.h"
 
-enum { QUERY_BLOCK = 4 }; /* queries that share a loaded vector: 8 integer sums stay in registers */
-#define QUANT_MAX 16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
+enum {
+    QUERY_BLOCK = 4, /* queries that share a loaded vector */
+    FOLD_ROWS = 16   /* (group, query) pairs that are folded together: lanes of one vector */
+};
 
-/* Scratch of a worker, for nq queries:
- *   codes   [128][D] bytes     the unpacked codes of the keys, then of the values
- *   p       [nq][128] f32      scores, then weights
- *   high, low  [QUERY_BLOCK][max(D, 128)] bytes    a query's (or its weights') integers */
+/* Scratch of a worker:
+ *   p           [4][128] f32               scores, then weights
+ *   x           [16][256] f32              q * s or p * s of the rows being folded
+ *   high, low   [16][256] bytes            their integers, in quads (fold_at)
+ *   masked      [4][128] f32               weights of a query that reads a part of the codes only */
 typedef struct attn_scratch {
-    uint8_t *codes;
-    float *p;
-    int8_t *high[QUERY_BLOCK], *low[QUERY_BLOCK];
+    float *p, *x, *masked;
+    int8_t *high, *low;
+    float step[FOLD_ROWS], bias[FOLD_ROWS];
 } attn_scratch;
 
-static attn_scratch scratch_carve(void *memory, unsigned head_dim, unsigned n_queries) {
-    attn_scratch s;
-    uint8_t *at = memory;
-    s.codes = at;
-    at += (size_t)KI_PAGE_TOKENS * head_dim;
-    s.p = (float *)at;
-    at += (size_t)n_queries * KI_PAGE_TOKENS * sizeof(float);
-    for (int i = 0; i < QUERY_BLOCK; i++) {
-        s.high[i] = (int8_t *)at;
-        s.low[i] = (int8_t *)at + KI_MAX_HEAD_DIM;
-        at += (size_t)2 * KI_MAX_HEAD_DIM;
-    }
-    return s;
+static void scratch_carve(attn_scratch *s, void *memory) {
+    float *at = memory;
+    s->p = at;
+    at += QUERY_BLOCK * KI_PAGE_TOKENS;
+    s->x = at;
+    at += FOLD_ROWS * KI_MAX_HEAD_DIM;
+    s->masked = at;
+    at += QUERY_BLOCK * KI_PAGE_TOKENS;
+    s->high = (int8_t *)at;
+    s->low = s->high + FOLD_ROWS * KI_MAX_HEAD_DIM;
 }
 
-/* n_words vectors of 16 words to 32 / bits / 4 vectors of bytes each; bits is a constant at every
- * call. */
-KI_INLINE void unpack_words(uint8_t *out, const uint32_t *words, size_t n_vectors, unsigned bits) {
-    unsigned per_word = 8 / bits;
-    vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
-    for (size_t w = 0; w < n_vectors; w++) {
-        vi v = vi_load((const int32_t *)words + w * 16);
-        for (unsigned k = 0; k < per_word; k++)
-            vi_store((int32_t *)out + (w * per_word + k) * 16, vi_and(vi_shr(v, bits * k), mask));
-    }
-}
+/* ---- folding: x * scale as integers ---- */
 
-static void unpack_any(uint8_t *out, const uint32_t *words, size_t n_vectors, unsigned bits) {
-    if (bits == 2) unpack_words(out, words, n_vectors, 2);
-    else if (bits == 4) unpack_words(out, words, n_vectors, 4);
-    else unpack_words(out, words, n_vectors, 8);
-}
+/* Codes of 2 bits meet integers of 8 bits: the rounding is some 3% of what 2 bits lose. Codes of 4
+ * and 8 bits meet 15 bits in two bytes, 128 high + low. */
+KI_INLINE unsigned fold_planes(unsigned bits) { return bits == 2 ? 1 : 2; }
+KI_INLINE float fold_limit(unsigned bits) { return bits == 2 ? 127.0f : 127.0f * 128; }
 
-/* Bytes of the values must be [t / 4][c][t % 4]; a word vector holds 32 / bits tokens of 16
- * channels, so its k-th part belongs to token quad k of the word, D channels apart. */
-KI_INLINE void unpack_value_words(uint8_t *out, const uint32_t *words, unsigned n_rows,
-                                  unsigned head_dim, unsigned bits) {
-    unsigned per_word = 8 / bits;
-    vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
-    for (unsigned r = 0; r < n_rows; r++)
-        for (unsigned c = 0; c < head_dim; c += 16) {
-            vi v = vi_load((const int32_t *)words + (size_t)r * head_dim + c);
-            for (unsigned k = 0; k < per_word; k++)
-                vi_store((int32_t *)out + ((size_t)(r * per_word + k) * head_dim + c),
-                         vi_and(vi_shr(v, bits * k), mask));
+/* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_pack4's order. */
+KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
+
+/* Integers of n values of one row; returns their sum a lane. Past n (a multiple of 16) are zeros. */
+KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n,
+                      unsigned bits) {
+    vi sum = vi_set(0);
+    for (unsigned c = 0; c < n; c += 64) {
+        vi q[4], h[4];
+        for (unsigned k = 0; k < 4; k++)
+            q[k] = c + k * 16 < n ? vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)))
+                                  : vi_set(0);
+        if (fold_planes(bits) == 1) {
+            vb all = vb_pack4(q[0], q[1], q[2], q[3]);
+            vb_store(high + c, all);
+            sum = vi_dot_u7(sum, vi_set(0x01010101), all);
+            continue;
         }
+        sum = vi_add(sum, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
+        for (unsigned k = 0; k < 4; k++) {
+            h[k] = vi_sar(vi_add(q[k], vi_set(64)), 7);
+            q[k] = vi_sub(q[k], vi_shl(h[k], 7));
+        }
+        vb_store(high + c, vb_pack4(h[0], h[1], h[2], h[3]));
+        vb_store(low + c, vb_pack4(q[0], q[1], q[2], q[3]));
+    }
+    return sum;
 }
 
-static void unpack_values(uint8_t *out, const uint32_t *words, unsigned n_tokens, unsigned head_dim,
-                          unsigned bits) {
-    unsigned n = 32 / bits, n_rows = (n_tokens + n - 1) / n;
-    if (bits == 2) unpack_value_words(out, words, n_rows, head_dim, 2);
-    else if (bits == 4) unpack_value_words(out, words, n_rows, head_dim, 4);
-    else unpack_value_words(out, words, n_rows, head_dim, 8);
+/* One group: x s of nq rows, x . (z + centre s), and the largest |x s| a lane. */
+KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *const *x, unsigned nq,
+                          const uint16_t *scale, const uint16_t *zero, unsigned n, float centre) {
+    for (unsigned c = 0; c < n; c += 16) {
+        vf s = vf_load_f16(scale + c), z = vf_fma(s, vf_set(centre), vf_load_f16(zero + c));
+        for (unsigned i = 0; i < nq; i++) {
+            vf v = vf_load(x[i] + c), f = vf_mul(v, s);
+            vf_store(out + i * KI_MAX_HEAD_DIM + c, f);
+            bias[i] = vf_fma(v, z, bias[i]);
+            largest[i] = vf_max2(vf_abs(f), largest[i]);
+        }
+    }
 }
 
-/* x [n] to 15-bit integers in two bytes: x = step (128 high + low). Returns the step; n % 16 == 0.
- */
-KI_INLINE float quantize_15(int8_t *high, int8_t *low, const float *x, unsigned n) {
-    vf largest = vf_set(0.0f);
-    for (unsigned i = 0; i < n; i += 16) largest = vf_max2(vf_abs(vf_load(x + i)), largest);
-    float max = vf_max(largest);
-    if (!(max > 1e-30f)) { /* below that 1 / step would overflow; it weighs nothing */
-        memset(high, 0, n);
-        memset(low, 0, n);
-        return 0.0f;
+/* n_groups groups of nq rows x [n], n_groups nq <= 16. Row g nq + i gets integers, a step and a
+ * bias so that  sum x (code s + z) = step (integers . codes) + bias  up to the rounding r of x s to
+ * integers, which meets codes less their centre:  sum x z + centre sum r, so that an integer
+ * rounded to zero still weighs its share. */
+KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, const uint16_t *scale,
+                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits) {
+    const float centre = (float)((1u << bits) - 1) / 2;
+    vf bias[FOLD_ROWS], rows[FOLD_ROWS];
+    float inverse[FOLD_ROWS];
+    const unsigned n_rows = n_groups * nq;
+    for (unsigned r = 0; r < FOLD_ROWS; r++) bias[r] = rows[r] = vf_set(0.0f);
+    for (unsigned g = 0; g < n_groups; g++)
+        fold_group(s->x + (size_t)g * nq * KI_MAX_HEAD_DIM, bias + g * nq, rows + g * nq, x, nq,
+                   scale + (size_t)g * n, zero + (size_t)g * n, n, centre);
+    vf largest = vf_maxes(rows, n_rows), limit = vf_set(fold_limit(bits));
+    vf step = vf_div(largest, limit);
+    vf_store(s->step, step);
+    vf_store(inverse, vf_div(limit, vf_max2(largest, vf_set(1e-30f)))); /* finite for a row of 0 */
+    for (unsigned r = 0; r < n_rows; r++) {
+        size_t at = (size_t)r * KI_MAX_HEAD_DIM;
+        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n, bits);
+        bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
-    vf inverse = vf_set(QUANT_MAX / max);
-    for (unsigned i = 0; i < n; i += 16) {
-        vi q = vf_to_vi(vf_mul(vf_load(x + i), inverse));
-        vi h = vi_sar(vi_add(q, vi_set(64)), 7);
-        vi_store_i8(high + i, h);
-        vi_store_i8(low + i, vi_sub(q, vi_shl(h, 7)));
-    }
-    return max / QUANT_MAX;
+    vf_store(s->bias, vf_sums(bias, n_rows));
 }
+
+KI_INLINE vi fold_dot(vi sum, vb codes, vb x, unsigned bits) {
+    return bits == 8 ? vi_dot_u8(sum, codes, x) : vi_dot_u7(sum, codes, x);
+}
+
+/* Sums of the codes of nb vectors of words times nq rows from `row` on, over n_words words that are
+ * `stride` apart; words of vector b start at words + b * apart. Two vectors of one plane or one of
+ * two: 2 nq sums stay in registers. */
+KI_INLINE void dot_words(vi sum[2][QUERY_BLOCK], const attn_scratch *s, unsigned row, unsigned nq,
+                         unsigned nb, const uint32_t *words, size_t apart, size_t stride,
+                         unsigned n_words, unsigned bits) {
+    const unsigned planes = fold_planes(bits), per_word = 8 / bits;
+    const vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
+    for (unsigned j = 0; j < 2; j++)
+        for (unsigned i = 0; i < nq; i++) sum[j][i] = vi_set(0);
+    for (unsigned w = 0; w < n_words; w++, words += stride) {
+        vi v[2];
+        for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
+        size_t first = (size_t)row * KI_MAX_HEAD_DIM + fold_at(w * per_word);
+        for (unsigned k = 0; k < per_word; k++) {
+            size_t at = first + 16 * k; /* fold_at(w * per_word + k) */
+            vb codes[2];
+            for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
+            for (unsigned i = 0; i < nq; i++, at += KI_MAX_HEAD_DIM) {
+                vb high = vi_set_bytes(s->high + at);
+                for (unsigned b = 0; b < nb; b++)
+                    sum[b][i] = fold_dot(sum[b][i], codes[b], high, bits);
+                if (planes == 2)
+                    sum[1][i] = fold_dot(sum[1][i], codes[0], vi_set_bytes(s->low + at), bits);
+            }
+        }
+    }
+}
+
+/* step * (integers . codes) + bias of row r, from the sums of dot_words for vector b. */
+KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const vi sum[2][QUERY_BLOCK],
+                         unsigned b, unsigned i, unsigned bits) {
+    vi all = fold_planes(bits) == 1 ? sum[b][i] : vi_add(vi_shl(sum[0][i], 7), sum[1][i]);
+    return vf_fma(vf_from_vi(all), vf_set(s->step[r]), vf_set(s->bias[r]));
+}
+
+/* f(..., nq, nb, bits) with constants: every case becomes its own loop. */
+#define FOLD_NQ(f, nq, nb, bits, ...)                                                              \
+    ((nq) == 1   ? f(__VA_ARGS__, 1, nb, bits)                                                     \
+     : (nq) == 2 ? f(__VA_ARGS__, 2, nb, bits)                                                     \
+     : (nq) == 3 ? f(__VA_ARGS__, 3, nb, bits)                                                     \
+                 : f(__VA_ARGS__, 4, nb, bits))
+#define FOLD_DISPATCH(f, nq, group, bits, ...)                                                     \
+    ((bits) == 8    ? FOLD_NQ(f, nq, 1, 8, __VA_ARGS__)                                            \
+     : (bits) == 4  ? FOLD_NQ(f, nq, 1, 4, __VA_ARGS__)                                            \
+     : (group) % 32 ? FOLD_NQ(f, nq, 1, 2, __VA_ARGS__)                                            \
+                    : FOLD_NQ(f, nq, 2, 2, __VA_ARGS__))
 
 /* ---- scores ---- */
 
@@ -116,56 +182,6 @@ static void exact_scores_n(float *const *p, const float *const *q, unsigned nq,
     else exact_scores(p, q, 4, block, head_dim);
 }
 
-/* The same for a block of packed keys of one group: integers first, then step * sum + q.z. */
-KI_INLINE void packed_scores(float *const *p, const attn_scratch *s, const float *step,
-                             const float *qz, unsigned nq, const uint8_t *codes, unsigned head_dim,
-                             bool wide) {
-    vi high[QUERY_BLOCK], low[QUERY_BLOCK];
-    for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
-    for (unsigned c = 0; c < head_dim; c += 4) {
-        vb k = vb_load(codes + (size_t)c * 16);
-        for (unsigned i = 0; i < nq; i++) {
-            vb h = vi_set_bytes(s->high[i] + c), l = vi_set_bytes(s->low[i] + c);
-            high[i] = wide ? vi_dot_u8(high[i], k, h) : vi_dot_u7(high[i], k, h);
-            low[i] = wide ? vi_dot_u8(low[i], k, l) : vi_dot_u7(low[i], k, l);
-        }
-    }
-    for (unsigned i = 0; i < nq; i++) {
-        vf sum = vf_from_vi(vi_add(vi_shl(high[i], 7), low[i]));
-        vf_store(p[i], vf_fma(sum, vf_set(step[i]), vf_set(qz[i])));
-    }
-}
-
-static void packed_scores_n(float *const *p, const attn_scratch *s, const float *step,
-                            const float *qz, unsigned nq, const uint8_t *codes, unsigned head_dim,
-                            unsigned bits) {
-    if (bits == 8) {
-        if (nq == 1) packed_scores(p, s, step, qz, 1, codes, head_dim, true);
-        else if (nq == 2) packed_scores(p, s, step, qz, 2, codes, head_dim, true);
-        else if (nq == 3) packed_scores(p, s, step, qz, 3, codes, head_dim, true);
-        else packed_scores(p, s, step, qz, 4, codes, head_dim, true);
-    } else {
-        if (nq == 1) packed_scores(p, s, step, qz, 1, codes, head_dim, false);
-        else if (nq == 2) packed_scores(p, s, step, qz, 2, codes, head_dim, false);
-        else if (nq == 3) packed_scores(p, s, step, qz, 3, codes, head_dim, false);
-        else packed_scores(p, s, step, qz, 4, codes, head_dim, false);
-    }
-}
-
-/* q * s as integers, its step, and q . z, for one key group. */
-static void fold_key_group(float *step, float *qz, int8_t *high, int8_t *low, const float *q,
-                           const uint16_t *scale, const uint16_t *zero, unsigned head_dim) {
-    float folded[KI_MAX_HEAD_DIM];
-    vf z = vf_set(0.0f);
-    for (unsigned c = 0; c < head_dim; c += 16) {
-        vf v = vf_load(q + c);
-        vf_store(folded + c, vf_mul(v, vf_load_f16(scale + c)));
-        z = vf_fma(v, vf_load_f16(zero + c), z);
-    }
-    *step = quantize_15(high, low, folded, head_dim);
-    *qz = vf_sum(z);
-}
-
 /* Tokens whose keys a query reads from the codes: [sink_end or first, k_exact or end), never
  * empty-checked twice. */
 static unsigned packed_from(const ki_attn_query *q) {
@@ -175,26 +191,45 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
     return exact < q->end ? exact : q->end;
 }
 
-static void score_packed_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
-                                unsigned nq, unsigned q0) {
+/* All packed keys of nq queries, blocks [from / 16, to / 16): as many groups are folded at a time
+ * as there are rows for. */
+KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float *const *q,
+                            float *const *p, unsigned from, unsigned to, unsigned nq, unsigned nb,
+                            unsigned bits) {
+    const unsigned n = t->head_dim, n_words = n * bits / 32, at_once = FOLD_ROWS / nq;
+    const unsigned end = (to + t->group - 1) / t->group;
+    for (unsigned g0 = from / t->group; g0 < end; g0 += at_once) {
+        unsigned n_groups = KI_MIN(end - g0, at_once);
+        fold_rows(s, q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
+                  bits);
+        for (unsigned g = 0; g < n_groups; g++) {
+            unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
+            for (; token < stop; token += nb * 16) {
+                vi sum[2][QUERY_BLOCK];
+                dot_words(sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
+                          (size_t)n_words * 16, 16, n_words, bits);
+                for (unsigned i = 0; i < nq; i++)
+                    for (unsigned b = 0; b < nb; b++)
+                        vf_store(
+                            p[i] + token + b * 16,
+                            fold_result(s, g * nq + i, (const vi(*)[QUERY_BLOCK])sum, b, i, bits));
+            }
+        }
+    }
+}
+
+static void score_packed_blocks(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *qs,
+                                unsigned nq) {
     unsigned from = KI_PAGE_TOKENS, to = 0;
+    const float *q[QUERY_BLOCK];
+    float *p[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) {
         unsigned a = packed_from(&qs[i]), b = packed_to(&qs[i], qs[i].k_exact);
         if (a < b) from = KI_MIN(from, a), to = KI_MAX(to, b);
+        q[i] = qs[i].q;
+        p[i] = s->p + (size_t)i * KI_PAGE_TOKENS;
     }
-    for (unsigned g = from / t->group; g * t->group < to; g++) {
-        float step[QUERY_BLOCK], qz[QUERY_BLOCK], *p[QUERY_BLOCK];
-        for (unsigned i = 0; i < nq; i++)
-            fold_key_group(&step[i], &qz[i], s->high[i], s->low[i], qs[i].q,
-                           t->k_scale + (size_t)g * t->head_dim,
-                           t->k_zero + (size_t)g * t->head_dim, t->head_dim);
-        for (unsigned b = g * t->group / 16; b * 16 < KI_MIN((g + 1) * t->group, to); b++) {
-            for (unsigned i = 0; i < nq; i++)
-                p[i] = s->p + (size_t)(q0 + i) * KI_PAGE_TOKENS + b * 16;
-            packed_scores_n(p, s, step, qz, nq, s->codes + (size_t)b * 16 * t->head_dim,
-                            t->head_dim, t->k_bits);
-        }
-    }
+    if (from < to) FOLD_DISPATCH(score_packed, nq, t->group, t->k_bits, t, s, q, p, from, to);
 }
 
 /* A block whose first tokens are sinks and whose others a query reads from the codes: only the
@@ -208,7 +243,7 @@ static void score_sink_lanes(const ki_attn_tile *t, float *p, const ki_attn_quer
 /* After the packed blocks: a query's exact blocks overwrite what the neighbours' packed range left
  * there. */
 static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
-                               unsigned nq, unsigned q0) {
+                               unsigned nq) {
     for (unsigned b = 0; b < KI_TILE_BLOCKS; b++) {
         float *p[QUERY_BLOCK];
         const float *q[QUERY_BLOCK];
@@ -216,7 +251,7 @@ static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_
         for (unsigned i = 0; i < nq; i++) {
             bool visible = b * 16 < qs[i].end && (b + 1) * 16 > qs[i].first;
             if (!visible || (b * 16 >= qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)) continue;
-            p[n] = s->p + (size_t)(q0 + i) * KI_PAGE_TOKENS + b * 16;
+            p[n] = s->p + (size_t)i * KI_PAGE_TOKENS + b * 16;
             if ((b + 1) * 16 > qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)
                 score_sink_lanes(t, p[n], &qs[i], b);
             else q[n++] = qs[i].q;
@@ -235,179 +270,164 @@ static void softmax_update(ki_attn_query *q, float *p, unsigned head_dim) {
     m = m > q->m ? m : q->m;
     vf sum = vf_set(0.0f), minus_m = vf_set(-m);
     for (unsigned t = 0; t < KI_PAGE_TOKENS; t += 16) {
-        vf w = vf_exp(vf_add(vf_load(p + t), minus_m));
+        vf w = vf_exp_negative(vf_add(vf_load(p + t), minus_m));
         vf_store(p + t, w);
         sum = vf_add(sum, w);
     }
-    float shrink = exp1(q->m - m);
+    float shrink = m > q->m ? exp1(q->m - m) : 1.0f;
     q->l = fma1(q->l, shrink, vf_sum(sum));
     q->m = m;
+    if (shrink == 1.0f) return;
     for (unsigned c = 0; c < head_dim; c += 16)
         vf_store(q->acc + c, vf_mul(vf_load(q->acc + c), vf_set(shrink)));
 }
 
 /* ---- values ---- */
 
-/* Weights of the packed values times the group's scales as integers, and sum p z. Tokens [from, to)
- * only. */
-static float fold_value_group(float *pz, int8_t *high, int8_t *low, const float *p,
-                              const uint16_t *scale, const uint16_t *zero, unsigned from,
-                              unsigned to) {
-    float masked[KI_PAGE_TOKENS], folded[KI_PAGE_TOKENS];
-    memset(masked, 0, sizeof masked);
-    memcpy(masked + from, p + from, (to - from) * sizeof(float));
-    vf z = vf_set(0.0f);
-    for (unsigned t = 0; t < KI_PAGE_TOKENS; t += 16) {
-        vf w = vf_load(masked + t);
-        vf_store(folded + t, vf_mul(w, vf_load_f16(scale + t)));
-        z = vf_fma(w, vf_load_f16(zero + t), z);
-    }
-    *pz = vf_sum(z);
-    return quantize_15(high, low, folded, KI_PAGE_TOKENS);
-}
-
-/* acc[c..c+15] of nq queries += step * (integers . codes) + pz, over n_quads quads of tokens. */
-KI_INLINE void packed_values(float *const *acc, const attn_scratch *s, const float *step,
-                             const float *pz, unsigned nq, const uint8_t *codes, unsigned n_quads,
-                             unsigned head_dim, bool wide) {
-    vi high[QUERY_BLOCK], low[QUERY_BLOCK];
-    for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
-    for (unsigned k = 0; k < n_quads; k++) {
-        vb v = vb_load(codes + (size_t)k * head_dim * 4);
-        for (unsigned i = 0; i < nq; i++) {
-            vb h = vi_set_bytes(s->high[i] + 4 * k), l = vi_set_bytes(s->low[i] + 4 * k);
-            high[i] = wide ? vi_dot_u8(high[i], v, h) : vi_dot_u7(high[i], v, h);
-            low[i] = wide ? vi_dot_u8(low[i], v, l) : vi_dot_u7(low[i], v, l);
+/* acc += the packed values of tokens [0, to) times p, which is 0 where a query does not read codes;
+ * folded over all 128 tokens, as many groups of channels at a time as there are rows for. */
+KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *const *p,
+                          float *const *acc, unsigned to, unsigned nq, unsigned nb, unsigned bits) {
+    const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->group;
+    const unsigned n_words = (to * bits + 31) / 32;
+    for (unsigned g0 = 0; g0 < end; g0 += at_once) {
+        unsigned n_groups = KI_MIN(end - g0, at_once);
+        fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n, t->v_zero + (size_t)g0 * n, n_groups, n,
+                  bits);
+        for (unsigned g = 0; g < n_groups; g++) {
+            unsigned c = (g0 + g) * t->group, stop = c + t->group;
+            for (; c < stop; c += nb * 16) {
+                vi sum[2][QUERY_BLOCK];
+                dot_words(sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits);
+                for (unsigned i = 0; i < nq; i++)
+                    for (unsigned b = 0; b < nb; b++) {
+                        float *at = acc[i] + c + b * 16;
+                        vf v =
+                            fold_result(s, g * nq + i, (const vi(*)[QUERY_BLOCK])sum, b, i, bits);
+                        vf_store(at, vf_add(vf_load(at), v));
+                    }
+            }
         }
     }
-    for (unsigned i = 0; i < nq; i++) {
-        vf sum = vf_from_vi(vi_add(vi_shl(high[i], 7), low[i]));
-        vf_store(acc[i], vf_fma(sum, vf_set(step[i]), vf_add(vf_load(acc[i]), vf_set(pz[i]))));
-    }
 }
 
-static void packed_values_n(float *const *acc, const attn_scratch *s, const float *step,
-                            const float *pz, unsigned nq, const uint8_t *codes, unsigned n_quads,
-                            unsigned head_dim, unsigned bits) {
-    if (bits == 8) {
-        if (nq == 1) packed_values(acc, s, step, pz, 1, codes, n_quads, head_dim, true);
-        else if (nq == 2) packed_values(acc, s, step, pz, 2, codes, n_quads, head_dim, true);
-        else if (nq == 3) packed_values(acc, s, step, pz, 3, codes, n_quads, head_dim, true);
-        else packed_values(acc, s, step, pz, 4, codes, n_quads, head_dim, true);
-    } else {
-        if (nq == 1) packed_values(acc, s, step, pz, 1, codes, n_quads, head_dim, false);
-        else if (nq == 2) packed_values(acc, s, step, pz, 2, codes, n_quads, head_dim, false);
-        else if (nq == 3) packed_values(acc, s, step, pz, 3, codes, n_quads, head_dim, false);
-        else packed_values(acc, s, step, pz, 4, codes, n_quads, head_dim, false);
-    }
+/* The weights of tokens [from, to) alone. */
+static const float *mask_weights(float *out, const float *p, unsigned from, unsigned to) {
+    if (from == 0 && to == KI_PAGE_TOKENS) return p;
+    memset(out, 0, KI_PAGE_TOKENS * sizeof(float));
+    memcpy(out + from, p + from, (to - from) * sizeof(float));
+    return out;
 }
 
-/* All packed values of nq queries that read some. */
-static void add_packed_values(const ki_attn_tile *t, const attn_scratch *s,
-                              ki_attn_query *const *qs, const float *const *p, unsigned nq) {
+static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *const *qs,
+                              const float *const *weights, unsigned nq) {
     unsigned to = 0;
-    for (unsigned i = 0; i < nq; i++) to = KI_MAX(to, packed_to(qs[i], qs[i]->v_exact));
-    for (unsigned g = 0; g * t->group < t->head_dim; g++) {
-        float step[QUERY_BLOCK], pz[QUERY_BLOCK], *acc[QUERY_BLOCK];
-        for (unsigned i = 0; i < nq; i++)
-            step[i] = fold_value_group(&pz[i], s->high[i], s->low[i], p[i],
-                                       t->v_scale + (size_t)g * KI_PAGE_TOKENS,
-                                       t->v_zero + (size_t)g * KI_PAGE_TOKENS, packed_from(qs[i]),
-                                       packed_to(qs[i], qs[i]->v_exact));
-        for (unsigned c = g * t->group; c < (g + 1) * t->group; c += 16) {
-            for (unsigned i = 0; i < nq; i++) acc[i] = qs[i]->acc + c;
-            packed_values_n(acc, s, step, pz, nq, s->codes + (size_t)c * 4, (to + 3) / 4,
-                            t->head_dim, t->v_bits);
+    const float *p[QUERY_BLOCK];
+    float *acc[QUERY_BLOCK];
+    for (unsigned i = 0; i < nq; i++) {
+        unsigned end = packed_to(qs[i], qs[i]->v_exact);
+        to = KI_MAX(to, end);
+        p[i] = mask_weights(s->masked + i * KI_PAGE_TOKENS, weights[i], packed_from(qs[i]), end);
+        acc[i] = qs[i]->acc;
+    }
+    FOLD_DISPATCH(add_packed, nq, t->group, t->v_bits, t, s, p, acc, to);
+}
+
+/* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, for nq queries and n_vectors
+ * vectors of channels: chains that run side by side, each the same however many share a load. */
+KI_INLINE void exact_values(const ki_attn_tile *t, float *const *acc, const float *const *p,
+                            unsigned c, unsigned from, unsigned to, unsigned nq,
+                            unsigned n_vectors) {
+    vf sum[4][QUERY_BLOCK];
+    for (unsigned i = 0; i < nq; i++)
+        for (unsigned j = 0; j < n_vectors; j++) sum[j][i] = vf_load(acc[i] + c + j * 16);
+    for (unsigned at = from; at < to; at++) {
+        const uint16_t *row = t->v_blocks[at / 16] + (size_t)(at % 16) * t->head_dim + c;
+        for (unsigned j = 0; j < n_vectors; j++) {
+            vf v = vf_load_f16(row + j * 16);
+            for (unsigned i = 0; i < nq; i++) sum[j][i] = vf_fma(vf_set(p[i][at]), v, sum[j][i]);
         }
     }
+    for (unsigned i = 0; i < nq; i++)
+        for (unsigned j = 0; j < n_vectors; j++) vf_store(acc[i] + c + j * 16, sum[j][i]);
 }
 
-/* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, over n_vectors vectors of
- * channels: so many chains run side by side, each the same however wide the block is. */
-KI_INLINE void exact_values(const ki_attn_tile *t, float *acc, const float *p, unsigned c,
-                            unsigned from, unsigned to, unsigned n_vectors) {
-    vf sum[4];
-    for (unsigned j = 0; j < n_vectors; j++) sum[j] = vf_load(acc + c + j * 16);
-    for (unsigned i = from; i < to; i++) {
-        const uint16_t *row = t->v_blocks[i / 16] + (size_t)(i % 16) * t->head_dim + c;
-        vf w = vf_set(p[i]);
-        for (unsigned j = 0; j < n_vectors; j++)
-            sum[j] = vf_fma(w, vf_load_f16(row + j * 16), sum[j]);
-    }
-    for (unsigned j = 0; j < n_vectors; j++) vf_store(acc + c + j * 16, sum[j]);
-}
-
-static void add_exact_range(const ki_attn_tile *t, float *acc, const float *p, unsigned from,
-                            unsigned to) {
+static void add_exact_range(const ki_attn_tile *t, float *const *acc, const float *const *p,
+                            unsigned nq, unsigned from, unsigned to) {
     unsigned c = 0;
     if (from >= to) return;
-    for (; c + 64 <= t->head_dim; c += 64) exact_values(t, acc, p, c, from, to, 4);
-    for (; c < t->head_dim; c += 16) exact_values(t, acc, p, c, from, to, 1);
+    for (; c + 64 <= t->head_dim; c += 64) {
+        if (nq == 4) exact_values(t, acc, p, c, from, to, 4, 4);
+        else if (nq == 3) exact_values(t, acc, p, c, from, to, 3, 4);
+        else if (nq == 2) exact_values(t, acc, p, c, from, to, 2, 4);
+        else exact_values(t, acc, p, c, from, to, 1, 4);
+    }
+    for (; c < t->head_dim; c += 16)
+        for (unsigned i = 0; i < nq; i++) exact_values(t, acc + i, p + i, c, from, to, 1, 1);
 }
 
-static void add_exact_values(const ki_attn_tile *t, ki_attn_query *q, const float *p) {
-    unsigned sink_to = KI_MIN(KI_MAX(q->sink_end, q->first), q->end);
-    unsigned tail_from = KI_MAX(KI_MAX(q->v_exact, sink_to), q->first);
-    add_exact_range(t, q->acc, p, q->first, sink_to);
-    add_exact_range(t, q->acc, p, tail_from, q->end);
+static unsigned exact_sinks_end(const ki_attn_query *q) {
+    return KI_MIN(KI_MAX(q->sink_end, q->first), q->end);
+}
+static unsigned exact_tail(const ki_attn_query *q) {
+    return KI_MAX(KI_MAX(q->v_exact, exact_sinks_end(q)), q->first);
+}
+
+/* Exact values of nq queries: sinks, then the tail. Of the tail all share the tokens that all read;
+ * what is before and after goes query by query, so each adds its tokens in their order. */
+static void add_exact_values(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
+                             unsigned nq) {
+    float *acc[QUERY_BLOCK];
+    const float *p[QUERY_BLOCK];
+    unsigned from = 0, to = KI_PAGE_TOKENS;
+    for (unsigned i = 0; i < nq; i++) {
+        acc[i] = qs[i].acc;
+        p[i] = s->p + (size_t)i * KI_PAGE_TOKENS;
+        from = KI_MAX(from, exact_tail(&qs[i]));
+        to = KI_MIN(to, (unsigned)qs[i].end);
+    }
+    to = KI_MAX(from, to);
+    for (unsigned i = 0; i < nq; i++) {
+        if (qs[i].first >= qs[i].end) continue;
+        add_exact_range(t, acc + i, p + i, 1, qs[i].first, exact_sinks_end(&qs[i]));
+        add_exact_range(t, acc + i, p + i, 1, exact_tail(&qs[i]), KI_MIN(from, qs[i].end));
+    }
+    add_exact_range(t, acc, p, nq, from, to);
+    for (unsigned i = 0; i < nq; i++)
+        if (qs[i].first < qs[i].end)
+            add_exact_range(t, acc + i, p + i, 1, KI_MAX(to, exact_tail(&qs[i])), qs[i].end);
 }
 
 /* ---- the tile ---- */
 
-static bool reads_packed(const ki_attn_query *q, unsigned exact) {
-    return packed_from(q) < packed_to(q, exact);
-}
-
-static unsigned packed_end(const ki_attn_query *qs, unsigned nq, bool keys) {
-    unsigned end = 0;
-    for (unsigned i = 0; i < nq; i++) {
-        unsigned exact = keys ? qs[i].k_exact : qs[i].v_exact;
-        if (reads_packed(&qs[i], exact)) end = KI_MAX(end, packed_to(&qs[i], exact));
-    }
-    return end;
-}
-
-static void scores_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
-                           unsigned nq) {
-    unsigned end = packed_end(qs, nq, true);
-    if (end)
-        unpack_any(s->codes, t->k_words, (size_t)((end + 15) / 16) * t->head_dim * t->k_bits / 32,
-                   t->k_bits);
-    for (unsigned q0 = 0; q0 < nq; q0 += QUERY_BLOCK) {
-        unsigned n = KI_MIN(nq - q0, (unsigned)QUERY_BLOCK);
-        if (end) score_packed_blocks(t, s, qs + q0, n, q0);
-        score_exact_blocks(t, s, qs + q0, n, q0);
-    }
-}
-
-static void values_of_tile(const ki_attn_tile *t, const attn_scratch *s, ki_attn_query *qs,
-                           unsigned nq) {
-    unsigned end = packed_end(qs, nq, false), n = 0;
-    if (end) unpack_values(s->codes, t->v_words, end, t->head_dim, t->v_bits);
-    ki_attn_query *block[QUERY_BLOCK];
+static void values_of_block(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *qs,
+                            unsigned nq) {
+    ki_attn_query *packed[QUERY_BLOCK];
     const float *p[QUERY_BLOCK];
+    unsigned n = 0;
     for (unsigned i = 0; i < nq; i++) {
-        if (reads_packed(&qs[i], qs[i].v_exact)) {
-            block[n] = &qs[i];
-            p[n++] = s->p + (size_t)i * KI_PAGE_TOKENS;
-        }
-        if (n == QUERY_BLOCK || (n && i + 1 == nq)) {
-            add_packed_values(t, s, block, p, n);
-            n = 0;
-        }
+        if (packed_from(&qs[i]) >= packed_to(&qs[i], qs[i].v_exact)) continue;
+        packed[n] = &qs[i];
+        p[n++] = s->p + (size_t)i * KI_PAGE_TOKENS;
     }
-    for (unsigned i = 0; i < nq; i++)
-        if (qs[i].first < qs[i].end) add_exact_values(t, &qs[i], s->p + (size_t)i * KI_PAGE_TOKENS);
+    if (n) add_packed_values(t, s, packed, p, n);
+    add_exact_values(t, s, qs, nq);
 }
 
 static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsigned n_queries,
-                           void *scratch) {
-    attn_scratch s = scratch_carve(scratch, t->head_dim, n_queries);
-    scores_of_tile(t, &s, queries, n_queries);
-    for (unsigned i = 0; i < n_queries; i++)
-        if (queries[i].first < queries[i].end)
-            softmax_update(&queries[i], s.p + (size_t)i * KI_PAGE_TOKENS, t->head_dim);
-    values_of_tile(t, &s, queries, n_queries);
+                           void *memory) {
+    attn_scratch s;
+    scratch_carve(&s, memory);
+    for (unsigned q0 = 0; q0 < n_queries; q0 += QUERY_BLOCK) {
+        unsigned n = KI_MIN(n_queries - q0, (unsigned)QUERY_BLOCK);
+        ki_attn_query *qs = queries + q0;
+        score_packed_blocks(t, &s, qs, n);
+        score_exact_blocks(t, &s, qs, n);
+        for (unsigned i = 0; i < n; i++)
+            if (qs[i].first < qs[i].end)
+                softmax_update(&qs[i], s.p + (size_t)i * KI_PAGE_TOKENS, t->head_dim);
+        values_of_block(t, &s, qs, n);
+    }
 }
 
 static void attn_merge_simd(float *m, float *l, float *acc, float m2, float l2, const float *acc2,

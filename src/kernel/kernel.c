@@ -23,9 +23,9 @@ const ki_kernels *ki_kernels_get(ki_isa isa) {
     return &ki_kernels_scalar;
 }
 
-/* Must cover scratch_carve in attn_simd.h: codes, weights, and four pairs of integer rows. */
-size_t ki_attn_scratch_bytes(unsigned head_dim, unsigned n_queries) {
-    size_t codes = (size_t)KI_PAGE_TOKENS * head_dim,
-           weights = (size_t)n_queries * KI_PAGE_TOKENS * sizeof(float);
-    return codes + weights + (size_t)4 * 2 * KI_MAX_HEAD_DIM;
+/* Must cover scratch_carve in attn_simd.h: weights and masked weights of four queries, sixteen
+ * folded rows as floats and as two planes of bytes. */
+size_t ki_attn_scratch_bytes(void) {
+    return 2 * 4 * KI_PAGE_TOKENS * sizeof(float) +
+           (size_t)16 * KI_MAX_HEAD_DIM * (sizeof(float) + 2);
 }

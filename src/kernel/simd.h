@@ -38,6 +38,7 @@ KI_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 KI_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 KI_INLINE vf vf_min2(vf a, vf b) { return _mm512_min_ps(a, b); }
 KI_INLINE vf vf_max2(vf a, vf b) { return _mm512_max_ps(a, b); }
+KI_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 KI_INLINE vf vf_rint(vf a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -63,6 +64,7 @@ KI_INLINE vf vf_load_bf16(const uint16_t *p) {
 KI_INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
 KI_INLINE vi vf_to_vi(vf a) { return _mm512_cvtps_epi32(a); }
 KI_INLINE vf vf_from_bits(vi a) { return _mm512_castsi512_ps(a); }
+KI_INLINE vi vf_bits(vf a) { return _mm512_castps_si512(a); }
 
 KI_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 KI_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
@@ -119,6 +121,36 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+/* Sum (largest) of each of n <= 16 vectors (those past n are zero), in vf_sum's tree. Halves,
+ * quarters, pairs and lanes of two vectors are brought side by side, so one addition serves both;
+ * row r ends in lane 4 (r % 4) + r / 4 and a last permutation puts it right. */
+#define KI_TREE_512(name, op)                                                                      \
+    KI_INLINE vf name(const vf *rows, unsigned n) {                                                \
+        vf h[8], q[4], d[2];                                                                       \
+        d[1] = _mm512_setzero_ps();                                                                \
+        for (unsigned i = 0; i < (n > 8 ? 8 : 4); i++)                                             \
+            h[i] = op(_mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0x44),                    \
+                      _mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0xee));                   \
+        for (unsigned i = 0; i < (n > 8 ? 4 : 2); i++)                                             \
+            q[i] = op(_mm512_shuffle_f32x4(h[2 * i], h[2 * i + 1], 0x88),                          \
+                      _mm512_shuffle_f32x4(h[2 * i], h[2 * i + 1], 0xdd));                         \
+        for (unsigned i = 0; i < (n > 8 ? 2 : 1); i++)                                             \
+            d[i] = op(_mm512_shuffle_ps(q[2 * i], q[2 * i + 1], 0x44),                             \
+                      _mm512_shuffle_ps(q[2 * i], q[2 * i + 1], 0xee));                            \
+        vf r = op(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));       \
+        return _mm512_permutexvar_ps(                                                              \
+            _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), r);           \
+    }
+KI_TREE_512(vf_sums, _mm512_add_ps)
+KI_TREE_512(vf_maxes, _mm512_max_ps)
+/* Bytes of four vectors of integers in -128..127: the quads of lanes 4 j .. 4 j + 3 of a, b, c, d
+ * stand next to each other, as one instruction packs them within 128 bits. */
+KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
+    return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+}
+KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), value);
+}
 /* Lane i gets lane i ^ n. */
 KI_INLINE vf vf_swap1(vf a) { return _mm512_permute_ps(a, 0xb1); }
 KI_INLINE vf vf_swap2(vf a) { return _mm512_permute_ps(a, 0x4e); }
@@ -164,6 +196,10 @@ KI_INLINE vf vf_min2(vf a, vf b) {
 KI_INLINE vf vf_max2(vf a, vf b) {
     return VF2(_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi));
 }
+KI_INLINE vf vf_abs(vf a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return VF2(_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi));
+}
 #define KI_NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 KI_INLINE vf vf_rint(vf a) {
     return VF2(_mm256_round_ps(a.lo, KI_NEAREST), _mm256_round_ps(a.hi, KI_NEAREST));
@@ -199,6 +235,7 @@ KI_INLINE vi vf_to_vi(vf a) { return VI2(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_
 KI_INLINE vf vf_from_bits(vi a) {
     return VF2(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi));
 }
+KI_INLINE vi vf_bits(vf a) { return VI2(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)); }
 
 KI_INLINE vi vi_set(int32_t x) { return VI2(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 KI_INLINE vi vi_load(const int32_t *p) {
@@ -279,6 +316,15 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
+    return VI2(_mm256_packs_epi16(_mm256_packs_epi32(a.lo, b.lo), _mm256_packs_epi32(c.lo, d.lo)),
+               _mm256_packs_epi16(_mm256_packs_epi32(a.hi, b.hi), _mm256_packs_epi32(c.hi, d.hi)));
+}
+KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
+    __m256 l = _mm256_set1_ps(limit);
+    return VF2(_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, l, _CMP_GT_OQ)),
+               _mm256_and_ps(value.hi, _mm256_cmp_ps(x.hi, l, _CMP_GT_OQ)));
+}
 /* Lane i gets lane i ^ n. */
 KI_INLINE vf vf_swap1(vf a) {
     return VF2(_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1));
@@ -318,6 +364,7 @@ KI_INLINE vf vf_fma(vf a, vf b, vf c) { KI_LANES(vf, fmaf(a.v[i], b.v[i], c.v[i]
 /* As the x86 instructions: the second operand when they are equal or one is NaN. */
 KI_INLINE vf vf_min2(vf a, vf b) { KI_LANES(vf, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 KI_INLINE vf vf_max2(vf a, vf b) { KI_LANES(vf, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+KI_INLINE vf vf_abs(vf a) { KI_LANES(vf, fabsf(a.v[i])); }
 /* Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even; |a| < 2^22
  * here or integer. */
 KI_INLINE float rint1(float x) {
@@ -345,6 +392,11 @@ KI_INLINE vf vf_from_vi(vi a) { KI_LANES(vf, (float)a.v[i]); }
 KI_INLINE vi vf_to_vi(vf a) { KI_LANES(vi, (int32_t)rint1(a.v[i])); }
 KI_INLINE vf vf_from_bits(vi a) {
     vf r;
+    memcpy(&r, &a, 64);
+    return r;
+}
+KI_INLINE vi vf_bits(vf a) {
+    vi r;
     memcpy(&r, &a, 64);
     return r;
 }
@@ -393,6 +445,22 @@ KI_INLINE float vf_max(vf a) {
     return a.v[0];
 }
 KI_INLINE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
+KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
+    int8_t bytes[64];
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < 4; i++) {
+            bytes[16 * j + i] = (int8_t)a.v[4 * j + i];
+            bytes[16 * j + 4 + i] = (int8_t)b.v[4 * j + i];
+            bytes[16 * j + 8 + i] = (int8_t)c.v[4 * j + i];
+            bytes[16 * j + 12 + i] = (int8_t)d.v[4 * j + i];
+        }
+    vb r;
+    memcpy(&r, bytes, 64);
+    return r;
+}
+KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
+    KI_LANES(vf, x.v[i] > limit ? value.v[i] : 0.0f);
+}
 /* Lane i gets lane i ^ n. */
 KI_INLINE vf vf_swap1(vf a) { KI_LANES(vf, a.v[i ^ 1]); }
 KI_INLINE vf vf_swap2(vf a) { KI_LANES(vf, a.v[i ^ 2]); }
@@ -401,21 +469,32 @@ KI_INLINE vf vf_swap8(vf a) { KI_LANES(vf, a.v[i ^ 8]); }
 #endif
 
 /* ---- built from the above, so alike everywhere ---- */
+#if !defined(__AVX512F__)
+KI_INLINE vf vf_sums(const vf *rows, unsigned n) {
+    float lanes[16] = {0};
+    for (unsigned i = 0; i < n; i++) lanes[i] = vf_sum(rows[i]);
+    return vf_load(lanes);
+}
+KI_INLINE vf vf_maxes(const vf *rows, unsigned n) {
+    float lanes[16] = {0};
+    for (unsigned i = 0; i < n; i++) lanes[i] = vf_max(rows[i]);
+    return vf_load(lanes);
+}
+#endif
 
-KI_INLINE vf vf_abs(vf a) { return vf_max2(a, vf_sub(vf_set(0.0f), a)); }
 KI_INLINE vi vi_set_bytes(const int8_t *four) {
     int32_t w;
     memcpy(&w, four, 4);
     return vi_set(w);
 }
 
-/* e^x for x <= 0 (softmax) and moderate x > 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6
- * polynomial for e^r (Taylor coefficients; remainder r^7/5040 < 1.2e-7 relative), times 2^n put
- * into the exponent. Below -87 it gives 0, so that a masked score of -inf weighs nothing; above 88
- * it stops at e^88. */
-KI_INLINE vf vf_exp(vf x) {
-    vf c = vf_min2(vf_max2(x, vf_set(-87.0f)), vf_set(88.0f));
-    vf n = vf_rint(vf_mul(c, vf_set(1.44269504f)));
+/* e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6 polynomial for e^r (Taylor
+ * coefficients; remainder r^7/5040 < 1.2e-7 relative), n added to its exponent. Adding 1.5 * 2^23
+ * rounds to the integer n and leaves it in the low bits. At -87 and below it gives 0, so that a
+ * masked score of -inf weighs nothing. */
+KI_INLINE vf vf_exp_negative(vf x) {
+    vf c = vf_max2(x, vf_set(-87.0f)), shift = vf_set(12582912.0f);
+    vf t = vf_fma(c, vf_set(1.44269504f), shift), n = vf_sub(t, shift);
     vf r = vf_fma(n, vf_set(-0.693359375f), c); /* ln 2 in two parts: the first has few bits, */
     r = vf_fma(n, vf_set(2.12194440e-4f), r);   /* so n times it is exact */
     vf p = vf_set(1.0f / 720);
@@ -425,11 +504,11 @@ KI_INLINE vf vf_exp(vf x) {
     p = vf_fma(p, r, vf_set(0.5f));
     p = vf_fma(p, r, vf_set(1.0f));
     p = vf_fma(p, r, vf_set(1.0f));
-    vi power = vi_shl(vi_add(vf_to_vi(n), vi_set(127)), 23);
-    vf e = vf_mul(p, vf_from_bits(power));
-    /* max(x + 87, 0) is 0 exactly where x <= -87 */
-    return vf_zero_where_zero(e, vf_max2(vf_add(x, vf_set(87.0f)), vf_set(0.0f)));
+    vf e = vf_from_bits(vi_add(vf_bits(p), vi_shl(vf_bits(t), 23)));
+    return vf_zero_unless_above(e, x, -87.0f);
 }
+/* The same for moderate x > 0, too; above 88 it stops at e^88. */
+KI_INLINE vf vf_exp(vf x) { return vf_exp_negative(vf_min2(x, vf_set(88.0f))); }
 KI_INLINE float exp1(float x) {
     float lanes[16];
     vf_store(lanes, vf_exp(vf_set(x)));

@@ -56,12 +56,20 @@ KI_INLINE float32x4_t quad_max(float32x4_t a, float32x4_t b) {
 }
 KI_INLINE vf vf_min2(vf a, vf b) { return KI_QUADS2(vf, quad_min, a, b); }
 KI_INLINE vf vf_max2(vf a, vf b) { return KI_QUADS2(vf, quad_max, a, b); }
+KI_INLINE vf vf_abs(vf a) { return KI_QUADS1(vf, vabsq_f32, a); }
 KI_INLINE vf vf_rint(vf a) { return KI_QUADS1(vf, vrndnq_f32, a); }
 KI_INLINE float32x4_t quad_zero_where_zero(float32x4_t value, float32x4_t test) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value), vceqzq_f32(test)));
 }
 KI_INLINE vf vf_zero_where_zero(vf value, vf test) {
     return KI_QUADS2(vf, quad_zero_where_zero, value, test);
+}
+KI_INLINE float32x4_t quad_zero_unless_above(float32x4_t value, float32x4_t x, float32x4_t limit) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(value), vcgtq_f32(x, limit)));
+}
+KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
+    vf l = vf_set(limit);
+    return KI_QUADS3(vf, quad_zero_unless_above, value, x, l);
 }
 
 /* ---- 16 bit ---- */
@@ -105,6 +113,7 @@ KI_INLINE vf vf_load_bf16(const uint16_t *p) {
 KI_INLINE vf vf_from_vi(vi a) { return KI_QUADS1(vf, vcvtq_f32_s32, a); }
 KI_INLINE vi vf_to_vi(vf a) { return KI_QUADS1(vi, vcvtnq_s32_f32, a); }
 KI_INLINE vf vf_from_bits(vi a) { return KI_QUADS1(vf, vreinterpretq_f32_s32, a); }
+KI_INLINE vi vf_bits(vf a) { return KI_QUADS1(vi, vreinterpretq_s32_f32, a); }
 KI_INLINE vi vi_set(int32_t x) {
     int32x4_t v = vdupq_n_s32(x);
     return (vi){v, v, v, v};
@@ -155,6 +164,16 @@ KI_INLINE vf vf_swap4(vf a) { return (vf){a.q1, a.q0, a.q3, a.q2}; }
 KI_INLINE vf vf_swap8(vf a) { return (vf){a.q2, a.q3, a.q0, a.q1}; }
 
 /* ---- bytes ---- */
+
+/* Bytes of four vectors, saturated: the quads of lanes 4 j .. 4 j + 3 of a, b, c, d side by side. */
+KI_INLINE int32x4_t quad_pack(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
+    int16x8_t ab = vqmovn_high_s32(vqmovn_s32(a), b), cd = vqmovn_high_s32(vqmovn_s32(c), d);
+    return vreinterpretq_s32_s8(vqmovn_high_s16(vqmovn_s16(ab), cd));
+}
+KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
+    return (vb){quad_pack(a.q0, b.q0, c.q0, d.q0), quad_pack(a.q1, b.q1, c.q1, d.q1),
+                quad_pack(a.q2, b.q2, c.q2, d.q2), quad_pack(a.q3, b.q3, c.q3, d.q3)};
+}
 
 KI_INLINE vb vb_load(const void *p) { return vi_load(p); }
 KI_INLINE void vb_store(void *p, vb a) { vi_store(p, a); }

@@ -99,12 +99,17 @@ static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p,
     return line < generated ? line : generated;
 }
 
+/* Integers of the fold: 8 bits for codes of 2, 15 bits for codes of 4 and 8 (attn.h). */
+static float fold_limit(uint32_t bits) { return bits == 2 ? 127.0f : 16256.0f; }
+static double fold_centre(uint32_t bits) { return ((1u << bits) - 1) / 2.0; }
+
 /* The score of one token, and how far the kernel's may be away. Keys of 16 bit: a chain of D fused
- * steps, 2^-24 of sum |q k| each. Packed keys: q s becomes integers of step max |q s| / 16256, so
- * each channel is off by up to half a step times its code; the D roundings are independent, their
- * sum has a deviation of step / sqrt(12) sqrt(sum code^2), of which we allow six. With `folded` the
- * oracle rounds q s itself, as documented in attn.h, and only float32 is left: the product q s, the
- * chain for q.z (D / 16 steps and 4 of the tree), a conversion and a last fused step. */
+ * steps, 2^-24 of sum |q k| each. Packed keys: q s becomes integers of step max |q s| / limit, so
+ * each channel is off by up to half a step times its code less the centre; the D roundings are
+ * independent, their sum has a deviation of step / sqrt(12) sqrt(sum (code - centre)^2), of which we
+ * allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only float32
+ * is left: the product q s, the chain for the bias (D / 16 + 1 steps and 4 of the tree), whose parts
+ * are as large as centre |q s|, a conversion and a last fused step. */
 static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head,
                     bool exact, bool folded) {
     uint32_t d = o->l.head_dim;
@@ -121,17 +126,20 @@ static double score(double *error, const oracle *o, const float *q, uint32_t t, 
         return sum;
     }
     for (uint32_t c = 0; c < d; c++) largest = fmaxf(largest, fabsf(q[c] * o->k.scale[at + c]));
-    float inverse = largest > 0 ? 16256.0f / largest : 0, step = largest / 16256.0f;
+    float limit = fold_limit(o->l.kv.k_bits), inverse = largest > 0 ? limit / largest : 0;
+    float step = largest / limit;
+    double centre = fold_centre(o->l.kv.k_bits);
     for (uint32_t c = 0; c < d; c++) {
         double code = o->k.code[at + c], qs = (double)q[c] * (double)o->k.scale[at + c];
-        double z = (double)q[c] * (double)o->k.zero[at + c];
-        if (folded) qs = (double)nearbyintf((q[c] * o->k.scale[at + c]) * inverse) * (double)step;
-        sum += qs * code + z;
-        size += fabs(qs * code) + fabs(z);
-        squares += code * code;
+        double z = (double)q[c] * (double)o->k.zero[at + c], rounded = qs;
+        if (folded)
+            rounded = (double)nearbyintf((q[c] * o->k.scale[at + c]) * inverse) * (double)step;
+        sum += rounded * (code - centre) + qs * centre + z;
+        size += fabs(qs) * (code + 2 * centre) + fabs(z);
+        squares += (code - centre) * (code - centre);
     }
     *error =
-        size * 0x1p-24 * (d / 16 + 8) + (folded ? 0 : 6 * (double)step / sqrt(12) * sqrt(squares));
+        size * 0x1p-24 * (d / 16 + 10) + (folded ? 0 : 6 * (double)step / sqrt(12) * sqrt(squares));
     return sum;
 }
 
@@ -168,18 +176,20 @@ static double tile_step(const row_state *r, uint32_t tile, size_t channel) {
     for (uint32_t t = tile; t < tile + 128 && t <= r->p; t++)
         if (!is_exact(r->o, r->o->l.kv.v_bits, t, r->v_line))
             largest = fmax(largest, r->s[t] * (double)r->o->v.scale[t * row + channel]);
-    return largest / 16256;
+    return largest / (double)fold_limit(r->o->l.kv.v_bits);
 }
 
-/* What the rounding of one tile's weights may do to a channel: a weight below half a step becomes
- * 0, which is always the same side; the others' roundings are independent, six deviations. */
+/* What the rounding of one tile's weights may do to a channel: each is off by its rounding, a weight
+ * below half a step by all of itself, and meets its code less the centre. Codes of different tokens
+ * are independent here and as often above the centre as below, so the squares add; six deviations.
+ */
 typedef struct fold {
-    double step, lost, squares;
+    double step, squares;
 } fold;
 
-static void fold_add(fold *f, double weight, double code) {
-    if (weight < f->step / 2) f->lost += weight * code;
-    else f->squares += f->step * f->step / 12 * code * code;
+static void fold_add(fold *f, double weight, double from_centre) {
+    double off = weight < f->step / 2 ? weight : f->step / sqrt(12);
+    f->squares += off * off * from_centre * from_centre;
 }
 
 /* out[c] and its tolerance. To first order a score that is off by e moves the output by p e (v -
@@ -190,7 +200,7 @@ static void one_channel(double *out, double *tolerance, const row_state *r, uint
            channel = (size_t)r->kv_head * r->o->l.head_dim + c;
     const side *v = &r->o->v;
     fold f = {0};
-    double sum = 0, size = 0, moved = 0;
+    double sum = 0, size = 0, moved = 0, centre = fold_centre(r->o->l.kv.v_bits);
     uint32_t n_exact = 0;
     for (int pass = 0; pass < 2; pass++) /* the second knows the output */
         for (uint32_t t = 0; t <= r->p; t++) {
@@ -201,15 +211,15 @@ static void one_channel(double *out, double *tolerance, const row_state *r, uint
             if (pass == 1) {
                 moved += r->s[t] * r->e[t] * fabs(value - sum);
                 if (t % 128 == 0) f.step = tile_step(r, t, channel);
-                if (!exact) fold_add(&f, r->s[t] * s, v->code[at]);
+                if (!exact) fold_add(&f, r->s[t] * s, v->code[at] - centre);
                 continue;
             }
             n_exact += exact;
             sum += r->s[t] * value;
-            size += r->s[t] * (exact ? fabs(value) : cs + fabs(z));
+            size += r->s[t] * (exact ? fabs(value) : cs + 2 * centre * s + fabs(z));
         }
     *out = sum;
-    *tolerance = 1.2 * moved + f.lost + 6 * sqrt(f.squares) +
+    *tolerance = 1.2 * moved + 6 * sqrt(f.squares) +
                  (4 * sqrt(n_exact) + 8 * (r->p / 128 + 1) + 16) * 0x1p-24 * size;
 }
 
