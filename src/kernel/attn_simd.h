@@ -32,27 +32,30 @@ static void scratch_carve(attn_scratch *s, void *memory) {
 
 /* ---- folding: x * scale as integers ---- */
 
-/* Codes of 2 bits meet integers of 8 bits: the rounding is some 3% of what 2 bits lose. Codes of 4
- * and 8 bits meet 15 bits in two bytes, 128 high + low. */
-KI_INLINE unsigned fold_planes(unsigned bits) { return bits == 2 ? 1 : 2; }
-KI_INLINE float fold_limit(unsigned bits) { return bits == 2 ? 127.0f : 127.0f * 128; }
+/* What x s becomes. q s of either sign, and weights that meet codes of 4 or 8 bits: 15 bits in two
+ * signed bytes, 128 high + low. Weights that meet 2-bit values: one byte, 0 to 255; its rounding is
+ * some 3% of what 2 bits lose, and half of the products are saved. Keys need more: an outlier
+ * channel takes the byte's range, and what the others lose then shows in the logits. */
+typedef enum fold_kind { FOLD_PAIR, FOLD_BYTE } fold_kind;
+
+KI_INLINE float fold_limit(fold_kind kind) { return kind == FOLD_BYTE ? 255.0f : 127.0f * 128; }
 
 /* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_pack4's order. */
 KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
 
 /* Integers of n values of one row; returns their sum a lane. Past n (a multiple of 16) are zeros. */
 KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n,
-                      unsigned bits) {
+                      fold_kind kind) {
     vi sum = vi_set(0);
     for (unsigned c = 0; c < n; c += 64) {
         vi q[4], h[4];
         for (unsigned k = 0; k < 4; k++)
             q[k] = c + k * 16 < n ? vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)))
                                   : vi_set(0);
-        if (fold_planes(bits) == 1) {
-            vb all = vb_pack4(q[0], q[1], q[2], q[3]);
+        if (kind == FOLD_BYTE) {
+            vb all = vb_pack4_unsigned(q[0], q[1], q[2], q[3]);
             vb_store(high + c, all);
-            sum = vi_dot_u7(sum, vi_set(0x01010101), all);
+            sum = vi_dot_s6(sum, all, vi_set(0x01010101));
             continue;
         }
         sum = vi_add(sum, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
@@ -85,7 +88,8 @@ KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *const 
  * integers, which meets codes less their centre:  sum x z + centre sum r, so that an integer
  * rounded to zero still weighs its share. */
 KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, const uint16_t *scale,
-                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits) {
+                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
+                         fold_kind kind) {
     const float centre = (float)((1u << bits) - 1) / 2;
     vf bias[FOLD_ROWS], rows[FOLD_ROWS];
     float inverse[FOLD_ROWS];
@@ -94,32 +98,32 @@ KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, co
     for (unsigned g = 0; g < n_groups; g++)
         fold_group(s->x + (size_t)g * nq * KI_MAX_HEAD_DIM, bias + g * nq, rows + g * nq, x, nq,
                    scale + (size_t)g * n, zero + (size_t)g * n, n, centre);
-    vf largest = vf_maxes(rows, n_rows), limit = vf_set(fold_limit(bits));
+    vf largest = vf_maxes(rows, n_rows), limit = vf_set(fold_limit(kind));
     vf step = vf_div(largest, limit);
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(largest, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
         size_t at = (size_t)r * KI_MAX_HEAD_DIM;
-        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n, bits);
+        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n, kind);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
     vf_store(s->bias, vf_sums(bias, n_rows));
 }
 
-KI_INLINE vi fold_dot(vi sum, vb codes, vb x, unsigned bits) {
-    return bits == 8 ? vi_dot_u8(sum, codes, x) : vi_dot_u7(sum, codes, x);
-}
+/* Sums of the codes of nb <= 2 vectors of words times nq rows, a plane each. */
+typedef struct dots {
+    vi high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
+} dots;
 
-/* Sums of the codes of nb vectors of words times nq rows from `row` on, over n_words words that are
- * `stride` apart; words of vector b start at words + b * apart. Two vectors of one plane or one of
- * two: 2 nq sums stay in registers. */
-KI_INLINE void dot_words(vi sum[2][QUERY_BLOCK], const attn_scratch *s, unsigned row, unsigned nq,
-                         unsigned nb, const uint32_t *words, size_t apart, size_t stride,
-                         unsigned n_words, unsigned bits) {
-    const unsigned planes = fold_planes(bits), per_word = 8 / bits;
+/* Rows from `row` on, over n_words words that are `stride` apart; words of vector b start at
+ * words + b * apart. */
+KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
+                         const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
+                         unsigned bits, fold_kind kind) {
+    const unsigned per_word = 8 / bits;
     const vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
-    for (unsigned j = 0; j < 2; j++)
-        for (unsigned i = 0; i < nq; i++) sum[j][i] = vi_set(0);
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
     for (unsigned w = 0; w < n_words; w++, words += stride) {
         vi v[2];
         for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
@@ -129,20 +133,29 @@ KI_INLINE void dot_words(vi sum[2][QUERY_BLOCK], const attn_scratch *s, unsigned
             vb codes[2];
             for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
             for (unsigned i = 0; i < nq; i++, at += KI_MAX_HEAD_DIM) {
-                vb high = vi_set_bytes(s->high + at);
-                for (unsigned b = 0; b < nb; b++)
-                    sum[b][i] = fold_dot(sum[b][i], codes[b], high, bits);
-                if (planes == 2)
-                    sum[1][i] = fold_dot(sum[1][i], codes[0], vi_set_bytes(s->low + at), bits);
+                vb x = vi_set_bytes(s->high + at);
+                if (kind == FOLD_BYTE) {
+                    for (unsigned b = 0; b < nb; b++)
+                        sum->high[b][i] = vi_dot_s6(sum->high[b][i], x, codes[b]);
+                    continue;
+                }
+                vb y = vi_set_bytes(s->low + at);
+                for (unsigned b = 0; b < nb; b++) {
+                    sum->high[b][i] = bits == 8 ? vi_dot_u8(sum->high[b][i], codes[b], x)
+                                                : vi_dot_u7(sum->high[b][i], codes[b], x);
+                    sum->low[b][i] = bits == 8 ? vi_dot_u8(sum->low[b][i], codes[b], y)
+                                               : vi_dot_u7(sum->low[b][i], codes[b], y);
+                }
             }
         }
     }
 }
 
-/* step * (integers . codes) + bias of row r, from the sums of dot_words for vector b. */
-KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const vi sum[2][QUERY_BLOCK],
-                         unsigned b, unsigned i, unsigned bits) {
-    vi all = fold_planes(bits) == 1 ? sum[b][i] : vi_add(vi_shl(sum[0][i], 7), sum[1][i]);
+/* step * (integers . codes) + bias of row r, its i-th of dot_words for vector b. */
+KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, unsigned b, unsigned i,
+                         fold_kind kind) {
+    vi all =
+        kind == FOLD_BYTE ? sum->high[b][i] : vi_add(vi_shl(sum->high[b][i], 7), sum->low[b][i]);
     return vf_fma(vf_from_vi(all), vf_set(s->step[r]), vf_set(s->bias[r]));
 }
 
@@ -201,18 +214,17 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float 
     for (unsigned g0 = from / t->group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
-                  bits);
+                  bits, FOLD_PAIR);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
             for (; token < stop; token += nb * 16) {
-                vi sum[2][QUERY_BLOCK];
-                dot_words(sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
-                          (size_t)n_words * 16, 16, n_words, bits);
+                dots sum;
+                dot_words(&sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
+                          (size_t)n_words * 16, 16, n_words, bits, FOLD_PAIR);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
-                        vf_store(
-                            p[i] + token + b * 16,
-                            fold_result(s, g * nq + i, (const vi(*)[QUERY_BLOCK])sum, b, i, bits));
+                        vf_store(p[i] + token + b * 16,
+                                 fold_result(s, g * nq + i, &sum, b, i, FOLD_PAIR));
             }
         }
     }
@@ -290,20 +302,21 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *c
                           float *const *acc, unsigned to, unsigned nq, unsigned nb, unsigned bits) {
     const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->group;
     const unsigned n_words = (to * bits + 31) / 32;
+    const fold_kind kind = bits == 2 ? FOLD_BYTE : FOLD_PAIR;
     for (unsigned g0 = 0; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n, t->v_zero + (size_t)g0 * n, n_groups, n,
-                  bits);
+                  bits, kind);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned c = (g0 + g) * t->group, stop = c + t->group;
             for (; c < stop; c += nb * 16) {
-                vi sum[2][QUERY_BLOCK];
-                dot_words(sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits);
+                dots sum;
+                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits,
+                          kind);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++) {
                         float *at = acc[i] + c + b * 16;
-                        vf v =
-                            fold_result(s, g * nq + i, (const vi(*)[QUERY_BLOCK])sum, b, i, bits);
+                        vf v = fold_result(s, g * nq + i, &sum, b, i, kind);
                         vf_store(at, vf_add(vf_load(at), v));
                     }
             }
