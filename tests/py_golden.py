@@ -20,9 +20,9 @@ from reference import Llama
 # The page of issue 6. Logits have a spread of about 3 (llama) and 8 (llama-gqa).
 F16_MEAN, F16_MAX = 2e-3, 5e-2
 KIVI_MEAN, KIVI_SHARE = 4e-3, 0.10
-# Against numpy the share is measured at 0.001 to 0.012 (float16 rounding that falls on another code); a boundary of
+# Against numpy the share is measured at 0.001 to 0.021 (float16 rounding that falls on another code); a boundary of
 # exact values that is one position off makes 0.03 to 0.6, so this finds it where the page's 0.10 would not.
-NUMPY_SHARE = 0.02
+NUMPY_SHARE = 0.025
 NUMPY_MAX = 5e-3  # of a 16-bit cache over 40 tokens: float32 sums, and ties of float16 rounding that fall differently
 
 

@@ -32,32 +32,21 @@ static void scratch_carve(attn_scratch *s, void *memory) {
 
 /* ---- folding: x * scale as integers ---- */
 
-/* What x s becomes. q s of either sign, and weights that meet codes of 4 or 8 bits: 15 bits in two
- * signed bytes, 128 high + low. Weights that meet 2-bit values: one byte, 0 to 255; its rounding is
- * some 3% of what 2 bits lose, and half of the products are saved. Keys need more: an outlier
- * channel takes the byte's range, and what the others lose then shows in the logits. */
-typedef enum fold_kind { FOLD_PAIR, FOLD_BYTE } fold_kind;
-
-KI_INLINE float fold_limit(fold_kind kind) { return kind == FOLD_BYTE ? 255.0f : 127.0f * 128; }
+/* x s becomes 15 bits in two signed bytes, 128 high + low. One byte, which would save half of the
+ * products, was tried and shows in the logits (SPEED.md). */
+#define FOLD_LIMIT (127.0f * 128)
 
 /* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_pack4's order. */
 KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
 
 /* Integers of n values of one row; returns their sum a lane. Past n (a multiple of 16) are zeros. */
-KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n,
-                      fold_kind kind) {
+KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n) {
     vi sum = vi_set(0);
     for (unsigned c = 0; c < n; c += 64) {
         vi q[4], h[4];
         for (unsigned k = 0; k < 4; k++)
             q[k] = c + k * 16 < n ? vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)))
                                   : vi_set(0);
-        if (kind == FOLD_BYTE) {
-            vb all = vb_pack4_unsigned(q[0], q[1], q[2], q[3]);
-            vb_store(high + c, all);
-            sum = vi_dot_s6(sum, all, vi_set(0x01010101));
-            continue;
-        }
         sum = vi_add(sum, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
         for (unsigned k = 0; k < 4; k++) {
             h[k] = vi_sar(vi_add(q[k], vi_set(64)), 7);
@@ -88,8 +77,7 @@ KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *const 
  * integers, which meets codes less their centre:  sum x z + centre sum r, so that an integer
  * rounded to zero still weighs its share. */
 KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, const uint16_t *scale,
-                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
-                         fold_kind kind) {
+                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits) {
     const float centre = (float)((1u << bits) - 1) / 2;
     vf bias[FOLD_ROWS], rows[FOLD_ROWS];
     float inverse[FOLD_ROWS];
@@ -98,13 +86,13 @@ KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, co
     for (unsigned g = 0; g < n_groups; g++)
         fold_group(s->x + (size_t)g * nq * KI_MAX_HEAD_DIM, bias + g * nq, rows + g * nq, x, nq,
                    scale + (size_t)g * n, zero + (size_t)g * n, n, centre);
-    vf largest = vf_maxes(rows, n_rows), limit = vf_set(fold_limit(kind));
+    vf largest = vf_maxes(rows, n_rows), limit = vf_set(FOLD_LIMIT);
     vf step = vf_div(largest, limit);
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(largest, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
         size_t at = (size_t)r * KI_MAX_HEAD_DIM;
-        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n, kind);
+        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
     vf_store(s->bias, vf_sums(bias, n_rows));
@@ -119,7 +107,7 @@ typedef struct dots {
  * words + b * apart. */
 KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
                          const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
-                         unsigned bits, fold_kind kind) {
+                         unsigned bits) {
     const unsigned per_word = 8 / bits;
     const vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
     for (unsigned b = 0; b < nb; b++)
@@ -134,11 +122,6 @@ KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigne
             for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
             for (unsigned i = 0; i < nq; i++, at += KI_MAX_HEAD_DIM) {
                 vb x = vi_set_bytes(s->high + at);
-                if (kind == FOLD_BYTE) {
-                    for (unsigned b = 0; b < nb; b++)
-                        sum->high[b][i] = vi_dot_s6(sum->high[b][i], x, codes[b]);
-                    continue;
-                }
                 vb y = vi_set_bytes(s->low + at);
                 for (unsigned b = 0; b < nb; b++) {
                     sum->high[b][i] = bits == 8 ? vi_dot_u8(sum->high[b][i], codes[b], x)
@@ -152,10 +135,9 @@ KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigne
 }
 
 /* step * (integers . codes) + bias of row r, its i-th of dot_words for vector b. */
-KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, unsigned b, unsigned i,
-                         fold_kind kind) {
-    vi all =
-        kind == FOLD_BYTE ? sum->high[b][i] : vi_add(vi_shl(sum->high[b][i], 7), sum->low[b][i]);
+KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, unsigned b,
+                         unsigned i) {
+    vi all = vi_add(vi_shl(sum->high[b][i], 7), sum->low[b][i]);
     return vf_fma(vf_from_vi(all), vf_set(s->step[r]), vf_set(s->bias[r]));
 }
 
@@ -214,17 +196,16 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float 
     for (unsigned g0 = from / t->group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
-                  bits, FOLD_PAIR);
+                  bits);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
             for (; token < stop; token += nb * 16) {
                 dots sum;
                 dot_words(&sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
-                          (size_t)n_words * 16, 16, n_words, bits, FOLD_PAIR);
+                          (size_t)n_words * 16, 16, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
-                        vf_store(p[i] + token + b * 16,
-                                 fold_result(s, g * nq + i, &sum, b, i, FOLD_PAIR));
+                        vf_store(p[i] + token + b * 16, fold_result(s, g * nq + i, &sum, b, i));
             }
         }
     }
@@ -302,21 +283,19 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *c
                           float *const *acc, unsigned to, unsigned nq, unsigned nb, unsigned bits) {
     const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->group;
     const unsigned n_words = (to * bits + 31) / 32;
-    const fold_kind kind = bits == 2 ? FOLD_BYTE : FOLD_PAIR;
     for (unsigned g0 = 0; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n, t->v_zero + (size_t)g0 * n, n_groups, n,
-                  bits, kind);
+                  bits);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned c = (g0 + g) * t->group, stop = c + t->group;
             for (; c < stop; c += nb * 16) {
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits,
-                          kind);
+                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++) {
                         float *at = acc[i] + c + b * 16;
-                        vf v = fold_result(s, g * nq + i, &sum, b, i, kind);
+                        vf v = fold_result(s, g * nq + i, &sum, b, i);
                         vf_store(at, vf_add(vf_load(at), v));
                     }
             }

@@ -148,10 +148,6 @@ KI_TREE_512(vf_maxes, _mm512_max_ps)
 KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
     return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
 }
-/* The same for integers in 0..255. */
-KI_INLINE vb vb_pack4_unsigned(vi a, vi b, vi c, vi d) {
-    return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-}
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), value);
 }
@@ -324,10 +320,6 @@ KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
     return VI2(_mm256_packs_epi16(_mm256_packs_epi32(a.lo, b.lo), _mm256_packs_epi32(c.lo, d.lo)),
                _mm256_packs_epi16(_mm256_packs_epi32(a.hi, b.hi), _mm256_packs_epi32(c.hi, d.hi)));
 }
-KI_INLINE vb vb_pack4_unsigned(vi a, vi b, vi c, vi d) {
-    return VI2(_mm256_packus_epi16(_mm256_packs_epi32(a.lo, b.lo), _mm256_packs_epi32(c.lo, d.lo)),
-               _mm256_packus_epi16(_mm256_packs_epi32(a.hi, b.hi), _mm256_packs_epi32(c.hi, d.hi)));
-}
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     __m256 l = _mm256_set1_ps(limit);
     return VF2(_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, l, _CMP_GT_OQ)),
@@ -466,7 +458,6 @@ KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
     memcpy(&r, bytes, 64);
     return r;
 }
-KI_INLINE vb vb_pack4_unsigned(vi a, vi b, vi c, vi d) { return vb_pack4(a, b, c, d); }
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     KI_LANES(vf, x.v[i] > limit ? value.v[i] : 0.0f);
 }
@@ -478,15 +469,6 @@ KI_INLINE vf vf_swap8(vf a) { KI_LANES(vf, a.v[i ^ 8]); }
 #endif
 
 /* ---- built from the above, so alike everywhere ---- */
-
-/* Any unsigned bytes times signed ones of at most 63 in size, where two products fit int16. */
-KI_INLINE vi vi_dot_s6(vi acc, vb u, vb s) {
-#if defined(__AVX2__)
-    return vi_dot_u7(acc, u, s);
-#else
-    return vi_dot_u8(acc, u, s);
-#endif
-}
 #if !defined(__AVX512F__)
 KI_INLINE vf vf_sums(const vf *rows, unsigned n) {
     float lanes[16] = {0};

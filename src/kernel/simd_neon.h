@@ -170,16 +170,6 @@ KI_INLINE int32x4_t quad_pack(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d
     int16x8_t ab = vqmovn_high_s32(vqmovn_s32(a), b), cd = vqmovn_high_s32(vqmovn_s32(c), d);
     return vreinterpretq_s32_s8(vqmovn_high_s16(vqmovn_s16(ab), cd));
 }
-KI_INLINE int32x4_t quad_pack_unsigned(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
-    int16x8_t ab = vqmovn_high_s32(vqmovn_s32(a), b), cd = vqmovn_high_s32(vqmovn_s32(c), d);
-    return vreinterpretq_s32_u8(vqmovun_high_s16(vqmovun_s16(ab), cd));
-}
-KI_INLINE vb vb_pack4_unsigned(vi a, vi b, vi c, vi d) {
-    return (vb){quad_pack_unsigned(a.q0, b.q0, c.q0, d.q0),
-                quad_pack_unsigned(a.q1, b.q1, c.q1, d.q1),
-                quad_pack_unsigned(a.q2, b.q2, c.q2, d.q2),
-                quad_pack_unsigned(a.q3, b.q3, c.q3, d.q3)};
-}
 KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
     return (vb){quad_pack(a.q0, b.q0, c.q0, d.q0), quad_pack(a.q1, b.q1, c.q1, d.q1),
                 quad_pack(a.q2, b.q2, c.q2, d.q2), quad_pack(a.q3, b.q3, c.q3, d.q3)};

@@ -99,9 +99,8 @@ static uint32_t exact_line(const kivi_kv_options *kv, bool keys, uint32_t p,
     return line < generated ? line : generated;
 }
 
-/* Largest integers of the fold (attn.h): 15 bits, one byte for weights that meet 2-bit values. */
-static const float key_limit = 16256.0f;
-static double value_limit(uint32_t bits) { return bits == 2 ? 255 : 16256; }
+/* The largest integer of the fold (attn.h). */
+static const float fold_limit = 16256.0f;
 static double fold_centre(uint32_t bits) { return ((1u << bits) - 1) / 2.0; }
 
 /* The score of one token, and how far the kernel's may be away. Keys of 16 bit: a chain of D fused
@@ -127,7 +126,7 @@ static double score(double *error, const oracle *o, const float *q, uint32_t t, 
         return sum;
     }
     for (uint32_t c = 0; c < d; c++) largest = fmaxf(largest, fabsf(q[c] * o->k.scale[at + c]));
-    float limit = key_limit, inverse = largest > 0 ? limit / largest : 0;
+    float limit = fold_limit, inverse = largest > 0 ? limit / largest : 0;
     float step = largest / limit;
     double centre = fold_centre(o->l.kv.k_bits);
     for (uint32_t c = 0; c < d; c++) {
@@ -177,7 +176,7 @@ static double tile_step(const row_state *r, uint32_t tile, size_t channel) {
     for (uint32_t t = tile; t < tile + 128 && t <= r->p; t++)
         if (!is_exact(r->o, r->o->l.kv.v_bits, t, r->v_line))
             largest = fmax(largest, r->s[t] * (double)r->o->v.scale[t * row + channel]);
-    return largest / value_limit(r->o->l.kv.v_bits);
+    return largest / (double)fold_limit;
 }
 
 /* What the rounding of one tile's weights may do to a channel: each is off by its rounding, a weight
