@@ -240,7 +240,9 @@ def failures():
     out = scratch('no.gguf')
     for number in (signal.SIGINT, signal.SIGTERM):
         with case(f'interrupted/{signal.Signals(number).name}'):
-            process = subprocess.Popen([KIVI, 'convert', folder, out], env=CLEAN, stderr=subprocess.PIPE)
+            # A shell's background job ignores SIGINT, and so do its children.
+            process = subprocess.Popen([KIVI, 'convert', folder, out], env=CLEAN, stderr=subprocess.PIPE,
+                                       preexec_fn=lambda n=number: signal.signal(n, signal.SIG_DFL))
             end = time.monotonic() + 60
             while not left() and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.001)
