@@ -74,7 +74,7 @@ static void digest_matmul(ki_isa isa, ki_weight type) {
     enum { ROWS = 48, COLS = 512, N = 7 };
     static float x[N * COLS], out[N * ROWS], scales[N * COLS / 32];
     static int8_t high[N * COLS], low[N * COLS];
-    static int32_t sums[N * COLS / 32];
+    static int32_t sums[N * COLS / KI_SUM_COLS];
     const ki_dense_kernels *k = &ki_kernels_get(isa)->dense;
     char name[64];
     snprintf(name, sizeof name, "matmul/type%d", (int)type);
