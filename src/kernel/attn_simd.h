@@ -3,31 +3,30 @@
 #include "simd.h"
 
 enum {
-    QUERY_BLOCK = 4, /* queries that share a loaded vector */
-    FOLD_ROWS = 16   /* (group, query) pairs that are folded together: lanes of one vector */
+    QUERY_BLOCK = 4,      /* queries that share a loaded vector */
+    FOLD_ROWS = 16,       /* (group, query) pairs that are folded together: lanes of one vector */
+    ROW = KI_MAX_HEAD_DIM /* elements from one row of scratch to the next */
 };
 
 /* Scratch of a worker:
- *   p           [4][128] f32               scores, then weights
+ *   q           [4][256] f32               queries
+ *   p           [4][256] f32               scores, then weights, of 128 tokens
+ *   masked      [4][256] f32               weights of queries that read a part of the codes only
  *   x           [16][256] f32              q * s or p * s of the rows being folded
- *   high, low   [16][256] bytes            their integers, in quads (fold_at)
- *   masked      [4][128] f32               weights of a query that reads a part of the codes only */
+ *   high, low   [16][256] bytes            their integers, in quads (fold_at) */
 typedef struct attn_scratch {
-    float *p, *x, *masked;
+    float *q, *p, *masked, *x;
     int8_t *high, *low;
     float step[FOLD_ROWS], bias[FOLD_ROWS];
 } attn_scratch;
 
 static void scratch_carve(attn_scratch *s, void *memory) {
-    float *at = memory;
-    s->p = at;
-    at += QUERY_BLOCK * KI_PAGE_TOKENS;
-    s->x = at;
-    at += FOLD_ROWS * KI_MAX_HEAD_DIM;
-    s->masked = at;
-    at += QUERY_BLOCK * KI_PAGE_TOKENS;
-    s->high = (int8_t *)at;
-    s->low = s->high + FOLD_ROWS * KI_MAX_HEAD_DIM;
+    s->q = memory;
+    s->p = s->q + QUERY_BLOCK * ROW;
+    s->masked = s->p + QUERY_BLOCK * ROW;
+    s->x = s->masked + QUERY_BLOCK * ROW;
+    s->high = (int8_t *)(s->x + FOLD_ROWS * ROW);
+    s->low = s->high + FOLD_ROWS * ROW;
 }
 
 /* ---- folding: x * scale as integers ---- */
@@ -39,14 +38,13 @@ static void scratch_carve(attn_scratch *s, void *memory) {
 /* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_pack4's order. */
 KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
 
-/* Integers of n values of one row; returns their sum a lane. Past n (a multiple of 16) are zeros. */
+/* Integers of n values of one row, n a multiple of 64; returns their sum a lane. */
 KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n) {
     vi sum = vi_set(0);
     for (unsigned c = 0; c < n; c += 64) {
         vi q[4], h[4];
         for (unsigned k = 0; k < 4; k++)
-            q[k] = c + k * 16 < n ? vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)))
-                                  : vi_set(0);
+            q[k] = vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)));
         sum = vi_add(sum, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
         for (unsigned k = 0; k < 4; k++) {
             h[k] = vi_sar(vi_add(q[k], vi_set(64)), 7);
@@ -58,41 +56,47 @@ KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, 
     return sum;
 }
 
-/* One group: x s of nq rows, x . (z + centre s), and the largest |x s| a lane. */
-KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *const *x, unsigned nq,
+/* One group of nq rows x, n values each: x s to out, x . (z + centre s), and the largest |x s| a
+ * lane. Past n come zeros up to a multiple of 64. */
+KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *x, unsigned nq,
                           const uint16_t *scale, const uint16_t *zero, unsigned n, float centre) {
-    for (unsigned c = 0; c < n; c += 16) {
+    vf sum[QUERY_BLOCK], top[QUERY_BLOCK];
+    unsigned c = 0;
+    for (unsigned i = 0; i < nq; i++) sum[i] = top[i] = vf_set(0.0f);
+    for (; c < n; c += 16) {
         vf s = vf_load_f16(scale + c), z = vf_fma(s, vf_set(centre), vf_load_f16(zero + c));
         for (unsigned i = 0; i < nq; i++) {
-            vf v = vf_load(x[i] + c), f = vf_mul(v, s);
-            vf_store(out + i * KI_MAX_HEAD_DIM + c, f);
-            bias[i] = vf_fma(v, z, bias[i]);
-            largest[i] = vf_max2(vf_abs(f), largest[i]);
+            vf v = vf_load(x + i * ROW + c), f = vf_mul(v, s);
+            vf_store(out + i * ROW + c, f);
+            sum[i] = vf_fma(v, z, sum[i]);
+            top[i] = vf_max2(vf_abs(f), top[i]);
         }
     }
+    for (; c % 64; c += 16)
+        for (unsigned i = 0; i < nq; i++) vf_store(out + i * ROW + c, vf_set(0.0f));
+    for (unsigned i = 0; i < nq; i++) bias[i] = sum[i], largest[i] = top[i];
 }
 
-/* n_groups groups of nq rows x [n], n_groups nq <= 16. Row g nq + i gets integers, a step and a
- * bias so that  sum x (code s + z) = step (integers . codes) + bias  up to the rounding r of x s to
- * integers, which meets codes less their centre:  sum x z + centre sum r, so that an integer
- * rounded to zero still weighs its share. */
-KI_INLINE void fold_rows(attn_scratch *s, const float *const *x, unsigned nq, const uint16_t *scale,
+/* n_groups groups of nq rows x [nq][256] of n values, n_groups nq <= 16. Row g nq + i gets integers,
+ * a step and a bias so that  sum x (code s + z) = step (integers . codes) + bias  up to the rounding
+ * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
+ * integer rounded to zero still weighs its share. */
+KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
                          const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits) {
     const float centre = (float)((1u << bits) - 1) / 2;
-    vf bias[FOLD_ROWS], rows[FOLD_ROWS];
-    float inverse[FOLD_ROWS];
     const unsigned n_rows = n_groups * nq;
-    for (unsigned r = 0; r < FOLD_ROWS; r++) bias[r] = rows[r] = vf_set(0.0f);
+    vf bias[FOLD_ROWS], largest[FOLD_ROWS];
+    float inverse[FOLD_ROWS];
+    for (unsigned r = n_rows; r < FOLD_ROWS; r++) bias[r] = largest[r] = vf_set(0.0f);
     for (unsigned g = 0; g < n_groups; g++)
-        fold_group(s->x + (size_t)g * nq * KI_MAX_HEAD_DIM, bias + g * nq, rows + g * nq, x, nq,
+        fold_group(s->x + g * nq * ROW, bias + g * nq, largest + g * nq, x, nq,
                    scale + (size_t)g * n, zero + (size_t)g * n, n, centre);
-    vf largest = vf_maxes(rows, n_rows), limit = vf_set(FOLD_LIMIT);
-    vf step = vf_div(largest, limit);
+    vf top = vf_maxes(largest, n_rows), limit = vf_set(FOLD_LIMIT), step = vf_div(top, limit);
     vf_store(s->step, step);
-    vf_store(inverse, vf_div(limit, vf_max2(largest, vf_set(1e-30f)))); /* finite for a row of 0 */
+    vf_store(inverse, vf_div(limit, vf_max2(top, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
-        size_t at = (size_t)r * KI_MAX_HEAD_DIM;
-        vi sum = fold_row(s->high + at, s->low + at, s->x + at, inverse[r], n);
+        vi sum = fold_row(s->high + r * ROW, s->low + r * ROW, s->x + r * ROW, inverse[r],
+                          (n + 63) / 64 * 64);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
     vf_store(s->bias, vf_sums(bias, n_rows));
@@ -115,12 +119,12 @@ KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigne
     for (unsigned w = 0; w < n_words; w++, words += stride) {
         vi v[2];
         for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
-        size_t first = (size_t)row * KI_MAX_HEAD_DIM + fold_at(w * per_word);
+        size_t first = (size_t)row * ROW + fold_at(w * per_word);
         for (unsigned k = 0; k < per_word; k++) {
             size_t at = first + 16 * k; /* fold_at(w * per_word + k) */
             vb codes[2];
             for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
-            for (unsigned i = 0; i < nq; i++, at += KI_MAX_HEAD_DIM) {
+            for (unsigned i = 0; i < nq; i++, at += ROW) {
                 vb x = vi_set_bytes(s->high + at);
                 vb y = vi_set_bytes(s->low + at);
                 for (unsigned b = 0; b < nb; b++) {
@@ -188,14 +192,13 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
 
 /* All packed keys of nq queries, blocks [from / 16, to / 16): as many groups are folded at a time
  * as there are rows for. */
-KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float *const *q,
-                            float *const *p, unsigned from, unsigned to, unsigned nq, unsigned nb,
-                            unsigned bits) {
+KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, unsigned to,
+                            unsigned nq, unsigned nb, unsigned bits) {
     const unsigned n = t->head_dim, n_words = n * bits / 32, at_once = FOLD_ROWS / nq;
     const unsigned end = (to + t->group - 1) / t->group;
     for (unsigned g0 = from / t->group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
-        fold_rows(s, q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
+        fold_rows(s, s->q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
                   bits);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
@@ -205,7 +208,8 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float 
                           (size_t)n_words * 16, 16, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
-                        vf_store(p[i] + token + b * 16, fold_result(s, g * nq + i, &sum, b, i));
+                        vf_store(s->p + i * ROW + token + b * 16,
+                                 fold_result(s, g * nq + i, &sum, b, i));
             }
         }
     }
@@ -214,15 +218,12 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, const float 
 static void score_packed_blocks(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *qs,
                                 unsigned nq) {
     unsigned from = KI_PAGE_TOKENS, to = 0;
-    const float *q[QUERY_BLOCK];
-    float *p[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) {
         unsigned a = packed_from(&qs[i]), b = packed_to(&qs[i], qs[i].k_exact);
         if (a < b) from = KI_MIN(from, a), to = KI_MAX(to, b);
-        q[i] = qs[i].q;
-        p[i] = s->p + (size_t)i * KI_PAGE_TOKENS;
+        memcpy(s->q + i * ROW, qs[i].q, t->head_dim * sizeof(float));
     }
-    if (from < to) FOLD_DISPATCH(score_packed, nq, t->group, t->k_bits, t, s, q, p, from, to);
+    if (from < to) FOLD_DISPATCH(score_packed, nq, t->group, t->k_bits, t, s, from, to);
 }
 
 /* A block whose first tokens are sinks and whose others a query reads from the codes: only the
@@ -244,7 +245,7 @@ static void score_exact_blocks(const ki_attn_tile *t, const attn_scratch *s, ki_
         for (unsigned i = 0; i < nq; i++) {
             bool visible = b * 16 < qs[i].end && (b + 1) * 16 > qs[i].first;
             if (!visible || (b * 16 >= qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)) continue;
-            p[n] = s->p + (size_t)i * KI_PAGE_TOKENS + b * 16;
+            p[n] = s->p + i * ROW + b * 16;
             if ((b + 1) * 16 > qs[i].sink_end && (b + 1) * 16 <= qs[i].k_exact)
                 score_sink_lanes(t, p[n], &qs[i], b);
             else q[n++] = qs[i].q;
@@ -279,8 +280,8 @@ static void softmax_update(ki_attn_query *q, float *p, unsigned head_dim) {
 
 /* acc += the packed values of tokens [0, to) times p, which is 0 where a query does not read codes;
  * folded over all 128 tokens, as many groups of channels at a time as there are rows for. */
-KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *const *p,
-                          float *const *acc, unsigned to, unsigned nq, unsigned nb, unsigned bits) {
+KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p, float *const *acc,
+                          unsigned to, unsigned nq, unsigned nb, unsigned bits) {
     const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->group;
     const unsigned n_words = (to * bits + 31) / 32;
     for (unsigned g0 = 0; g0 < end; g0 += at_once) {
@@ -303,26 +304,27 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *c
     }
 }
 
-/* The weights of tokens [from, to) alone. */
-static const float *mask_weights(float *out, const float *p, unsigned from, unsigned to) {
-    if (from == 0 && to == KI_PAGE_TOKENS) return p;
-    memset(out, 0, KI_PAGE_TOKENS * sizeof(float));
-    memcpy(out + from, p + from, (to - from) * sizeof(float));
-    return out;
-}
-
-static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *const *qs,
-                              const float *const *weights, unsigned nq) {
+/* Values of nq queries of which some read codes: weights of tokens they do not read are left out. */
+static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, const ki_attn_query *qs,
+                              unsigned nq) {
     unsigned to = 0;
-    const float *p[QUERY_BLOCK];
+    bool whole = true;
     float *acc[QUERY_BLOCK];
     for (unsigned i = 0; i < nq; i++) {
-        unsigned end = packed_to(qs[i], qs[i]->v_exact);
-        to = KI_MAX(to, end);
-        p[i] = mask_weights(s->masked + i * KI_PAGE_TOKENS, weights[i], packed_from(qs[i]), end);
-        acc[i] = qs[i]->acc;
+        unsigned first = packed_from(&qs[i]), end = packed_to(&qs[i], qs[i].v_exact);
+        acc[i] = qs[i].acc;
+        if (first < end) to = KI_MAX(to, end);
+        whole = whole && first == 0 && end == KI_PAGE_TOKENS;
     }
-    FOLD_DISPATCH(add_packed, nq, t->group, t->v_bits, t, s, p, acc, to);
+    if (!to) return;
+    for (unsigned i = 0; !whole && i < nq; i++) {
+        unsigned first = packed_from(&qs[i]), end = packed_to(&qs[i], qs[i].v_exact);
+        memset(s->masked + i * ROW, 0, KI_PAGE_TOKENS * sizeof(float));
+        if (first < end)
+            memcpy(s->masked + i * ROW + first, s->p + i * ROW + first,
+                   (end - first) * sizeof(float));
+    }
+    FOLD_DISPATCH(add_packed, nq, t->group, t->v_bits, t, s, whole ? s->p : s->masked, acc, to);
 }
 
 /* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, for nq queries and n_vectors
@@ -374,7 +376,7 @@ static void add_exact_values(const ki_attn_tile *t, const attn_scratch *s, ki_at
     unsigned from = 0, to = KI_PAGE_TOKENS;
     for (unsigned i = 0; i < nq; i++) {
         acc[i] = qs[i].acc;
-        p[i] = s->p + (size_t)i * KI_PAGE_TOKENS;
+        p[i] = s->p + i * ROW;
         from = KI_MAX(from, exact_tail(&qs[i]));
         to = KI_MIN(to, (unsigned)qs[i].end);
     }
@@ -392,20 +394,6 @@ static void add_exact_values(const ki_attn_tile *t, const attn_scratch *s, ki_at
 
 /* ---- the tile ---- */
 
-static void values_of_block(const ki_attn_tile *t, attn_scratch *s, ki_attn_query *qs,
-                            unsigned nq) {
-    ki_attn_query *packed[QUERY_BLOCK];
-    const float *p[QUERY_BLOCK];
-    unsigned n = 0;
-    for (unsigned i = 0; i < nq; i++) {
-        if (packed_from(&qs[i]) >= packed_to(&qs[i], qs[i].v_exact)) continue;
-        packed[n] = &qs[i];
-        p[n++] = s->p + (size_t)i * KI_PAGE_TOKENS;
-    }
-    if (n) add_packed_values(t, s, packed, p, n);
-    add_exact_values(t, s, qs, nq);
-}
-
 static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsigned n_queries,
                            void *memory) {
     attn_scratch s;
@@ -416,9 +404,9 @@ static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsign
         score_packed_blocks(t, &s, qs, n);
         score_exact_blocks(t, &s, qs, n);
         for (unsigned i = 0; i < n; i++)
-            if (qs[i].first < qs[i].end)
-                softmax_update(&qs[i], s.p + (size_t)i * KI_PAGE_TOKENS, t->head_dim);
-        values_of_block(t, &s, qs, n);
+            if (qs[i].first < qs[i].end) softmax_update(&qs[i], s.p + i * ROW, t->head_dim);
+        add_packed_values(t, &s, qs, n);
+        add_exact_values(t, &s, qs, n);
     }
 }
 

@@ -23,9 +23,8 @@ const ki_kernels *ki_kernels_get(ki_isa isa) {
     return &ki_kernels_scalar;
 }
 
-/* Must cover scratch_carve in attn_simd.h: weights and masked weights of four queries, sixteen
- * folded rows as floats and as two planes of bytes. */
+/* Must cover scratch_carve in attn_simd.h: three times four rows and sixteen folded ones of floats,
+ * sixteen of two planes of bytes. */
 size_t ki_attn_scratch_bytes(void) {
-    return 2 * 4 * KI_PAGE_TOKENS * sizeof(float) +
-           (size_t)16 * KI_MAX_HEAD_DIM * (sizeof(float) + 2);
+    return (size_t)KI_MAX_HEAD_DIM * ((3 * 4 + 16) * sizeof(float) + 16 * 2);
 }
