@@ -35,25 +35,24 @@ static void scratch_carve(attn_scratch *s, void *memory) {
  * products, was tried and shows in the logits (SPEED.md). */
 #define FOLD_LIMIT (127.0f * 128)
 
-/* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_pack4's order. */
+/* Where the bytes of quad i (elements 4 i .. 4 i + 3) stand in a row: vb_split15's order. */
 KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
 
 /* Integers of n values of one row, n a multiple of 64; returns their sum a lane. */
 KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n) {
-    vi sum = vi_set(0);
+    vi high_sum = vi_set(0), low_sum = vi_set(0), ones = vi_set(0x01010101);
     for (unsigned c = 0; c < n; c += 64) {
-        vi q[4], h[4];
+        vi q[4];
+        vb h, l;
         for (unsigned k = 0; k < 4; k++)
             q[k] = vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)));
-        sum = vi_add(sum, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
-        for (unsigned k = 0; k < 4; k++) {
-            h[k] = vi_sar(vi_add(q[k], vi_set(64)), 7);
-            q[k] = vi_sub(q[k], vi_shl(h[k], 7));
-        }
-        vb_store(high + c, vb_pack4(h[0], h[1], h[2], h[3]));
-        vb_store(low + c, vb_pack4(q[0], q[1], q[2], q[3]));
+        vb_split15(&h, &l, q[0], q[1], q[2], q[3]);
+        vb_store(high + c, h);
+        vb_store(low + c, l);
+        high_sum = vi_dot_u7(high_sum, ones, h);
+        low_sum = vi_dot_u7(low_sum, ones, l);
     }
-    return sum;
+    return vi_add(vi_shl(high_sum, 7), low_sum);
 }
 
 /* One group of nq rows x, n values each: x s to out, x . (z + centre s), and the largest |x s| a

@@ -143,10 +143,14 @@ KI_INLINE float fma1(float a, float b, float c) {
     }
 KI_TREE_512(vf_sums, _mm512_add_ps)
 KI_TREE_512(vf_maxes, _mm512_max_ps)
-/* Bytes of four vectors of integers in -128..127: the quads of lanes 4 j .. 4 j + 3 of a, b, c, d
- * stand next to each other, as one instruction packs them within 128 bits. */
-KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
-    return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+/* Integers of 15 bits, -16256..16256, of four vectors in two bytes: 128 high + low, low >= 0. The
+ * quads of lanes 4 j .. 4 j + 3 of a, b, c, d stand next to each other, as one instruction packs
+ * them within 128 bits. */
+KI_INLINE void vb_split15(vb *high, vb *low, vi a, vi b, vi c, vi d) {
+    __m512i ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    __m512i mask = _mm512_set1_epi16(127);
+    *high = _mm512_packs_epi16(_mm512_srai_epi16(ab, 7), _mm512_srai_epi16(cd, 7));
+    *low = _mm512_packs_epi16(_mm512_and_si512(ab, mask), _mm512_and_si512(cd, mask));
 }
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ), value);
@@ -316,9 +320,16 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
-KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
-    return VI2(_mm256_packs_epi16(_mm256_packs_epi32(a.lo, b.lo), _mm256_packs_epi32(c.lo, d.lo)),
-               _mm256_packs_epi16(_mm256_packs_epi32(a.hi, b.hi), _mm256_packs_epi32(c.hi, d.hi)));
+KI_INLINE void split15_half(__m256i *high, __m256i *low, __m256i a, __m256i b, __m256i c,
+                            __m256i d) {
+    __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+    __m256i mask = _mm256_set1_epi16(127);
+    *high = _mm256_packs_epi16(_mm256_srai_epi16(ab, 7), _mm256_srai_epi16(cd, 7));
+    *low = _mm256_packs_epi16(_mm256_and_si256(ab, mask), _mm256_and_si256(cd, mask));
+}
+KI_INLINE void vb_split15(vb *high, vb *low, vi a, vi b, vi c, vi d) {
+    split15_half(&high->lo, &low->lo, a.lo, b.lo, c.lo, d.lo);
+    split15_half(&high->hi, &low->hi, a.hi, b.hi, c.hi, d.hi);
 }
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     __m256 l = _mm256_set1_ps(limit);
@@ -445,18 +456,17 @@ KI_INLINE float vf_max(vf a) {
     return a.v[0];
 }
 KI_INLINE float fma1(float a, float b, float c) { return fmaf(a, b, c); }
-KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
-    int8_t bytes[64];
+KI_INLINE void vb_split15(vb *high, vb *low, vi a, vi b, vi c, vi d) {
+    int8_t h[64], l[64];
+    const vi *all[4] = {&a, &b, &c, &d};
     for (int j = 0; j < 4; j++)
-        for (int i = 0; i < 4; i++) {
-            bytes[16 * j + i] = (int8_t)a.v[4 * j + i];
-            bytes[16 * j + 4 + i] = (int8_t)b.v[4 * j + i];
-            bytes[16 * j + 8 + i] = (int8_t)c.v[4 * j + i];
-            bytes[16 * j + 12 + i] = (int8_t)d.v[4 * j + i];
-        }
-    vb r;
-    memcpy(&r, bytes, 64);
-    return r;
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < 4; i++) {
+                h[16 * j + 4 * k + i] = (int8_t)(all[k]->v[4 * j + i] >> 7);
+                l[16 * j + 4 * k + i] = (int8_t)(all[k]->v[4 * j + i] & 127);
+            }
+    memcpy(high, h, 64);
+    memcpy(low, l, 64);
 }
 KI_INLINE vf vf_zero_unless_above(vf value, vf x, float limit) {
     KI_LANES(vf, x.v[i] > limit ? value.v[i] : 0.0f);

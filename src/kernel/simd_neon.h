@@ -165,14 +165,22 @@ KI_INLINE vf vf_swap8(vf a) { return (vf){a.q2, a.q3, a.q0, a.q1}; }
 
 /* ---- bytes ---- */
 
-/* Bytes of four vectors, saturated: the quads of lanes 4 j .. 4 j + 3 of a, b, c, d side by side. */
-KI_INLINE int32x4_t quad_pack(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
-    int16x8_t ab = vqmovn_high_s32(vqmovn_s32(a), b), cd = vqmovn_high_s32(vqmovn_s32(c), d);
-    return vreinterpretq_s32_s8(vqmovn_high_s16(vqmovn_s16(ab), cd));
+/* 15-bit integers of four vectors as 128 high + low, low >= 0: the quads of lanes 4 j .. 4 j + 3 of a,
+ * b, c, d side by side. */
+KI_INLINE void quad_split15(int32x4_t *high, int32x4_t *low, int32x4_t a, int32x4_t b, int32x4_t c,
+                            int32x4_t d) {
+    int16x8_t ab = vmovn_high_s32(vmovn_s32(a), b), cd = vmovn_high_s32(vmovn_s32(c), d);
+    int16x8_t mask = vdupq_n_s16(127);
+    *high = vreinterpretq_s32_s8(
+        vmovn_high_s16(vmovn_s16(vshrq_n_s16(ab, 7)), vshrq_n_s16(cd, 7)));
+    *low = vreinterpretq_s32_s8(
+        vmovn_high_s16(vmovn_s16(vandq_s16(ab, mask)), vandq_s16(cd, mask)));
 }
-KI_INLINE vb vb_pack4(vi a, vi b, vi c, vi d) {
-    return (vb){quad_pack(a.q0, b.q0, c.q0, d.q0), quad_pack(a.q1, b.q1, c.q1, d.q1),
-                quad_pack(a.q2, b.q2, c.q2, d.q2), quad_pack(a.q3, b.q3, c.q3, d.q3)};
+KI_INLINE void vb_split15(vb *high, vb *low, vi a, vi b, vi c, vi d) {
+    quad_split15(&high->q0, &low->q0, a.q0, b.q0, c.q0, d.q0);
+    quad_split15(&high->q1, &low->q1, a.q1, b.q1, c.q1, d.q1);
+    quad_split15(&high->q2, &low->q2, a.q2, b.q2, c.q2, d.q2);
+    quad_split15(&high->q3, &low->q3, a.q3, b.q3, c.q3, d.q3);
 }
 
 KI_INLINE vb vb_load(const void *p) { return vi_load(p); }
