@@ -49,13 +49,21 @@ typedef struct block_header {
     size_t n_bytes, mapped_bytes; /* mapped_bytes 0: from the heap */
     ki_tag tag;
 } block_header;
-enum { HEADER_BYTES = 64, SLACK_BYTES = 64, MAP_FROM_BYTES = 256 * 1024 };
+enum {
+    HEADER_BYTES = 64,
+    SLACK_BYTES = 64,
+    MAP_FROM_BYTES = 256 * 1024,
+    HUGE_FROM_BYTES = 8 << 20
+};
 
 static char *raw_alloc(size_t total_bytes) {
     if (total_bytes >= MAP_FROM_BYTES) {
         void *p =
             mmap(NULL, total_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        return p == MAP_FAILED ? NULL : p;
+        if (p == MAP_FAILED) return NULL;
+        /* Pages of a cache are read at a stride that misses the TLB of small pages. Advice only. */
+        if (total_bytes >= HUGE_FROM_BYTES) madvise(p, total_bytes, MADV_HUGEPAGE);
+        return p;
     }
     char *p = aligned_alloc(64, total_bytes);
     if (p) memset(p, 0, total_bytes);

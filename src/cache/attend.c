@@ -179,14 +179,13 @@ static void load_queries(worker_area *a, const attend_call *call, const row_bloc
         }
 }
 
-/* The next page comes from memory while this one is worked on: its planes are too short, and too far
- * from this page's, for the hardware to see them coming. */
-static void prefetch_page(const attend_call *call, const kivi_seq *seq, uint32_t head,
-                          uint32_t page) {
-    if (page >= seq->n_pages || seq->pages[page] == (uint32_t)KI_NO_PAGE) return;
-    const uint8_t *data = ki_seq_page(seq, page, call->layer, head);
-    for (size_t at = 0; at < call->cache->layout.page_bytes; at += 64)
-        __builtin_prefetch(data + at, 0, 2);
+/* What this worker reads next, if it is in the same split. */
+static void announce_page(ki_attn_tile *t, const attend_call *call, const kivi_seq *seq,
+                          uint32_t head, uint32_t page) {
+    bool here = page % SPLIT_PAGES && page < seq->n_pages;
+    if (!here || seq->pages[page] == (uint32_t)KI_NO_PAGE) return;
+    t->next = ki_seq_page(seq, page, call->layer, head);
+    t->next_bytes = call->cache->layout.page_bytes;
 }
 
 /* The states of all queries of a block over one split. */
@@ -211,7 +210,7 @@ static void run_split(worker_area *a, const attend_call *call, const row_block *
         if (!visible) continue;
         ki_attn_tile tile;
         fill_tile(&tile, call, seq, block->head, p);
-        prefetch_page(call, seq, block->head, p + 1);
+        announce_page(&tile, call, seq, block->head, p + 1);
         call->cache->kernels->attn.tile(&tile, a->queries, n_queries, a->tile_scratch);
     }
 }

@@ -35,6 +35,10 @@ typedef struct ki_attn_tile {
     const uint16_t *
         k_blocks[KI_TILE_BLOCKS]; /* each [D][16] f16; read only where a query sees a key exactly */
     const uint16_t *v_blocks[KI_TILE_BLOCKS]; /* each [16][D] f16 */
+    /* What comes after this tile: its planes are too short, and too far from this one's, for the
+     * hardware to see them coming. Asked for, never read. */
+    const void *next;
+    size_t next_bytes;
 } ki_attn_tile;
 
 /* One query head of one row. Token numbers are relative to the tile, 0..128; tokens [first, end)

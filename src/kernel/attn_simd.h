@@ -18,6 +18,7 @@ typedef struct attn_scratch {
     float *q, *p, *masked, *x;
     int8_t *high, *low;
     float step[FOLD_ROWS], bias[FOLD_ROWS];
+    const char *next, *next_end; /* of the page that is worked on next: asked for, not read */
 } attn_scratch;
 
 static void scratch_carve(attn_scratch *s, void *memory) {
@@ -106,9 +107,17 @@ typedef struct dots {
     vi high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
 } dots;
 
+/* Three lines of the next page, which is what a page has for a word of two vectors at 2 bits in
+ * groups of 32: all at once would wait for one another. */
+KI_INLINE void ask_ahead(attn_scratch *s) {
+    if (s->next >= s->next_end) return;
+    for (int i = 0; i < 3; i++) __builtin_prefetch(s->next + i * 64, 0, 2);
+    s->next += 3 * 64;
+}
+
 /* Rows from `row` on, over n_words words that are `stride` apart; words of vector b start at
  * words + b * apart. */
-KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
+KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
                          const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
                          unsigned bits) {
     const unsigned per_word = 8 / bits;
@@ -117,6 +126,7 @@ KI_INLINE void dot_words(dots *sum, const attn_scratch *s, unsigned row, unsigne
         for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
     for (unsigned w = 0; w < n_words; w++, words += stride) {
         vi v[2];
+        ask_ahead(s);
         for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
         size_t first = (size_t)row * ROW + fold_at(w * per_word);
         for (unsigned k = 0; k < per_word; k++) {
@@ -397,6 +407,8 @@ static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsign
                            void *memory) {
     attn_scratch s;
     scratch_carve(&s, memory);
+    s.next = t->next;
+    s.next_end = s.next + t->next_bytes;
     for (unsigned q0 = 0; q0 < n_queries; q0 += QUERY_BLOCK) {
         unsigned n = KI_MIN(n_queries - q0, (unsigned)QUERY_BLOCK);
         ki_attn_query *qs = queries + q0;
