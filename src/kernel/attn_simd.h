@@ -77,8 +77,9 @@ KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *x, uns
     for (unsigned i = 0; i < nq; i++) bias[i] = sum[i], largest[i] = top[i];
 }
 
-/* n_groups groups of nq rows x [nq][256] of n values, n_groups nq <= 16. Row g nq + i gets integers,
- * a step and a bias so that  sum x (code s + z) = step (integers . codes) + bias  up to the rounding
+/* n_groups groups of nq rows x [nq][256] of n values, n_groups nq <= 16. Row g nq + i gets
+ * integers, a step and a bias so that
+ *   sum x (code s + z) = step (integers . codes) + bias  up to the rounding
  * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
  * integer rounded to zero still weighs its share. */
 KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
@@ -313,7 +314,7 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p
     }
 }
 
-/* Values of nq queries of which some read codes: weights of tokens they do not read are left out. */
+/* Values of nq queries of which some read codes; weights of tokens not read are left out. */
 static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, const ki_attn_query *qs,
                               unsigned nq) {
     unsigned to = 0;

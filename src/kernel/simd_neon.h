@@ -165,8 +165,8 @@ KI_INLINE vf vf_swap8(vf a) { return (vf){a.q2, a.q3, a.q0, a.q1}; }
 
 /* ---- bytes ---- */
 
-/* 15-bit integers of four vectors as 128 high + low, low >= 0: the quads of lanes 4 j .. 4 j + 3 of a,
- * b, c, d side by side. */
+/* 15-bit integers of four vectors as 128 high + low, low >= 0: the quads of lanes 4 j .. 4 j + 3 of
+ * a, b, c, d side by side. */
 KI_INLINE void quad_split15(int32x4_t *high, int32x4_t *low, int32x4_t a, int32x4_t b, int32x4_t c,
                             int32x4_t d) {
     int16x8_t ab = vmovn_high_s32(vmovn_s32(a), b), cd = vmovn_high_s32(vmovn_s32(c), d);
