@@ -107,9 +107,9 @@ static double fold_centre(uint32_t bits) { return ((1u << bits) - 1) / 2.0; }
  * steps, 2^-24 of sum |q k| each. Packed keys: q s becomes integers of step max |q s| / limit, so
  * each channel is off by up to half a step times its code less the centre; the D roundings are
  * independent, their sum has a deviation of step / sqrt(12) sqrt(sum (code - centre)^2), of which
- * we allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only float32
- * is left: the product q s, the chain for the bias (D / 16 + 1 steps, 4 of the tree), whose parts
- * are as large as centre |q s|, a conversion and a last fused step. */
+ * we allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only
+ * float32 is left: the product q s, the chain for the bias (D / 16 + 1 steps and 4 of the tree),
+ * whose parts are as large as centre |q s|, a conversion and a last fused step. */
 static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head,
                     bool exact, bool folded) {
     uint32_t d = o->l.head_dim;
@@ -180,9 +180,9 @@ static double tile_step(const row_state *r, uint32_t tile, size_t channel) {
 }
 
 /* What the rounding of one tile's weights may do to a channel: each is off by its rounding, a
- * weight below half a step by all of itself, and meets its code less the centre. Codes of different tokens
- * are independent here and as often above the centre as below, so the squares add; six deviations.
- */
+ * weight below half a step by all of itself, and meets its code less the centre. Codes of different
+ * tokens are independent here and as often above the centre as below, so the squares add; six
+ * deviations. */
 typedef struct fold {
     double step, squares;
 } fold;
