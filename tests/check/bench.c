@@ -101,10 +101,9 @@ static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_
                            .sums = check_alloc(n_rows * n_cols / KI_SUM_COLS * 4)};
     b.out = check_alloc(n_rows * 1536 * 4);
     double ns = time_ns(run_matmul, &b);
-    printf(
-        "matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
-        ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
-        1536.0 * n_cols * (double)n_rows / ns);
+    printf("matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+           ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
+           1536.0 * n_cols * (double)n_rows / ns);
     fflush(stdout);
     free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
         free(b.out);
@@ -114,7 +113,7 @@ typedef struct plus_bench {
     const ki_plus_kernels *kernels;
     const uint16_t *blocks[8];
     ki_plus_keys keys;
-    unsigned head_dim, bits;
+    unsigned head_dim;
     uint8_t codes[256];
     uint16_t scale[16];
     float row[256];
@@ -122,11 +121,12 @@ typedef struct plus_bench {
 
 static void run_close(void *context) {
     plus_bench *b = context;
-    b->kernels->close_keys(&b->keys, b->blocks, 0, b->head_dim, b->bits);
+    b->kernels->close_keys(&b->keys, b->blocks, 0, b->head_dim, KI_PLUS_KEY_STEPS);
 }
 static void run_values(void *context) {
     plus_bench *b = context;
-    b->kernels->quantize_values(b->codes, b->scale, b->blocks[0], b->head_dim, b->bits);
+    b->kernels->quantize_values(b->codes, b->scale, b->blocks[0], b->head_dim, 2,
+                                KI_PLUS_VALUE_STEPS);
 }
 static void run_turn(void *context) {
     plus_bench *b = context;
@@ -135,13 +135,14 @@ static void run_turn(void *context) {
 
 /* What kivi2+ costs beside attention, for one KV head: a page of keys, a row of values. */
 static void bench_plus(ki_isa isa, unsigned d) {
-    plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d, .bits = 2};
+    plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d};
     uint16_t *x = check_alloc((size_t)128 * d * 2);
     rng r = rng_make(1);
     for (size_t i = 0; i < (size_t)128 * d; i++) x[i] = ki_f32_to_f16(rng_normal(&r));
     for (unsigned i = 0; i < 8; i++) b.blocks[i] = x + (size_t)i * d * 16;
     uint32_t *planes = check_alloc((size_t)128 * d * 2);
-    b.keys = (ki_plus_keys){.low = planes,
+    b.keys = (ki_plus_keys){.bits = 2,
+                            .low = planes,
                             .wide = planes + 8 * d,
                             .list = check_alloc(d),
                             .scale = check_alloc(d * 2),
@@ -151,7 +152,7 @@ static void bench_plus(ki_isa isa, unsigned d) {
     ki_plus_keys keys = b.keys;
     b.keys.list = NULL;
     b.keys.wide = NULL;
-    b.bits = 4;
+    b.keys.bits = 4;
     double four = time_ns(run_close, &b);
     printf("plus    %-10s D %3u  page of keys %6.0f ns, of 4 bits %6.0f ns  values %5.0f ns a row, "
            "turned %4.0f ns\n",
