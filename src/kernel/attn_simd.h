@@ -116,34 +116,70 @@ KI_INLINE void ask_ahead(attn_scratch *s) {
     s->next += 3 * 64;
 }
 
+/* Part of a word of each of nb vectors times nq rows from byte `at` of the planes on. */
+KI_INLINE void dot_word(vs (*high)[QUERY_BLOCK], vs (*low)[QUERY_BLOCK], const attn_scratch *s,
+                        size_t at, unsigned nq, unsigned nb, const uint32_t *words, size_t apart,
+                        unsigned part, unsigned bits) {
+    const vp mask = vp_set(bits == 2 ? 0x03030303 : 0x0f0f0f0f);
+    vp v[2];
+    for (unsigned b = 0; b < nb; b++) v[b] = vp_load(words + b * apart, part);
+    for (unsigned k = 0; k < 8 / bits; k++, at += 16) { /* fold_at */
+        vp codes[2];
+        for (unsigned b = 0; b < nb; b++) codes[b] = vp_field(v[b], bits * k, mask);
+        for (unsigned i = 0; i < nq; i++) {
+            vp x = vp_set_bytes(s->high + at + i * ROW), y = vp_set_bytes(s->low + at + i * ROW);
+            for (unsigned b = 0; b < nb; b++) {
+                high[b][i] = vs_dot(high[b][i], codes[b], x);
+                low[b][i] = vs_dot(low[b][i], codes[b], y);
+            }
+        }
+    }
+}
+
+/* Words of at most KI_NARROW_SUMS quads. */
+KI_INLINE void dot_part(dots *sum, attn_scratch *s, size_t at, unsigned nq, unsigned nb,
+                        const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
+                        unsigned part, unsigned bits) {
+    const unsigned per_word = 8 / bits;
+    vs high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) high[b][i] = low[b][i] = vs_zero();
+    for (unsigned w = 0; w < n_words; w++, words += stride) {
+        if (!part) ask_ahead(s);
+        dot_word(high, low, s, at + fold_at(w * per_word), nq, nb, words, apart, part, bits);
+    }
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) {
+            sum->high[b][i] = vi_add_part(sum->high[b][i], part, high[b][i]);
+            sum->low[b][i] = vi_add_part(sum->low[b][i], part, low[b][i]);
+        }
+}
+
 /* Rows from `row` on, over n_words words that are `stride` apart; words of vector b start at
  * words + b * apart. */
 KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
                          const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
                          unsigned bits) {
-    const unsigned per_word = 8 / bits;
-    const vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
+    const unsigned per_word = 8 / bits, at_once = KI_NARROW_SUMS(bits) / per_word;
     for (unsigned b = 0; b < nb; b++)
         for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
+    for (unsigned w = 0; w < n_words; w += at_once)
+        for (unsigned part = 0; part < KI_PARTS; part++)
+            dot_part(sum, s, (size_t)row * ROW + fold_at(w * per_word), nq, nb,
+                     words + w * stride, apart, stride, KI_MIN(at_once, n_words - w), part, bits);
+}
+
+/* The same for codes of 8 bits, one vector at a time. */
+KI_INLINE void dot_bytes(dots *sum, attn_scratch *s, unsigned row, unsigned nq,
+                         const uint32_t *words, size_t stride, unsigned n_words) {
+    for (unsigned i = 0; i < nq; i++) sum->high[0][i] = sum->low[0][i] = vi_set(0);
     for (unsigned w = 0; w < n_words; w++, words += stride) {
-        vi v[2];
+        vb codes = vi_load((const int32_t *)words);
+        size_t at = (size_t)row * ROW + fold_at(w);
         ask_ahead(s);
-        for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
-        size_t first = (size_t)row * ROW + fold_at(w * per_word);
-        for (unsigned k = 0; k < per_word; k++) {
-            size_t at = first + 16 * k; /* fold_at(w * per_word + k) */
-            vb codes[2];
-            for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
-            for (unsigned i = 0; i < nq; i++, at += ROW) {
-                vb x = vi_set_bytes(s->high + at);
-                vb y = vi_set_bytes(s->low + at);
-                for (unsigned b = 0; b < nb; b++) {
-                    sum->high[b][i] = bits == 8 ? vi_dot_u8(sum->high[b][i], codes[b], x)
-                                                : vi_dot_u7(sum->high[b][i], codes[b], x);
-                    sum->low[b][i] = bits == 8 ? vi_dot_u8(sum->low[b][i], codes[b], y)
-                                               : vi_dot_u7(sum->low[b][i], codes[b], y);
-                }
-            }
+        for (unsigned i = 0; i < nq; i++, at += ROW) {
+            sum->high[0][i] = vi_dot_u8(sum->high[0][i], codes, vi_set_bytes(s->high + at));
+            sum->low[0][i] = vi_dot_u8(sum->low[0][i], codes, vi_set_bytes(s->low + at));
         }
     }
 }
@@ -165,7 +201,7 @@ KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, uns
     ((bits) == 8    ? FOLD_NQ(f, nq, 1, 8, __VA_ARGS__)                                            \
      : (bits) == 4  ? FOLD_NQ(f, nq, 1, 4, __VA_ARGS__)                                            \
      : (group) % 32 ? FOLD_NQ(f, nq, 1, 2, __VA_ARGS__)                                            \
-                    : FOLD_NQ(f, nq, 2, 2, __VA_ARGS__))
+                    : FOLD_NQ(f, nq, KI_DOT_VECTORS, 2, __VA_ARGS__))
 
 /* ---- scores ---- */
 
@@ -213,9 +249,12 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned fro
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
             for (; token < stop; token += nb * 16) {
+                const uint32_t *words = t->k_words + (size_t)token * n_words;
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
-                          (size_t)n_words * 16, 16, n_words, bits);
+                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, words, 16, n_words);
+                else
+                    dot_words(&sum, s, g * nq, nq, nb, words, (size_t)n_words * 16, 16, n_words,
+                              bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
                         vf_store(s->p + i * ROW + token + b * 16,
@@ -302,7 +341,11 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p
             unsigned c = (g0 + g) * t->group, stop = c + t->group;
             for (; c < stop; c += nb * 16) {
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits);
+                if (bits == 8)
+                    dot_bytes(&sum, s, g * nq, nq, t->v_words + c, t->head_dim, n_words);
+                else
+                    dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words,
+                              bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++) {
                         float *at = acc[i] + c + b * 16;
