@@ -141,69 +141,120 @@ KI_INLINE void ask_ahead(attn_scratch *s) {
 /* Bits of a code that stand in the words; the third of three has a plane of its own. */
 KI_INLINE unsigned word_bits(unsigned bits) { return bits == 3 ? 2 : bits; }
 
+/* Sums of one part of nb vectors times nq rows. */
+typedef struct part_dots {
+    vs high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
+} part_dots;
+
 KI_INLINE void dots_clear(dots *sum, unsigned nq, unsigned nb) {
     for (unsigned b = 0; b < nb; b++)
         for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
 }
+KI_INLINE void part_clear(part_dots *p, unsigned nq, unsigned nb) {
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) p->high[b][i] = p->low[b][i] = vs_zero();
+}
+KI_INLINE void dots_add(dots *sum, unsigned part, const part_dots *p, unsigned nq, unsigned nb) {
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) {
+            sum->high[b][i] = vi_add_part(sum->high[b][i], part, p->high[b][i]);
+            sum->low[b][i] = vi_add_part(sum->low[b][i], part, p->low[b][i]);
+        }
+}
 
-/* Four codes a lane of nb vectors, and the bytes that stand at `at` in nq rows. */
-KI_INLINE void dot_quad(dots *sum, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
-                        const vb *codes, unsigned bits) {
-    for (unsigned i = 0; i < nq; i++, at += ROW) {
-        vb x = vi_set_bytes(s->high + at);
-        vb y = vi_set_bytes(s->low + at);
+/* A quad of codes of each of nb vectors times the bytes at `at` of nq rows. */
+KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
+                        const vp *codes) {
+    for (unsigned i = 0; i < nq; i++) {
+        vp x = vp_set_bytes(s->high + at + i * ROW), y = vp_set_bytes(s->low + at + i * ROW);
         for (unsigned b = 0; b < nb; b++) {
-            sum->high[b][i] = bits == 8 ? vi_dot_u8(sum->high[b][i], codes[b], x)
-                                        : vi_dot_u7(sum->high[b][i], codes[b], x);
-            sum->low[b][i] = bits == 8 ? vi_dot_u8(sum->low[b][i], codes[b], y)
-                                       : vi_dot_u7(sum->low[b][i], codes[b], y);
+            p->high[b][i] = vs_dot(p->high[b][i], codes[b], x);
+            p->low[b][i] = vs_dot(p->low[b][i], codes[b], y);
         }
     }
 }
 
-/* Rows from `row` on, over n_words words that are `stride` apart; words of vector b start at
- * words + b * apart. third: of 3-bit codes, laid out as the words are, two of them to one. */
+/* Words of codes: `words`, and `apart` from them those of the next vector, `stride` those of the
+ * next word. third: of 3-bit codes, laid out as the words are, two of them to one. */
+typedef struct code_plane {
+    const uint32_t *words, *third;
+    size_t apart, stride;
+} code_plane;
+
+/* Part of word w of each of nb vectors times nq rows from byte `at` of the planes on. */
+KI_INLINE void dot_word(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
+                        const code_plane *c, unsigned w, unsigned part, unsigned bits) {
+    const unsigned in_word = word_bits(bits);
+    const vp mask = vp_set(in_word == 2 ? 0x03030303 : 0x0f0f0f0f);
+    vp v[2], top[2];
+    for (unsigned b = 0; b < nb; b++) {
+        v[b] = vp_load(c->words + w * c->stride + b * c->apart, part);
+        if (bits != 3) continue;
+        top[b] = vp_load(c->third + w / 2 * c->stride + b * c->apart, part);
+        top[b] = vp_shl(vp_field(top[b], 4 * (w % 2), vp_set(0x0f0f0f0f)), 2);
+    }
+    for (unsigned k = 0; k < 8 / in_word; k++, at += 16) { /* fold_at */
+        vp codes[2];
+        for (unsigned b = 0; b < nb; b++) {
+            codes[b] = vp_field(v[b], in_word * k, mask);
+            if (bits == 3) codes[b] = vp_or(codes[b], vp_field(top[b], k, vp_set(0x04040404)));
+        }
+        dot_quad(p, s, at, nq, nb, codes);
+    }
+}
+
+/* Rows from `row` on, over n_words words, of which at most KI_NARROW_SUMS quads are added up before
+ * they are widened. */
 KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
-                         const uint32_t *words, const uint32_t *third, size_t apart, size_t stride,
-                         unsigned n_words, unsigned bits) {
-    const unsigned in_word = word_bits(bits), per_word = 8 / in_word;
-    const vi mask = vi_set(in_word == 2 ? 0x03030303 : in_word == 4 ? 0x0f0f0f0f : -1);
+                         const code_plane *c, unsigned n_words, unsigned bits) {
+    const unsigned per_word = 8 / word_bits(bits), at_once = KI_NARROW_SUMS(bits) / per_word;
+    const size_t at = (size_t)row * ROW;
     dots_clear(sum, nq, nb);
-    for (unsigned w = 0; w < n_words; w++, words += stride) {
-        vi v[2], top[2];
-        ask_ahead(s);
-        for (unsigned b = 0; b < nb; b++) {
-            v[b] = vi_load((const int32_t *)words + b * apart);
-            if (bits != 3) continue;
-            const uint32_t *at = third + w / 2 * stride + b * apart;
-            top[b] = vi_shl(vi_shr(vi_load((const int32_t *)at), 4 * (w % 2)), 2);
-        }
-        size_t first = (size_t)row * ROW + fold_at(w * per_word);
-        for (unsigned k = 0; k < per_word; k++) { /* at fold_at(w * per_word + k) */
-            vb codes[2];
-            for (unsigned b = 0; b < nb; b++) {
-                codes[b] = vi_and(vi_shr(v[b], in_word * k), mask);
-                if (bits == 3)
-                    codes[b] = vi_or(codes[b], vi_and(vi_shr(top[b], k), vi_set(0x04040404)));
+    for (unsigned w0 = 0; w0 < n_words; w0 += at_once)
+        for (unsigned part = 0; part < KI_PARTS; part++) {
+            part_dots p;
+            part_clear(&p, nq, nb);
+            for (unsigned w = w0; w < KI_MIN(w0 + at_once, n_words); w++) {
+                if (!part) ask_ahead(s);
+                dot_word(&p, s, at + fold_at(w * per_word), nq, nb, c, w, part, bits);
             }
-            dot_quad(sum, s, first + 16 * k, nq, nb, codes, bits);
+            dots_add(sum, part, &p, nq, nb);
         }
+}
+
+/* High bits of the wide channels of nb blocks of tokens from `block` on: quads in one stream
+ * (plus.h), n_quads = D / 16 <= KI_NARROW_SUMS(2) a block. */
+KI_INLINE void dot_wide(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
+                        const uint32_t *wide, unsigned block, unsigned n_quads) {
+    dots_clear(sum, nq, nb);
+    for (unsigned part = 0; part < KI_PARTS; part++) {
+        part_dots p;
+        part_clear(&p, nq, nb);
+        for (unsigned i = 0; i < n_quads; i++) {
+            vp codes[2];
+            for (unsigned b = 0; b < nb; b++) {
+                unsigned quad = (block + b) * n_quads + i;
+                vp v = vp_load(wide + (size_t)(quad / 4) * 16, part);
+                codes[b] = vp_field(v, 2 * (quad % 4), vp_set(0x03030303));
+            }
+            dot_quad(&p, s, (size_t)row * ROW + fold_at(i), nq, nb, codes);
+        }
+        dots_add(sum, part, &p, nq, nb);
     }
 }
 
-/* High bits of the wide channels of two blocks of tokens from block b0 on: quads in one stream
- * (plus.h), D / 16 a block. */
-KI_INLINE void dot_wide(dots *sum, const attn_scratch *s, unsigned row, unsigned nq,
-                        const uint32_t *wide, unsigned b0, unsigned n_quads) {
-    dots_clear(sum, nq, 2);
-    for (unsigned i = 0; i < n_quads; i++) {
-        vb codes[2];
-        for (unsigned b = 0; b < 2; b++) {
-            unsigned quad = (b0 + b) * n_quads + i;
-            vi v = vi_load((const int32_t *)wide + (size_t)(quad / 4) * 16);
-            codes[b] = vi_and(vi_shr(v, 2 * (quad % 4)), vi_set(0x03030303));
+/* The same for codes of 8 bits, one vector at a time. */
+KI_INLINE void dot_bytes(dots *sum, attn_scratch *s, unsigned row, unsigned nq,
+                         const uint32_t *words, size_t stride, unsigned n_words) {
+    for (unsigned i = 0; i < nq; i++) sum->high[0][i] = sum->low[0][i] = vi_set(0);
+    for (unsigned w = 0; w < n_words; w++, words += stride) {
+        vb codes = vi_load((const int32_t *)words);
+        size_t at = (size_t)row * ROW + fold_at(w);
+        ask_ahead(s);
+        for (unsigned i = 0; i < nq; i++, at += ROW) {
+            sum->high[0][i] = vi_dot_u8(sum->high[0][i], codes, vi_set_bytes(s->high + at));
+            sum->low[0][i] = vi_dot_u8(sum->low[0][i], codes, vi_set_bytes(s->low + at));
         }
-        dot_quad(sum, s, (size_t)row * ROW + fold_at(i), nq, 2, codes, 2);
     }
 }
 
@@ -224,7 +275,7 @@ KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, uns
     ((bits) == 8    ? FOLD_NQ(f, nq, 1, 8, __VA_ARGS__)                                            \
      : (bits) == 4  ? FOLD_NQ(f, nq, 1, 4, __VA_ARGS__)                                            \
      : (group) % 32 ? FOLD_NQ(f, nq, 1, 2, __VA_ARGS__)                                            \
-                    : FOLD_NQ(f, nq, 2, 2, __VA_ARGS__))
+                    : FOLD_NQ(f, nq, KI_DOT_VECTORS, 2, __VA_ARGS__))
 
 /* ---- scores ---- */
 
@@ -259,12 +310,13 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
     return exact < q->end ? exact : q->end;
 }
 
-/* The high bits' share of the scores of 32 tokens, whose rows follow the low ones'. */
-KI_INLINE void add_wide(const ki_attn_tile *t, attn_scratch *s, unsigned token, unsigned nq) {
+/* The high bits' share of the scores of nb blocks of tokens; its rows follow the low bits'. */
+KI_INLINE void add_wide(const ki_attn_tile *t, const attn_scratch *s, unsigned token, unsigned nq,
+                        unsigned nb) {
     dots sum;
-    dot_wide(&sum, s, nq, nq, t->k_wide, token / 16, t->head_dim / 16);
+    dot_wide(&sum, s, nq, nq, nb, t->k_wide, token / 16, t->head_dim / 16);
     for (unsigned i = 0; i < nq; i++)
-        for (unsigned b = 0; b < 2; b++) {
+        for (unsigned b = 0; b < nb; b++) {
             float *at = s->p + i * ROW + token + b * 16;
             vf_store(at, vf_add(vf_load(at), fold_result(s, nq + i, &sum, b, i)));
         }
@@ -283,14 +335,16 @@ KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned fro
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->k_group, stop = KI_MIN(token + t->k_group, to);
             for (; token < stop; token += nb * 16) {
+                const uint32_t *words = t->k_words + (size_t)token * n_words;
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words, NULL,
-                          (size_t)n_words * 16, 16, n_words, bits);
+                const code_plane c = {words, NULL, (size_t)n_words * 16, 16};
+                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, words, 16, n_words);
+                else dot_words(&sum, s, g * nq, nq, nb, &c, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
                         vf_store(s->p + i * ROW + token + b * 16,
                                  fold_result(s, g * nq + i, &sum, b, i));
-                if (nb == 2 && t->k_wide) add_wide(t, s, token, nq);
+                if (bits == 2 && t->k_wide) add_wide(t, s, token, nq, nb);
             }
         }
     }
@@ -373,8 +427,10 @@ KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p
             unsigned c = (g0 + g) * t->v_group, stop = c + t->v_group;
             for (; c < stop; c += nb * 16) {
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, bits == 3 ? t->v_third + c : NULL,
-                          16, t->head_dim, n_words, bits);
+                const code_plane plane = {t->v_words + c, bits == 3 ? t->v_third + c : NULL, 16,
+                                          t->head_dim};
+                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, plane.words, t->head_dim, n_words);
+                else dot_words(&sum, s, g * nq, nq, nb, &plane, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++) {
                         float *at = acc[i] + c + b * 16;
@@ -409,7 +465,7 @@ static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, const ki_a
     const float *p = whole ? s->p : s->masked;
     if (t->v_bits != 3) FOLD_DISPATCH(add_packed, nq, t->v_group, t->v_bits, t, s, p, acc, to);
     else if (t->v_group % 32) FOLD_NQ(add_packed, nq, 1, 3, t, s, p, acc, to);
-    else FOLD_NQ(add_packed, nq, 2, 3, t, s, p, acc, to);
+    else FOLD_NQ(add_packed, nq, KI_DOT_VECTORS, 3, t, s, p, acc, to);
 }
 
 /* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, for nq queries and n_vectors
