@@ -31,7 +31,8 @@ static void run_attend(void *context) {
     ki_attend_batch(b->cache, &b->item, 1, 0, 0);
 }
 
-static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads, uint32_t bits) {
+static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads,
+                         const char *kind) {
     enum { N = 8192 };
     world w = world_small();
     w.isa = isa;
@@ -42,8 +43,8 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
                                        .n_pages = N / 128 + 1,
                                        .max_step_rows = 512,
                                        .n_threads = 1};
-    w.geometry.kv = (kivi_kv_options){
-        .k_bits = bits, .v_bits = bits, .residual_tokens = 128, .rule = KIVI_RULE_STREAM};
+    w.geometry.kv = (kivi_kv_options){.rule = KIVI_RULE_STREAM};
+    if (kivi_kv_by_name(&w.geometry.kv, kind, NULL)) return;
     static uint32_t tokens[N + 1];
     attend_bench b = {0};
     kivi_seq *seq = NULL;
@@ -58,8 +59,8 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
     b.item = (ki_attend_item){
         .seq = seq, .n_rows = 1, .q = q, .out = out, .q_stride = row, .out_stride = row};
     double ns = time_ns(run_attend, &b), bytes = (double)b.cache->pool.id_bytes * (N / 128);
-    printf("attend  %-10s D %3u  H %2u/%u  %2u bits  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
-           ki_isa_names[isa], d, heads, kv_heads, bits, N, ns, bytes / ns);
+    printf("attend  %-10s D %3u  H %2u/%u  %-6s  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
+           ki_isa_names[isa], d, heads, kv_heads, kind, N, ns, bytes / ns);
     fflush(stdout);
     kivi_seq_abort(seq);
     kivi_seq_destroy(&seq);
@@ -168,11 +169,12 @@ void check_bench(void) {
             continue;
         bench_plus(isa, 64);
         bench_plus(isa, 128);
-        bench_attend(isa, 64, 9, 3, 2);
-        bench_attend(isa, 64, 9, 3, 4);
-        bench_attend(isa, 64, 9, 3, 16);
-        bench_attend(isa, 128, 32, 8, 2);
-        bench_attend(isa, 128, 32, 8, 16);
+        static const char *const kinds[] = {"kivi2", "kivi2+", "k4v2", "k4v2+",
+                                            "k4v3+", "kivi4",  "f16"};
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+            bench_attend(isa, 64, 9, 3, kinds[k]);
+            bench_attend(isa, 128, 32, 8, kinds[k]);
+        }
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 16);
         bench_matmul(isa, KI_WEIGHT_F16, "f16", 1);
