@@ -77,8 +77,8 @@ int manual_completion(FILE *out, const char *shell);
 
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);
-/* The kind a command uses: --kv's; without it the default, or kivi2 where bits, group or residual are
- * given, which not every kind takes. */
+/* The kind a command uses: --kv's; without it the default, or kivi2 where bits, group or residual
+ * are given, which not every kind takes. */
 const char *options_kind(const options *o);
 bool options_shape_kind(const options *o); /* bits, group or residual are given */
 /* The i-th name of a comma-separated list into name; false past its end. */

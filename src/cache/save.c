@@ -7,9 +7,9 @@
  *     window
  *     for each layer, for each KV head:
  *         keys     16-bit sinks [min(S, n)][D] f16
- *                  wide channels: for each group that has one of the next tokens its list [D / 4] u8
- *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token; of wide channels
- *                  the low two bits, their high ones follow: D / 16 bytes a token
+ *                  wide channels: for each group with one of the next tokens its list [D / 4] u8
+ *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token; of wide
+ *                  channels the low two bits, their high ones follow: D / 16 bytes a token
  *                  for each group that has one of them: scale [D] f16, zero [D] f16
  *                  16-bit tail [n - packed][D] f16
  *         values   the same, with scale [D / G] and zero [D / G] for each token; a + kind has no

@@ -1,6 +1,6 @@
 /* Attention against an oracle in doubles that knows nothing of pages, lanes or integers: it
- * quantizes by DESIGN.md 2, or by plus.c's definition (which tests/check/plus.c compares with golden
- * vectors), decides by DESIGN.md 3 what a row sees exactly, and adds up. */
+ * quantizes by DESIGN.md 2, or by plus.c's definition (which tests/check/plus.c compares with
+ * golden vectors), decides by DESIGN.md 3 what a row sees exactly, and adds up. */
 #include "world.h"
 
 typedef struct plan_step {
@@ -484,7 +484,7 @@ static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint3
     one_kind(d, heads, &kv, rule, n, decode_only);
 }
 
-/* The + kinds: every head size, every pair of bits and the parts left out, rules and sinks in turn. */
+/* The + kinds: every head size, every pair of bits and parts left out, rules and sinks in turn. */
 static void plus_kinds(void) {
     static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
     static const uint32_t bits[][3] = {{2, 2, KIVI_PLUS_ALL},

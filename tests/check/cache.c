@@ -648,29 +648,6 @@ static void misuse(void) {
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "4097 sinks");
     g = good, g.kv.k_bits = 3;
     CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "3 bits");
-    g = good, g.kv.v_bits = 3;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "3 bits of a plain kind");
-    g = good, g.kv.plus = KIVI_PLUS_ALL, g.kv.residual_tokens = 32;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG && strstr(e.text, "128"),
-          "residual 32 of a + kind: %s", e.text);
-    g.kv.residual_tokens = 128, g.kv.group = 32;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "group 32 of a + kind");
-    g.kv.group = 0, g.kv.k_bits = 8;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG && strstr(e.text, "2, 4 or 16"),
-          "8-bit keys of a + kind: %s", e.text);
-    g.kv.k_bits = 4, g.kv.v_bits = 4;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG && strstr(e.text, "2, 3 or 16"),
-          "4-bit values of a + kind: %s", e.text);
-    g.kv.v_bits = 2, g.kv.plus = KIVI_PLUS_TURN;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "parts of no + kind");
-    g.kv.plus = 2 * KIVI_PLUS_STEP + 1;
-    CHECK(kivi_cache_create(&cache, &g, &e) == KIVI_ARG, "unknown parts");
-    kivi_kv_options kv = {.plus = KIVI_PLUS_ALL}, again;
-    CHECK(kivi_kv_resolve(&kv, 64, &e) == KIVI_OK && kv.group == 128, "%s", e.text);
-    again = kv;
-    CHECK(kivi_kv_resolve(&again, 64, &e) == KIVI_OK && !memcmp(&again, &kv, sizeof kv),
-          "resolving twice gives another kind");
-    CHECK(kivi_kv_by_name(&kv, "kivi3+", &e) == KIVI_ARG && strstr(e.text, "k4v3+"), "%s", e.text);
     kivi_cache_destroy(&cache);
     check_end();
 }
