@@ -318,6 +318,7 @@ typedef __m256i vp, vs;
 KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
     return _mm256_loadu_si256((const __m256i *)(p + part * 8));
 }
+KI_INLINE vp vp_of(vb a, unsigned part) { return part ? a.hi : a.lo; }
 KI_INLINE vp vp_set(uint32_t x) { return _mm256_set1_epi32((int)x); }
 KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) {
     return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128((int)shift)), mask);
@@ -532,18 +533,20 @@ KI_INLINE vi vi_set_bytes(const int8_t *four) {
 #define KI_DOT_VECTORS 2 /* vectors of codes that share a loaded integer: thirty-two registers */
 #endif
 /* Parts of a vector of words whose sums of byte products fit the registers: vp_load(p, part),
- * vp_field(a, shift, mask) = a >> shift & mask, vp_set the same word in all lanes. */
+ * vp_of(a, part), vp_field(a, shift, mask) = a >> shift & mask, vp_set the same word in all lanes.
+ */
 #ifndef KI_PARTS
 #define KI_PARTS 1
 typedef vb vp;
 KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
     return vi_load((const int32_t *)p + part * 16);
 }
+KI_INLINE vp vp_of(vb a, unsigned part) { return (void)part, a; }
 KI_INLINE vp vp_set(uint32_t x) { return vi_set((int32_t)x); }
 KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) { return vi_and(vi_shr(a, shift), mask); }
 #endif
-/* Sums of vi_dot_u7's products for u of 2 or 4 bits, which may be held in 16 bit until vi_add_part
- * widens them: of KI_NARROW_SUMS quads at most, as 2 * 128 * 3 * 32 < 32768 > 2 * 128 * 15 * 8. */
+/* Sums of vi_dot_u7's products for u below 64, which may be held in 16 bit until vi_add_part widens
+ * them: 2 * 128 * (2^bits - 1) a quad, so 32 quads of 2 bits or 8 of 4. */
 #define KI_NARROW_SUMS(bits) ((bits) == 2 ? 32u : 8u)
 #ifdef KI_WIDE_SUMS
 typedef vi vs;
