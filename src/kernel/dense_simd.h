@@ -82,7 +82,27 @@ KI_INLINE void dot_codes(vi *sum, const vb *w, const int8_t *high, const int8_t 
     for (unsigned r = 0; r < nr; r++) sum[r] = vi_add(vi_shl(sum[r], 7), lows[r]);
 }
 
-/* The same for codes of 8 bits. */
+/* The same for codes of 8 bits; n is a multiple of 4. */
+#ifdef KI_DOT16
+KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
+                               size_t apart, unsigned nr, unsigned n) {
+    const vi bytes = vi_set(0x00ff00ff);
+    int16_t x[SHARE_ROWS][32];
+    for (unsigned r = 0; r < nr; r++) {
+        sum[r] = vi_set(0);
+        for (unsigned k = 0; k < n; k += 4)
+            store_pairs16(x[r] + k * 4, high + r * apart + k * 4, low + r * apart + k * 4);
+    }
+#pragma GCC unroll 8
+    for (unsigned k = 0; k < n; k++) {
+        vi even = vi_and(w[k], bytes), odd = vi_and(vi_shr(w[k], 8), bytes);
+        for (unsigned r = 0; r < nr; r++) {
+            sum[r] = vi_dot16(sum[r], even, vi_set_bytes((const int8_t *)(x[r] + k * 4)));
+            sum[r] = vi_dot16(sum[r], odd, vi_set_bytes((const int8_t *)(x[r] + k * 4 + 2)));
+        }
+    }
+}
+#else
 KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
                                size_t apart, unsigned nr, unsigned n) {
     for (unsigned r = 0; r < nr; r++) {
@@ -95,6 +115,7 @@ KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const i
         sum[r] = h;
     }
 }
+#endif
 
 /* 32 columns of a tile, ready for any number of activation rows. */
 typedef struct unpacked {
