@@ -11,12 +11,12 @@
  * not depend on how many lanes add it up. What rounding took from x s meets the codes' centre
  * (2^bits - 1) / 2 in float32, so that a weight rounded to 0 still counts:
  *
- *     sum x (code s + z) = step (sum r code) + bias,  bias = sum x (z + centre s) - step centre sum r
+ *     sum x (code s + z) = step sum r code + bias,  bias = sum x (z + centre s) - step centre sum r
  *
  * The error is some hundred times below that of 2-bit codes. Everything else is float32 in a fixed
  * order. Codes are unpacked in registers, once for up to four queries (heads of the group, rows of
- * a prompt). The 16-bit part (window, sinks, or a cache that is not quantized) comes in blocks of 16
- * tokens:
+ * a prompt). The 16-bit part (window, sinks, or a cache that is not quantized) comes in blocks of
+ * 16 tokens:
  *     keys    [D][16] f16   tokens in the lanes      values  [16][D] f16   channels in the lanes
  *
  * An online softmax carries (m, l, acc) from tile to tile: m the largest score so far, l = sum e^(s
