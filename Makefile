@@ -25,8 +25,8 @@ PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
-# The command's own: editing of lines in `kivi chat`. The library does not need it.
-PROG_PKGS := libedit
+# The command's own: editing of lines (chat), HTTP (serve). The library needs neither.
+PROG_PKGS := libedit libmicrohttpd
 PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
 # Instruction sets of the machine the compiler compiles for; no file of another's is compiled.
@@ -38,7 +38,7 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 LIB_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c))
-PROG_SRC := $(wildcard programs/*.c)
+PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
 PROG_OBJ := $(PROG_SRC:%.c=$(BUILD)/%.o)
@@ -77,6 +77,7 @@ $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
+$(BUILD)/programs/serve/page.o: programs/serve/page.html
 # One static program without libraries, to be carried to any machine of its kind.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread

@@ -207,9 +207,9 @@ void answer_chunk(text *out, job *j, size_t which) {
 }
 
 void answer_end(text *out, const job *j) {
-    if (j->fault.status) {
+    if (j->failure.status) {
         text_puts(out, "data: ");
-        answer_fault(out, &j->fault);
+        answer_fault(out, &j->failure);
         text_puts(out, "\n\n");
     } else if (j->p.include_usage) {
         text_puts(out, "data: ");

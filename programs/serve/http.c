@@ -117,11 +117,11 @@ static enum MHD_Result queue(exchange *e, int status, struct MHD_Response *respo
     e->answered = true;
     e->log.status = status;
     if (status >= 200 && status < 600)
-        metrics_count(&e->s->metrics, &e->s->metrics.n_responses[status / 100]);
-    if (e->job) {
-        pthread_mutex_lock(&e->job->lock);
-        e->job->log.status = status;
-        pthread_mutex_unlock(&e->job->lock);
+        metrics_count(&e->s->counts, &e->s->counts.n_responses[status / 100]);
+    if (e->work) {
+        pthread_mutex_lock(&e->work->lock);
+        e->work->log.status = status;
+        pthread_mutex_unlock(&e->work->lock);
     }
     return result;
 }
@@ -227,8 +227,8 @@ static ssize_t read_stream(void *user, uint64_t pos, char *buffer, size_t max_by
 }
 
 static enum MHD_Result respond_stream(exchange *e) {
-    struct MHD_Response *response =
-        MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, BLOCK_BYTES, read_stream, e->job, NULL);
+    struct MHD_Response *response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, BLOCK_BYTES,
+                                                                      read_stream, e->work, NULL);
     if (!response) return MHD_NO;
     add_headers(e, response, NULL);
     MHD_add_response_header(response, "Content-Type", "text/event-stream; charset=utf-8");
@@ -238,7 +238,7 @@ static enum MHD_Result respond_stream(exchange *e) {
 }
 
 enum MHD_Result respond_job(exchange *e) {
-    job *j = e->job;
+    job *j = e->work;
     text t;
     if (j->p.stream) return respond_stream(e);
     pthread_mutex_lock(&j->lock);
@@ -248,7 +248,7 @@ enum MHD_Result respond_job(exchange *e) {
         return MHD_YES;
     }
     bool gone = j->gone;
-    fault f = j->fault;
+    fault f = j->failure;
     t = j->out;
     j->out = (text){.max_bytes = t.max_bytes};
     pthread_mutex_unlock(&j->lock);
@@ -272,7 +272,7 @@ static void unlink_job(server *s, job *j) {
 }
 
 enum MHD_Result start_job(exchange *e) {
-    job *j = e->job;
+    job *j = e->work;
     struct peer *p = peer_of(e->connection);
     fault f = {0};
     j->connection = e->connection;
@@ -311,34 +311,34 @@ static const char *header(const exchange *e, const char *name) {
 /* What the head alone tells; true: go on. */
 static bool check_head(exchange *e, const char *method, const char *path) {
     server *s = e->s;
-    fault *f = &e->fault;
+    fault *f = &e->failure;
     const char *allow, *length = header(e, "Content-Length");
     if (atomic_load(&s->n_connections) > s->o.max_connections) {
         refuse_with(f, 503, NULL, "more than %u connections", s->o.max_connections);
         f->retry_s = 1;
         return false;
     }
-    e->route = route_find(&e->rest, &allow, method, path, f);
+    e->to = route_find(&e->rest, &allow, method, path, f);
     if (f->status == 405) f->code = allow;
-    if (!e->route) return false;
-    if (e->route->needs_key && !keys_allow(&s->keys, header(e, "Authorization"))) {
+    if (!e->to) return false;
+    if (e->to->needs_key && !keys_allow(&s->keys, header(e, "Authorization"))) {
         refuse_with(f, 401, NULL, "no valid API key was given (Authorization: Bearer KEY)");
         f->code = "invalid_api_key";
         return false;
     }
-    if (e->route->needs_model && !atomic_load(&s->loaded)) {
+    if (e->to->needs_model && !atomic_load(&s->loaded)) {
         refuse_with(f, 503, NULL, "the model is being loaded");
         f->retry_s = 1;
         return false;
     }
-    if (e->route->is_work && atomic_load(&s->draining)) {
+    if (e->to->is_work && atomic_load(&s->draining)) {
         refuse_with(f, 503, NULL, "the server is going down");
         f->retry_s = 1;
         return false;
     }
-    if (e->route->needs_model && !s->vocab)
+    if (e->to->needs_model && !s->vocab)
         return refuse_with(f, 501, NULL, "the model has no vocabulary: text is not understood");
-    if (strcmp(e->route->method, "POST")) return true;
+    if (strcmp(e->to->method, "POST")) return true;
     if (!is_json(header(e, "Content-Type")))
         return refuse_with(f, 415, NULL, "Content-Type: expected application/json");
     if (length && strtoull(length, NULL, 10) > s->o.body_bytes)
@@ -373,9 +373,9 @@ static enum MHD_Result begin(exchange **out, server *s, struct MHD_Connection *c
         pthread_mutex_unlock(&s->lock);
     }
     if (!strcmp(method, "OPTIONS") && s->o.cors_origin) return MHD_YES;
-    if (!check_head(e, method, path) && !e->fault.status)
-        refuse_with(&e->fault, 500, NULL, "internal error");
-    e->log.path = e->route ? e->route->path : "?"; /* what clients write is not logged */
+    if (!check_head(e, method, path) && !e->failure.status)
+        refuse_with(&e->failure, 500, NULL, "internal error");
+    e->log.path = e->to ? e->to->path : "?"; /* what clients write is not logged */
     return MHD_YES;
 }
 
@@ -387,11 +387,11 @@ static enum MHD_Result receive(exchange *e, const char *data, size_t n_bytes) {
         p->n_received += n_bytes;
         pthread_mutex_unlock(&e->s->lock);
     }
-    if (!e->fault.status && e->body.n_bytes + n_bytes > e->s->o.body_bytes)
-        refuse_with(&e->fault, 413, NULL, "the body has more than %zu bytes", e->s->o.body_bytes);
-    if (!e->fault.status) {
+    if (!e->failure.status && e->body.n_bytes + n_bytes > e->s->o.body_bytes)
+        refuse_with(&e->failure, 413, NULL, "the body has more than %zu bytes", e->s->o.body_bytes);
+    if (!e->failure.status) {
         text_put(&e->body, data, n_bytes);
-        if (e->body.failed) refuse_with(&e->fault, 503, NULL, "out of memory");
+        if (e->body.failed) refuse_with(&e->failure, 503, NULL, "out of memory");
         return MHD_YES;
     }
     text_deinit(&e->body);
@@ -415,16 +415,16 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *connection, con
         *n_bytes = 0;
         return went_on;
     }
-    if (e->job) return respond_job(e);
+    if (e->work) return respond_job(e);
     struct peer *p = peer_of(connection);
     if (p) {
         pthread_mutex_lock(&s->lock);
         p->busy = true;
         pthread_mutex_unlock(&s->lock);
     }
-    if (e->fault.status) return respond_fault(e, &e->fault);
-    if (!e->route) return respond_preflight(e);
-    return e->route->answer(e);
+    if (e->failure.status) return respond_fault(e, &e->failure);
+    if (!e->to) return respond_preflight(e);
+    return e->to->answer(e);
 }
 
 static void on_completed(void *user, struct MHD_Connection *connection, void **context,
@@ -441,11 +441,11 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
         pthread_mutex_unlock(&s->lock);
     }
     if (!e) return;
-    if (e->job) {
-        unlink_job(s, e->job);
-        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->job);
-        job_release(e->job);
-    } else if (e->route || e->fault.status) {
+    if (e->work) {
+        unlink_job(s, e->work);
+        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work);
+        job_release(e->work);
+    } else if (e->to || e->failure.status) {
         e->log.ended_us = now_us();
         if (!e->log.path) e->log.path = "?";
         log_request(s, &e->log);
@@ -466,7 +466,7 @@ static void find_leavers(server *s, struct pollfd *polls, job **jobs, size_t n) 
         bool counts = !jobs[i]->gone && !jobs[i]->done;
         pthread_mutex_unlock(&jobs[i]->lock);
         if (counts) {
-            metrics_count(&s->metrics, &s->metrics.n_left);
+            metrics_count(&s->counts, &s->counts.n_left);
             job_abandon(jobs[i]);
         }
     }
@@ -500,7 +500,7 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     }
     pthread_mutex_unlock(&j->lock);
     if (!drop) return;
-    metrics_count(&s->metrics, &s->metrics.n_slow_dropped);
+    metrics_count(&s->counts, &s->counts.n_slow_dropped);
     job_abandon(j);
     shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
 }

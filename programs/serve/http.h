@@ -9,11 +9,11 @@ typedef struct route route;
 typedef struct exchange {
     server *s;
     struct MHD_Connection *connection;
-    const route *route;
+    const route *to;
     const char *rest; /* of the path, behind a route that ends in a slash */
     text body;
-    fault fault; /* found in the head; told once the body has come */
-    job *job;
+    fault failure; /* found in the head; told once the body has come */
+    job *work;
     request_log log;
     char path[128]; /* for the log */
     size_t n_swallowed;

@@ -150,10 +150,11 @@ static void send_chunk(job *j, size_t which) {
 static void complete(job *j) {
     if (j->out.n_bytes == j->n_sent) j->active_us = now_us();
     if (j->p.stream) answer_end(&j->out, j);
-    else if (j->fault.status == 0) answer_whole(&j->out, j);
-    if (!j->p.stream && j->fault.status == 0 && j->out.failed)
-        refuse_with(&j->fault, 500, NULL, "the answer is too large");
+    else if (j->failure.status == 0) answer_whole(&j->out, j);
+    if (!j->p.stream && j->failure.status == 0 && j->out.failed)
+        refuse_with(&j->failure, 500, NULL, "the answer is too large");
     j->done = true;
+    if (j->when_done) j->when_done(j->when_done_user);
     http_wake(j);
 }
 
@@ -183,7 +184,7 @@ static void on_prompt(job *j, const prompt_run *run, const kivi_event *e) {
 }
 
 static void observe_token(job *j, choice *c, const kivi_event *e) {
-    metrics *m = &j->s->metrics;
+    metrics *m = &j->s->counts;
     if (c->last_us)
         metrics_observe(m, HISTOGRAM_inter_token_latency_seconds,
                         (double)(e->time_us - c->last_us) * 1e-6);
@@ -236,7 +237,7 @@ static void on_choice(job *j, const prompt_run *run, const kivi_event *e) {
 }
 
 static void observe_end(const job *j, const kivi_event *e) {
-    metrics *m = &j->s->metrics;
+    metrics *m = &j->s->counts;
     const kivi_timings *t = e->timings;
     double scale = 1e-6;
     const kivi_request *r = &j->p.request;
@@ -280,13 +281,13 @@ static void note_timings(request_log *log, const kivi_timings *t) {
 }
 
 static void on_end(job *j, prompt_run *run, const kivi_event *e) {
-    metrics *m = &j->s->metrics;
+    metrics *m = &j->s->counts;
     run->ended = true;
     j->n_ended++;
     observe_end(j, e);
     note_timings(&j->log, e->timings);
-    if (e->status && !j->fault.status)
-        refuse_with(&j->fault, e->status == KIVI_CANCELLED ? 503 : 500, NULL, "%s", e->error);
+    if (e->status && !j->failure.status)
+        refuse_with(&j->failure, e->status == KIVI_CANCELLED ? 503 : 500, NULL, "%s", e->error);
     if (e->status) metrics_count(m, &m->n_success[FINISHED_ABORT]);
     else {
         const char *finish = j->choices[run->index * j->p.request.n].finish;
@@ -394,7 +395,7 @@ bool job_submit(job *j, fault *f) {
             ok = refused(f, status, param, &err);
             if (status == KIVI_FULL) {
                 f->retry_s = retry_after(j->s);
-                metrics_count(&j->s->metrics, &j->s->metrics.n_rejected);
+                metrics_count(&j->s->counts, &j->s->counts.n_rejected);
             }
             atomic_fetch_sub(&j->n_holders, 1); /* the connection still holds it */
         } else {
@@ -417,6 +418,16 @@ void job_abandon(job *j) {
             if (j->runs[i].submitted && !j->runs[i].ended)
                 kivi_scheduler_cancel(j->s->scheduler, j->runs[i].id);
         http_wake(j);
+    }
+    pthread_mutex_unlock(&j->lock);
+}
+
+void job_expire(job *j) {
+    pthread_mutex_lock(&j->lock);
+    if (!j->done && !j->failure.status) {
+        refuse_with(&j->failure, 503, NULL, "the server went down before the answer was complete");
+        for (size_t i = 0; i < j->n_submitted; i++)
+            if (!j->runs[i].ended) kivi_scheduler_cancel(j->s->scheduler, j->runs[i].id);
     }
     pthread_mutex_unlock(&j->lock);
 }

@@ -30,7 +30,7 @@ typedef struct prompt_run {
 
 struct job {
     server *s;
-    atomic_uint n_holders;
+    shared_count n_holders;
     pthread_mutex_t lock;
     params p;
     char id[64]; /* chatcmpl-... */
@@ -39,7 +39,7 @@ struct job {
     size_t n_choices;
     prompt_run *runs; /* [n_prompts] */
     size_t n_submitted, n_ended;
-    fault fault;   /* status 0: none */
+    fault failure; /* status 0: none */
     text out;      /* the events of a stream, or the whole answer */
     size_t n_sent; /* of out */
     bool done;     /* out is complete */
@@ -51,6 +51,9 @@ struct job {
     struct MHD_Connection *connection; /* NULL: it let go */
     int socket;
     bool suspended;
+    /* A job without a connection: called once, on the owner's thread, with the lock held. */
+    void (*when_done)(void *user);
+    void *when_done_user;
     job *next, *before; /* server.jobs, under server.lock */
 };
 

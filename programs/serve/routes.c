@@ -64,7 +64,7 @@ static enum MHD_Result get_metrics(exchange *e) {
                          atomic_load(&s->n_connections)};
     text t;
     text_init(&t, 1 << 22);
-    metrics_write(&t, &s->metrics, &c);
+    metrics_write(&t, &s->counts, &c);
     return respond(e, 200, "text/plain; version=0.0.4; charset=utf-8", &t);
 }
 
@@ -221,8 +221,8 @@ static enum MHD_Result post_job(exchange *e, bool chat) {
     fault f = {0};
     json_t *body = parse_body(e, &f);
     text_deinit(&e->body);
-    if (body) e->job = job_create(e->s, body, chat, &e->log, &f);
-    enum MHD_Result result = e->job ? start_job(e) : respond_fault(e, &f);
+    if (body) e->work = job_create(e->s, body, chat, &e->log, &f);
+    enum MHD_Result result = e->work ? start_job(e) : respond_fault(e, &f);
     json_decref(body); /* submit has copied what it lent */
     return result;
 }

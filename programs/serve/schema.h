@@ -1,9 +1,10 @@
 /* schema.h: a JSON Schema as a grammar of the JSON texts that it accepts.
  *
  * Understood: type (one or several), properties, required, additionalProperties, items,
- * prefixItems, minItems, maxItems, minLength, maxLength, minimum, maximum and the exclusive ones (integers),
- * enum, const, anyOf, allOf of one schema, $ref within the document, $defs and definitions, true,
- * and annotations (title, description, default, ...). Any other keyword is refused by name.
+ * prefixItems, minItems, maxItems, minLength, maxLength, minimum, maximum and the exclusive ones
+ * (of integers), enum, const, anyOf, allOf of one schema, $ref within the document, $defs and
+ * definitions, true, and annotations (title, description, default, ...). Any other keyword is
+ * refused by name.
  *
  * The grammar accepts a part of what the schema does, never more: properties come in the order they
  * are written, further ones only where additionalProperties says so itself, white space is one

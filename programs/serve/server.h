@@ -16,7 +16,16 @@
 
 #include <microhttpd.h>
 #include <pthread.h>
+
+/* Shared by threads without a lock. C++ only sees their size. */
+#ifdef __cplusplus
+typedef bool shared_flag;
+typedef unsigned shared_count;
+#else
 #include <stdatomic.h>
+typedef atomic_bool shared_flag;
+typedef atomic_uint shared_count;
+#endif
 
 typedef struct server server;
 typedef struct job job;
@@ -64,10 +73,10 @@ struct server {
     int32_t *end_ids; /* tokens that end a text, for constraints */
     size_t n_end_ids;
     key_list keys;
-    metrics metrics;
+    metrics counts;
     struct MHD_Daemon *daemon;
-    atomic_bool loaded, draining, stalled;
-    atomic_uint n_connections;
+    shared_flag loaded, draining, stalled;
+    shared_count n_connections;
     int64_t created_s;
     pthread_mutex_t lock; /* of the lists */
     job *jobs;            /* those with a connection */
@@ -102,6 +111,8 @@ bool job_submit(job *j, fault *f);
 void job_release(job *j);
 /* The client is gone or given up: cancels, and lets a suspended connection go on to its end. */
 void job_abandon(job *j);
+/* The server's time is over: what runs ends with an error that says so. */
+void job_expire(job *j);
 
 /* ---- answer.c: JSON of answers; the caller holds the job's lock ---- */
 void answer_whole(text *out, const job *j);               /* not streamed */
