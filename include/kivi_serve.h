@@ -175,7 +175,7 @@ typedef struct kivi_scheduler_options {
     uint32_t ageing_ms;          /* what one step of priority weighs; 0: 1,000 */
     uint64_t exact_bytes;        /* most bytes of 16-bit rows of prompts being evaluated (under `paper`
                                     all rows of the prompt); 0: what one prompt of the engine's ctx_tokens
-                                    needs */
+                                    needs, or two under the other rules */
     bool no_prefix_cache;        /* under `paper` there is none (unless the kind is 16 bit) */
     uint64_t prefix_bytes;       /* most bytes of 16-bit rows kept for prefixes; their pages come from the
                                     common pool and are given up first; 0: a quarter of the pool's bytes */
