@@ -34,14 +34,14 @@ static size_t bytes_of(void *user, int32_t id, char *out, size_t max_bytes) {
 
 static token_table *vocabulary;
 
-static int make_vocabulary(void **state) {
-    (void)state;
+static int make_vocabulary(void **unused) {
+    (void)unused;
     vocabulary = token_table_create(N_VOCAB, bytes_of, NULL);
     return vocabulary ? 0 : -1;
 }
 
-static int free_vocabulary(void **state) {
-    (void)state;
+static int free_vocabulary(void **unused) {
+    (void)unused;
     token_table_destroy(&vocabulary);
     return 0;
 }
@@ -105,8 +105,8 @@ static grammar *compiled(const char *text) {
     return g;
 }
 
-static void test_takes(void **state) {
-    (void)state;
+static void test_takes(void **unused) {
+    (void)unused;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         grammar *g = compiled(cases[i][0]);
         size_t k = 1;
@@ -119,8 +119,8 @@ static void test_takes(void **state) {
 }
 
 /* What is outside is refused, and the text names the keyword and the place. */
-static void test_refuses(void **state) {
-    (void)state;
+static void test_refuses(void **unused) {
+    (void)unused;
     static const char *const bad[][2] = {
         {"{\"type\":\"string\",\"pattern\":\"a*\"}", "'pattern'"},
         {"{\"type\":\"object\",\"properties\":{\"x\":{\"oneOf\":[]}}}",
@@ -173,12 +173,12 @@ static uint64_t draw(uint64_t *seed) {
 
 /* Random tokens of those allowed, until the text may end and chance says so: it is JSON, and what
  * the grammar calls done is done. */
-static void test_walks(void **state) {
-    (void)state;
+static void test_walks(void **unused) {
+    (void)unused;
     const char *given = getenv("KIVI_TEST_SEED");
     uint64_t seed = given ? strtoull(given, NULL, 10) : (uint64_t)time(NULL);
     print_message("seed %llu\n", (unsigned long long)seed);
-    for (int round = 0; round < 300; round++) {
+    for (unsigned round = 0; round < 300; round++) {
         const char *text = cases[round % (sizeof cases / sizeof *cases)][0];
         grammar *g = compiled(text);
         int32_t at = grammar_first(g);
@@ -222,8 +222,8 @@ static void test_walks(void **state) {
 }
 
 /* Any object: takes objects only, to any depth, and every state can go on. */
-static void test_any_object(void **state) {
-    (void)state;
+static void test_any_object(void **unused) {
+    (void)unused;
     grammar *g = grammar_create(vocabulary);
     char deep[4096] = "";
     assert_true(schema_any_object(g));
@@ -237,8 +237,8 @@ static void test_any_object(void **state) {
 }
 
 /* A large schema stays quick: 400 optional properties. */
-static void test_large(void **state) {
-    (void)state;
+static void test_large(void **unused) {
+    (void)unused;
     char error[256] = "";
     json_t *schema = json_pack("{s:s,s:{}}", "type", "object", "properties");
     for (int i = 0; i < 400; i++) {
