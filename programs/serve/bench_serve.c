@@ -194,7 +194,10 @@ static bool take_event(const bench *b, outcome *r, const char *data) {
         r->n_in = (uint32_t)json_integer_value(json_object_get(usage, "prompt_tokens"));
         r->n_out = (uint32_t)json_integer_value(json_object_get(usage, "completion_tokens"));
     }
-    if (choice && json_string_length(json_object_get(choice, "text"))) note_piece(r, now);
+    /* Tokens may have no text (half a character): the last event stands for those before it. */
+    bool last = json_is_string(json_object_get(choice, "finish_reason"));
+    if (json_string_length(json_object_get(choice, "text")) || (last && r->first == 0))
+        note_piece(r, now);
     json_decref(event);
     return false;
 }

@@ -443,7 +443,7 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     if (!e) return;
     if (e->work) {
         unlink_job(s, e->work);
-        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work);
+        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work, &s->counts.n_left);
         job_release(e->work);
     } else if (e->to || e->failure.status) {
         e->log.ended_us = now_us();
@@ -460,16 +460,9 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
  * that is gone. */
 static void find_leavers(server *s, struct pollfd *polls, job **jobs, size_t n) {
     if (n == 0 || poll(polls, n, 0) <= 0) return;
-    for (size_t i = 0; i < n; i++) {
-        if (!(polls[i].revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))) continue;
-        pthread_mutex_lock(&jobs[i]->lock);
-        bool counts = !jobs[i]->gone && !jobs[i]->done;
-        pthread_mutex_unlock(&jobs[i]->lock);
-        if (counts) {
-            metrics_count(&s->counts, &s->counts.n_left);
-            job_abandon(jobs[i]);
-        }
-    }
+    for (size_t i = 0; i < n; i++)
+        if (polls[i].revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))
+            job_abandon(jobs[i], &s->counts.n_left);
 }
 
 static void look_for_leavers(server *s) {
@@ -500,8 +493,7 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     }
     pthread_mutex_unlock(&j->lock);
     if (!drop) return;
-    metrics_count(&s->counts, &s->counts.n_slow_dropped);
-    job_abandon(j);
+    job_abandon(j, &s->counts.n_slow_dropped);
     shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
 }
 
@@ -565,7 +557,7 @@ void http_stop(server *s) {
     if (!s->daemon) return;
     MHD_quiesce_daemon(s->daemon);
     pthread_mutex_lock(&s->lock);
-    for (job *j = s->jobs; j; j = j->next) job_abandon(j);
+    for (job *j = s->jobs; j; j = j->next) job_abandon(j, NULL);
     pthread_mutex_unlock(&s->lock);
     MHD_stop_daemon(s->daemon);
     s->daemon = NULL;

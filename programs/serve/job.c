@@ -410,9 +410,10 @@ bool job_submit(job *j, fault *f) {
     return ok;
 }
 
-void job_abandon(job *j) {
+void job_abandon(job *j, uint64_t *counter) {
     pthread_mutex_lock(&j->lock);
     if (!j->gone) {
+        if (counter && !j->done) metrics_count(&j->s->counts, counter);
         j->gone = true;
         for (size_t i = 0; i < j->p.n_prompts; i++)
             if (j->runs[i].submitted && !j->runs[i].ended)

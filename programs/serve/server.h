@@ -109,8 +109,9 @@ job *job_create(server *s, const json_t *body, bool chat, const request_log *log
 bool job_submit(job *j, fault *f);
 /* The connection lets go. */
 void job_release(job *j);
-/* The client is gone or given up: cancels, and lets a suspended connection go on to its end. */
-void job_abandon(job *j);
+/* The client is gone or given up: cancels, and lets a suspended connection go on to its end. The
+ * counter (NULL: none) goes up if the answer was not complete. */
+void job_abandon(job *j, uint64_t *counter);
 /* The server's time is over: what runs ends with an error that says so. */
 void job_expire(job *j);
 
