@@ -168,7 +168,7 @@ static int32_t topics[3][MAX_PROMPT];
 static void write_job(job *j, uint32_t n_vocab) {
     memset(j, 0, sizeof *j);
     j->r = kivi_request_defaults();
-    uint32_t n = between(1, MAX_PROMPT), own = one_in(4) ? n : between(0, KI_MIN(n, 50u));
+    uint32_t n = between(1, 60) + below(MAX_PROMPT - 60), own = one_in(5) ? n : between(0, KI_MIN(n, 40u));
     const int32_t *topic = topics[below(3)];
     for (uint32_t i = 0; i < n; i++)
         j->prompt[i] = i + own < n ? topic[i] : (int32_t)below(n_vocab);
@@ -220,6 +220,7 @@ static kivi_scheduler *make_scheduler(kivi_engine *e) {
     kivi_scheduler_options o = kivi_scheduler_defaults();
     kivi_scheduler *s;
     o.max_queued = MAX_JOBS;
+    o.prefix_bytes = 1 << 22; /* the pool is small, its share would be nothing */
     MUST(kivi_scheduler_create(&s, e, &o, &err));
     return s;
 }
@@ -236,7 +237,7 @@ static void check_random(const kind *k, uint64_t seed) {
     rng = seed;
     uint32_t n = is_slow() ? 14 : 60, next = 0;
     job *jobs = make_jobs(k, n);
-    kivi_engine *e = make_engine(k, between(3, 6), between(4, 9), 2);
+    kivi_engine *e = make_engine(k, 6, between(7, 9), 2);
     uint64_t before = n_blocks(e);
     kivi_scheduler *s = make_scheduler(e);
     kivi_scheduler_stats st;
