@@ -20,7 +20,8 @@ CFLAGS_BASE += -DKI_DEBUG=1
 else
 CFLAGS_BASE += -DNDEBUG
 endif
-INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine -Isrc/serve
+INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine \
+       -Isrc/serve
 PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))

@@ -89,7 +89,32 @@ void ki_preempt(kivi_scheduler *s, ki_choice *c) {
 
 /* ---- pages ---- */
 
+static uint32_t see_pages(kivi_scheduler *s, const uint32_t *pages, uint32_t first, uint32_t end) {
+    uint32_t n = 0;
+    for (uint32_t i = first; i < end; i++) {
+        n += !s->page_seen[pages[i]];
+        s->page_seen[pages[i]] = 1;
+    }
+    return n;
+}
+
+/* Pages that prefixes nobody runs on hold alone: all of them can be had. */
+uint32_t ki_cached_pages(kivi_scheduler *s) {
+    const ki_pool *pool = &s->machine.cache->pool;
+    uint32_t n_held = 0;
+    memset(s->page_seen, 0, pool->n_pages);
+    for (uint32_t i = 0; i < s->n_running; i++) {
+        const kivi_seq *seq = s->running[i]->seq;
+        n_held += see_pages(s, seq->pages, seq->n_gone, seq->n_pages);
+    }
+    for (const ki_prefix *x = s->prefixes.newest; x; x = x->older)
+        if (x->n_in_use) n_held += see_pages(s, x->mark->pages, x->mark->n_gone, x->mark->n_pages);
+    return pool->n_pages - pool->n_free - n_held;
+}
+
 bool ki_free_pages(kivi_scheduler *s, uint32_t n_pages) {
+    if (free_pages(s) >= n_pages) return true;
+    if (free_pages(s) + ki_cached_pages(s) < n_pages) return false; /* none is given up for nothing */
     while (free_pages(s) < n_pages)
         if (!ki_prefix_evict(&s->prefixes)) return false;
     return true;

@@ -359,20 +359,6 @@ static void take_in(kivi_scheduler *s) {
     }
 }
 
-/* Pages that running sequences use, each once. */
-static uint32_t pages_of_sequences(kivi_scheduler *s) {
-    uint32_t n = 0;
-    memset(s->page_seen, 0, s->machine.cache->pool.n_pages);
-    for (uint32_t i = 0; i < s->n_running; i++) {
-        const kivi_seq *seq = s->running[i]->seq;
-        for (uint32_t j = seq->n_gone; j < seq->n_pages; j++) {
-            n += !s->page_seen[seq->pages[j]];
-            s->page_seen[seq->pages[j]] = 1;
-        }
-    }
-    return n;
-}
-
 static void show_requests(kivi_scheduler *s) {
     for (uint32_t i = 0; i < s->n_running; i++) {
         const ki_choice *c = s->running[i];
@@ -391,7 +377,7 @@ static void publish(kivi_scheduler *s) {
     n->pages_free = pool->n_free;
     n->pages_used = pool->n_pages - pool->n_free;
     n->pages_shared = pool->n_shared;
-    n->pages_cached = n->pages_used - pages_of_sequences(s);
+    n->pages_cached = ki_cached_pages(s);
     n->page_tokens = KI_PAGE_TOKENS;
     n->page_bytes = pool->id_bytes;
     n->exact_bytes = s->exact_bytes;

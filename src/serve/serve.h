@@ -211,7 +211,9 @@ void ki_unwait(kivi_scheduler *s, ki_choice *c);              /* out of it */
 void ki_leave(kivi_scheduler *s, ki_choice *c);               /* running: gives everything back */
 void ki_join(kivi_scheduler *s, ki_choice *c, kivi_seq *seq); /* running from now on */
 void ki_preempt(kivi_scheduler *s, ki_choice *c);
-bool ki_free_pages(kivi_scheduler *s, uint32_t n_pages); /* by giving up prefixes */
+/* By giving up prefixes, none if that is not enough. */
+bool ki_free_pages(kivi_scheduler *s, uint32_t n_pages);
+uint32_t ki_cached_pages(kivi_scheduler *s);
 void ki_plan(kivi_scheduler *s);
 bool ki_can_work(const kivi_scheduler *s); /* something may run */
 /* Bytes of 16-bit rows, the usual window's among them, that n_rows rows may need, the first
