@@ -136,7 +136,7 @@ def settings(s):
         wide = s.complete(prompt=['hello', 'the'], n=2, max_tokens=4, seed=1, temperature=1)
         assert [c['index'] for c in wide['choices']] == [0, 1, 2, 3] and wide['usage']['prompt_tokens'] == 5
     with case('stop strings that span tokens'):
-        assert len(set(words)) > 3, words
+        assert len(set(words)) > 2, words
         for at in range(1, len(words) - 4):
             for stop in (words[at:at + 1], words[at:at + 2], words[at:at + 4]):
                 cut = words[:words.index(stop)]
