@@ -234,7 +234,8 @@ def chats(s):
 
 
 REFUSED = [  # body of a completion (prompt given), param that the error names
-    ({'temperature': -1}, 'temperature'), ({'temperature': 1e308}, 'temperature'), ({'temperature': 'hot'}, 'temperature'),
+    ({'temperature': -1}, 'temperature'), ({'temperature': 1e308}, 'temperature'),
+    ({'temperature': 'hot'}, 'temperature'),
     ({'top_p': 0}, 'top_p'), ({'top_p': 2}, 'top_p'), ({'top_k': 1.5}, 'top_k'), ({'min_p': -0.1}, 'min_p'),
     ({'max_tokens': -1}, 'max_tokens'), ({'max_tokens': 2**31}, 'max_tokens'), ({'max_tokens': 1e9}, 'max_tokens'),
     ({'max_tokens': '5'}, 'max_tokens'), ({'max_tokens': 1.5}, 'max_tokens'), ({'max_tokens': 9000}, 'max_tokens'),
@@ -242,15 +243,19 @@ REFUSED = [  # body of a completion (prompt given), param that the error names
     ({'logprobs': True}, 'logprobs'), ({'presence_penalty': 1e9}, 'presence_penalty'),
     ({'frequency_penalty': -3}, 'frequency_penalty'), ({'repetition_penalty': 0}, 'repetition_penalty'),
     ({'logit_bias': {'288': 1}}, 'logit_bias'), ({'logit_bias': {'-1': 1}}, 'logit_bias'),
-    ({'logit_bias': {'x': 1}}, 'logit_bias'), ({'logit_bias': {'5': 101}}, 'logit_bias'), ({'logit_bias': 5}, 'logit_bias'),
-    ({'stop': ['a'] * 1000}, 'stop'), ({'stop': [5]}, 'stop'), ({'stop': ['']}, 'stop'), ({'stop': 'x' * 2000}, 'stop'),
+    ({'logit_bias': {'x': 1}}, 'logit_bias'), ({'logit_bias': {'5': 101}}, 'logit_bias'),
+    ({'logit_bias': 5}, 'logit_bias'),
+    ({'stop': ['a'] * 1000}, 'stop'), ({'stop': [5]}, 'stop'), ({'stop': ['']}, 'stop'),
+    ({'stop': 'x' * 2000}, 'stop'),
     ({'stop_token_ids': [-1]}, 'stop_token_ids'), ({'stop_token_ids': ['a']}, 'stop_token_ids'),
     ({'seed': 'a'}, 'seed'), ({'stream': 'yes'}, 'stream'), ({'stream_options': {}}, 'stream_options'),
     ({'echo': 1}, 'echo'), ({'prompt': []}, 'prompt'), ({'prompt': {}}, 'prompt'), ({'prompt': [1, 'a']}, 'prompt'),
     ({'prompt': [1, 288]}, 'prompt'), ({'prompt': [[1], 'a', 5]}, 'prompt'), ({'prompt': None}, 'prompt'),
-    ({'prompt': [[]]}, 'prompt'), ({'prompt': 'a' * 9000}, 'prompt'), ({'model': 5}, 'model'), ({'suffix': 'x'}, 'suffix'),
+    ({'prompt': [[]]}, 'prompt'), ({'prompt': 'a' * 9000}, 'prompt'), ({'model': 5}, 'model'),
+    ({'suffix': 'x'}, 'suffix'),
     ({'best_of': 3}, 'best_of'), ({'response_format': 'json'}, 'response_format'),
-    ({'response_format': {'type': 'xml'}}, 'response_format'), ({'response_format': {'type': 'json_schema'}}, 'response_format'),
+    ({'response_format': {'type': 'xml'}}, 'response_format'),
+    ({'response_format': {'type': 'json_schema'}}, 'response_format'),
     ({'ignore_eos': 'no'}, 'ignore_eos'), ({'priority': 'x'}, 'priority'), ({'cache_salt': 5}, 'cache_salt'),
 ]
 REFUSED_CHATS = [
@@ -287,7 +292,8 @@ def refusals(s):
         assert status == 404 and answer['error']['code'] == 'model_not_found'
     with case('bodies that are no JSON'):
         deep = b'[' * 100000
-        for body in (b'', b'{', b'{"prompt":"a"}x', b'{"prompt":"a","prompt":"b"}', b'{"a":1e999}', deep, b'\xef\xbb\xbf{}',
+        for body in (b'', b'{', b'{"prompt":"a"}x', b'{"prompt":"a","prompt":"b"}', b'{"a":1e999}', deep,
+                     b'\xef\xbb\xbf{}',
                      b'{"prompt":"\\ud800"}', b'{"prompt":"\xff"}', b'[]', b'5', b'{"%s":1}' % (b'k' * 65536)):
             begun = time.monotonic()
             status, answer = s.post(TEXT, body)
@@ -325,7 +331,8 @@ def malformed(s):
         fixed = [
             b'\r\n\r\n', b'GET\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'\0' * 100, b'GET / HTTP/1.1\r\n\r\n',
             head + b'Content-Length: -5\r\n\r\n', head + b'Content-Length: 99999999999999999999\r\n\r\n',
-            head + b'Content-Length: 5\r\nContent-Length: 7\r\n\r\nabcdefg', head + b'Transfer-Encoding: chunked\r\n\r\n-2\r\nab\r\n',
+            head + b'Content-Length: 5\r\nContent-Length: 7\r\n\r\nabcdefg',
+            head + b'Transfer-Encoding: chunked\r\n\r\n-2\r\nab\r\n',
             head + b'Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n',
             head + b'X-A: ' + b'a' * 1000000 + b'\r\n\r\n', b'GET /' + b'a' * 100000 + b' HTTP/1.1\r\nHost: a\r\n\r\n',
             b'GET / HTTP/1.1\nHost: a\n\n', ok + b'garbage' * 50, b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n',
@@ -381,7 +388,8 @@ def leavers(s):
             before['request_success_total{finished_reason="abort"}'] + 3
     with case('a client that leaves before its answer begins'):
         body = json.dumps({'prompt': 'x' * 4000, 'max_tokens': 3000, 'ignore_eos': True}).encode()
-        head = b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n'
+        head = b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n' \
+               b'Content-Length: %d\r\n\r\n'
         for _ in range(4):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(head % len(body) + body)
@@ -460,7 +468,8 @@ def slow_readers():
         link = socket.socket()
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         link.connect(('127.0.0.1', s.port))
-        body = json.dumps({'prompt': 'x', 'max_tokens': 6000, 'ignore_eos': True, 'stream': True, 'logprobs': 5}).encode()
+        body = json.dumps({'prompt': 'x', 'max_tokens': 6000, 'ignore_eos': True, 'stream': True,
+                           'logprobs': 5}).encode()
         link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
                      b'Content-Length: %d\r\n\r\n' % len(body) + body)
         s.until(lambda: s.metrics()['num_requests_paused'] == 1, 'it is paused')
@@ -537,7 +546,8 @@ def limits():
         others = []
         for _ in range(2):
             link = s.connect()
-            link.request('POST', TEXT, json.dumps({'prompt': 'x', 'max_tokens': 1}), {'Content-Type': 'application/json'})
+            link.request('POST', TEXT, json.dumps({'prompt': 'x', 'max_tokens': 1}),
+                         {'Content-Type': 'application/json'})
             others.append(link)
         s.until(lambda: s.metrics()['num_requests_waiting'] == 2, 'two wait')
         begun = time.monotonic()
@@ -607,7 +617,8 @@ def keys():
             status, data, _ = ask('POST', TEXT, body)
             assert status == 200 and read_events(data)[-1] == '[DONE]'
             link = http.client.HTTPSConnection('127.0.0.1', s.port, context=trust, timeout=30)
-            link.request('POST', TEXT, json.dumps({'prompt': 'x', 'max_tokens': 8000, 'stream': True, 'ignore_eos': True}),
+            link.request('POST', TEXT, json.dumps({'prompt': 'x', 'max_tokens': 8000, 'stream': True,
+                                                   'ignore_eos': True}),
                          {'Content-Type': 'application/json'})
             link.getresponse().readline()
             link.sock.close() if link.sock else None
@@ -642,7 +653,8 @@ def batches():
     with case('a batch'):
         good('batch', MODEL, source, out, *DUMMY, '--max-num-seqs', '4')
         got = answers()
-        assert len(got) == 41 and all(got[f'r{i}']['response']['status_code'] == 200 for i in range(40) if i not in (7, 11))
+        assert len(got) == 41
+        assert all(got[f'r{i}']['response']['status_code'] == 200 for i in range(40) if i not in (7, 11))
         assert got['r7']['response']['status_code'] == 400 and got['r11']['response']['status_code'] == 404
         assert got['r7']['response']['body']['error']['param'] == 'temperature'
         assert got['r9']['response']['body']['object'] == 'chat.completion'

@@ -12,7 +12,7 @@
 #include <math.h>
 #include <time.h>
 
-/* A vocabulary of all single bytes and some longer tokens that cross the borders of JSON's parts. */
+/* All single bytes, and some longer tokens that cross the borders of JSON's parts. */
 static const char *const longer[] = {"true",   "false", "null", "\":",      "\",",      "\"}",
                                      "{\"",    ",\"",   "12",   "abc",      "ab",       "a\"",
                                      "]}",     "\": ",  "}}",   "\xc3\xa9", "\xe2\x82", "name",
