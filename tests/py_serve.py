@@ -159,7 +159,8 @@ def settings(s):
         ended = s.complete(prompt='hello', max_tokens=9, stop_token_ids=first, logit_bias=ascii_only)
         assert ended['choices'][0]['finish_reason'] == 'stop' and ended['choices'][0]['text'] == ''
         assert ended['usage']['completion_tokens'] == 1
-        banned = s.complete(prompt='hello', max_tokens=24, ignore_eos=True, logit_bias={**ascii_only, str(first[0]): -100})
+        banned = s.complete(prompt='hello', max_tokens=24, ignore_eos=True,
+                            logit_bias={**ascii_only, str(first[0]): -100})
         assert lp['tokens'][0] not in banned['choices'][0]['text']
         forced = s.complete(prompt='hello', max_tokens=5, logit_bias={str(70): 100})['choices'][0]['text']
         assert len(set(forced)) == 1, forced

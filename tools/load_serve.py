@@ -27,7 +27,8 @@ def make_bodies(rng):
     out = []
     for i in range(KINDS):
         body = {'prompt': [1] + [rng.randrange(5, 280) for _ in range(rng.choice((3, 10, 40, 150, 400)))],
-                'max_tokens': rng.randrange(1, 40), 'ignore_eos': True, 'seed': i, 'temperature': rng.choice((0, 0.7, 1.5)),
+                'max_tokens': rng.randrange(1, 40), 'ignore_eos': True, 'seed': i,
+                'temperature': rng.choice((0, 0.7, 1.5)),
                 'n': rng.choice((1, 1, 1, 2))}
         if rng.random() < 0.5:
             body['stream'] = True
@@ -185,8 +186,8 @@ def main():
     wrong = count['wrong'] or lost or pages or grown > 8 or exit_code
     print(f'load: {options.requests} requests, {options.at_once} at once, seed {options.seed}: '
           + ', '.join(f'{v} {k}' for k, v in count.items())
-          + f', {lost} lost, {pages} pages held, descriptors {before[0]} -> {after[0]}, memory {grown:+.1f} MiB after the '
-          f'first fifth, {ended:.0f} ended, {m["num_preemptions_total"]:.0f} preempted, {seconds:.1f} s: '
+          + f', {lost} lost, {pages} pages held, descriptors {before[0]} -> {after[0]}, memory {grown:+.1f} MiB '
+          f'after the first fifth, {ended:.0f} ended, {m["num_preemptions_total"]:.0f} preempted, {seconds:.1f} s: '
           + ('WRONG' if wrong else 'all as it was'))
     return 1 if wrong else 0
 
