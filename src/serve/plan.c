@@ -168,8 +168,9 @@ static bool is_scored(const ki_choice *c) {
     return q->prompt_logprobs && in_prompt(c) && q->n_scored < q->r.n_prompt;
 }
 
-/* A prompt's step ends at a page where that costs little, so that pages of a prefix are shared
- * rather than copied; and the last one does, or the 16-bit rows there would be lost with the end. */
+/* A prompt's step ends at a page where that costs little, so that pages of a prefix are shared and
+ * not copied; and the last one but one does: the rows that a prefix keeps in 16 bit go with the
+ * prompt's end. */
 static uint32_t cut_at_page(const kivi_scheduler *s, const ki_choice *c, uint32_t n_rows) {
     uint32_t pos = c->seq->n_tokens, end = pos + n_rows;
     if (!s->prefixes.unit_tokens || !in_prompt(c)) return n_rows;
