@@ -24,7 +24,8 @@ typedef struct fake {
     kivi_cache *cache;
     float *logits; /* [logit_rows][FAKE_VOCAB] */
     uint64_t now_us, n_checked;
-    uint64_t fail_one_in; /* a row whose history's hash is a multiple of it is not finite; 0: none */
+    uint64_t
+        fail_one_in; /* a row whose history's hash is a multiple of it is not finite; 0: none */
     int32_t ends[1];
     ki_machine machine;
 } fake;
@@ -54,8 +55,7 @@ static inline void fake_check_rows(fake *f, const kivi_seq *seq, uint32_t pos, u
         uint32_t p = at[i], lane = p % KI_LANES, want = *fake_slot(seq, p), got;
         if (i < 2 && l->kv.v_bits < 16)
             got = ki_seq_v_block(seq, 0, 0, p / KI_LANES)[lane * FAKE_HEAD];
-        else if (i >= 2 && l->kv.k_bits < 16)
-            got = ki_seq_k_block(seq, 0, 0, p / KI_LANES)[lane];
+        else if (i >= 2 && l->kv.k_bits < 16) got = ki_seq_k_block(seq, 0, 0, p / KI_LANES)[lane];
         else continue;
         f->n_checked++;
         if (got != (uint16_t)want)
@@ -154,7 +154,7 @@ static inline void fake_destroy(fake *f) {
 typedef struct answer {
     int32_t *tokens;
     uint32_t n;
-    bool fails; /* after these tokens */
+    bool fails;  /* after these tokens */
     bool is_end; /* the last one ends the choice */
 } answer;
 

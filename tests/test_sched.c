@@ -269,9 +269,24 @@ static bool some_can_run(void) {
     return false;
 }
 
+/* What is held in 16 bit: a window a sequence, what prompts were admitted with, and prefixes. */
+static void check_residual(void) {
+    const ki_layout *l = &w->f.cache->layout;
+    kivi_memory window, held = ki_mem_report(w->f.cache->mem);
+    kivi_scheduler_stats st;
+    assert_true(ki_layout_plan(&window, l, 0, 1));
+    kivi_scheduler_stats_get(&st, w->s);
+    uint64_t limit = window.kv_residual * st.n_sequences + st.exact_bytes + st.prefix_bytes;
+    if (held.kv_residual > limit || st.exact_bytes > st.exact_bytes_limit ||
+        st.prefix_bytes > st.prefix_bytes_limit)
+        fail_msg("%llu bytes of 16-bit rows, expected at most %llu",
+                 (unsigned long long)held.kv_residual, (unsigned long long)limit);
+}
+
 static void step(void) {
     bool worked, could = some_can_run();
     if (kivi_scheduler_step(&worked, w->s, &err) != KIVI_OK) fail_msg("%s", err.text);
+    check_residual();
     if (could && !worked) {
         char text[4096];
         kivi_scheduler_describe(text, sizeof text, w->s);

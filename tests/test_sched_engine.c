@@ -168,7 +168,8 @@ static int32_t topics[3][MAX_PROMPT];
 static void write_job(job *j, uint32_t n_vocab) {
     memset(j, 0, sizeof *j);
     j->r = kivi_request_defaults();
-    uint32_t n = between(1, 60) + below(MAX_PROMPT - 60), own = one_in(5) ? n : between(0, KI_MIN(n, 40u));
+    uint32_t n = between(1, 60) + below(MAX_PROMPT - 60);
+    uint32_t own = one_in(5) ? n : between(0, KI_MIN(n, 40u));
     const int32_t *topic = topics[below(3)];
     for (uint32_t i = 0; i < n; i++)
         j->prompt[i] = i + own < n ? topic[i] : (int32_t)below(n_vocab);

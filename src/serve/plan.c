@@ -114,7 +114,8 @@ uint32_t ki_cached_pages(kivi_scheduler *s) {
 
 bool ki_free_pages(kivi_scheduler *s, uint32_t n_pages) {
     if (free_pages(s) >= n_pages) return true;
-    if (free_pages(s) + ki_cached_pages(s) < n_pages) return false; /* none is given up for nothing */
+    if (free_pages(s) + ki_cached_pages(s) < n_pages)
+        return false; /* none is given up for nothing */
     while (free_pages(s) < n_pages)
         if (!ki_prefix_evict(&s->prefixes)) return false;
     return true;
@@ -167,14 +168,16 @@ static bool is_scored(const ki_choice *c) {
     return q->prompt_logprobs && in_prompt(c) && q->n_scored < q->r.n_prompt;
 }
 
-/* A prompt's step ends where a prefix can be kept, if there is more than one page in it. */
+/* A prompt's step ends at a page where that costs little, so that pages of a prefix are shared and
+ * not copied; and the last one but one does: the rows that a prefix keeps in 16 bit go with the
+ * prompt's end. */
 static uint32_t cut_at_page(const kivi_scheduler *s, const ki_choice *c, uint32_t n_rows) {
-    uint32_t pos = c->seq->n_tokens, end = pos + n_rows,
-             n_prompt = (uint32_t)c->request->r.n_prompt;
+    uint32_t pos = c->seq->n_tokens, end = pos + n_rows;
     if (!s->prefixes.unit_tokens || !in_prompt(c)) return n_rows;
     uint32_t whole = end / KI_PAGE_TOKENS * KI_PAGE_TOKENS;
-    if (end == n_prompt && whole == end) return n_rows;
-    return whole > pos ? whole - pos : n_rows;
+    if (whole <= pos) return n_rows;
+    bool is_last = end == (uint32_t)c->request->r.n_prompt;
+    return is_last || whole - pos >= n_rows / 2 ? whole - pos : n_rows;
 }
 
 static uint32_t rows_of(const kivi_scheduler *s, const ki_choice *c) {

@@ -78,8 +78,8 @@ static kivi_status check_lengths(const checks *c, kivi_request *r) {
                       r->n_prompt, ctx, left);
     if (r->min_tokens > r->max_tokens)
         return REFUSE(c, "min_tokens", "%u, but max_tokens is %u", r->min_tokens, r->max_tokens);
-    uint32_t n_tokens = (uint32_t)r->n_prompt + r->max_tokens, n_free, n_pages;
-    kivi_cache_pages(c->machine->cache, &n_free, &n_pages);
+    uint32_t n_tokens = (uint32_t)r->n_prompt + r->max_tokens;
+    uint32_t n_pages = c->machine->cache->pool.n_pages; /* never changes; how many are free does */
     if (ki_pages(c->machine, n_tokens) > n_pages)
         return REFUSE(c, "max_tokens",
                       "%zu tokens of prompt and %u to generate need %u pages, the cache has %u",
