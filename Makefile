@@ -65,7 +65,7 @@ $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 # The definition, not the fast way: at -O3 it takes the compiler four minutes.
 $(BUILD)/src/kernel/isa_scalar.o: ISA := -O1
 
-.PHONY: all run test lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
+.PHONY: all run test lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -110,6 +110,10 @@ run: ; @tools/run.sh
 test: ; @tools/test.sh
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
+# Twenty minutes and more: measures every kind, builds llama-cpp-python once. python3-matplotlib is the system's python.
+pareto: $(BUILD)/kivi
+	@tools/deps.sh model plots
+	@KIVI_BIN=$(abspath $(BUILD))/kivi /usr/bin/python3 tools/pareto.py $(PARETO)
 
 MAN := $(PREFIX)/share/man/man1
 COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
@@ -143,6 +147,7 @@ help:
 	@echo 'make test     everything; one closing line'
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
+	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
 -include $(LIB_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gguf_rows.d

@@ -109,12 +109,25 @@ typedef struct kivi_memory {
  * see, whichever is earlier. */
 typedef enum kivi_rule { KIVI_RULE_PAPER, KIVI_RULE_STREAM, KIVI_RULE_SPAN } kivi_rule;
 
-/* A cache kind. Zero bits, group or residual mean the default (kivi2: 2, 2, 32, 128). */
+/* The parts of a + kind; ARCHITECTURE.md 5 says what each is. All but the first can be left out, to
+ * measure what they are worth. */
+enum {
+    KIVI_PLUS = 1,       /* keys in groups of a page, values without a zero point */
+    KIVI_PLUS_WIDE = 2,  /* 2-bit keys: a quarter of the channels of each page has 4 bits */
+    KIVI_PLUS_FIT = 4,   /* 2-bit keys: ranges by least squares */
+    KIVI_PLUS_TURN = 8,  /* values: turned by a Hadamard matrix */
+    KIVI_PLUS_STEP = 16, /* values: steps by least squares */
+    KIVI_PLUS_ALL = 31
+};
+
+/* A cache kind; kivi_kv_by_name (kivi_cache.h) knows those that have a name. Zero bits, group or
+ * residual mean the default (kivi2: 2, 2, 32, 128). */
 typedef struct kivi_kv_options {
-    uint32_t k_bits, v_bits;  /* 2, 4, 8, or 16 for not quantized */
-    uint32_t group;           /* G: 16, 32, 64 or 128; divides the head size and R */
+    uint32_t k_bits, v_bits;  /* 2, 4, 8, or 16 for not quantized; + kinds: 2, 4, 16 and 2, 3, 16 */
+    uint32_t plus;            /* parts of a + kind; 0: a plain kind */
+    uint32_t group;           /* G: 16, 32, 64 or 128; divides the head size and R; + kinds: 128 */
     uint32_t residual_tokens; /* R: a multiple of G, at most 4096 */
-    uint32_t sink_tokens;     /* first positions that stay in 16 bit for good: 0 (default) to 4096 */
+    uint32_t sink_tokens; /* first positions that stay in 16 bit for good: 0 (default) to 4096 */
     kivi_rule rule;
     uint32_t span_tokens;   /* N of KIVI_RULE_SPAN, a multiple of the page (128) */
     uint32_t rewind_tokens; /* how far a sequence can step back at once; costs that many rows of 16
@@ -137,7 +150,7 @@ typedef struct kivi_engine_options {
     bool dummy_weights; /* random weights of dummy_seed: model_path needs only config.json */
     uint64_t dummy_seed;
     const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
-    const char *disable; /* instruction sets not to use ("avx512,avx2"); NULL: none */
+    const char *disable;    /* instruction sets not to use ("avx512,avx2"); NULL: none */
     uint64_t fail_after; /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */
     void *log_user;

@@ -7,6 +7,7 @@
 #include <stdio.h>
 
 enum { MAX_LIST = 16, MAX_FILES = 64 };
+#define DEFAULT_KIND "kivi2"
 
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
@@ -51,7 +52,7 @@ typedef struct options {
     /* bench-serve */
     uint32_t n_requests, concurrency, input_len, output_len;
     double request_rate, goodput_ttft_ms, goodput_tpot_ms;
-    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
+    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type, *parts;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
@@ -92,6 +93,10 @@ int manual_completion(FILE *out, const char *shell);
 
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);
+/* The kind a command uses: --kv's; without it the default, or kivi2 where bits, group or residual
+ * are given, which not every kind takes. */
+const char *options_kind(const options *o);
+bool options_shape_kind(const options *o); /* bits, group or residual are given */
 /* The i-th name of a comma-separated list into name; false past its end. */
 bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i);
 

@@ -31,11 +31,24 @@ typedef struct ki_layout {
     uint32_t window; /* no query reads further back; 0: all is read */
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, head_group; /* head_group = H / Hk */
     kivi_kv_options kv;                                           /* resolved */
-    size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
+    uint32_t k_group, v_group; /* of a key channel, of a value row */
+    /* Byte offsets of the planes, in this order; one that the kind has not takes no bytes. */
+    size_t k_codes_at, k_wide_at, v_codes_at, v_third_at, k_scale_at, k_zero_at, v_scale_at,
+        v_zero_at, k_list_at;
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
     uint32_t k_ring_blocks, v_ring_blocks,
         sink_blocks; /* 16-token blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
+
+/* What a kind's pages have. Keys: wide codes and the list of their channels. Values: a third bit, a
+ * zero point; turned rows, here and in the 16-bit store. */
+static inline bool ki_has_wide(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_WIDE; }
+static inline bool ki_has_third(const ki_layout *l) { return l->kv.v_bits == 3; }
+static inline bool ki_has_v_zero(const ki_layout *l) { return !l->kv.plus; }
+static inline bool ki_is_turned(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_TURN; }
+
+/* The planes of a + kind's keys in a page. */
+void ki_layout_keys(ki_plus_keys *out, const ki_layout *layout, uint8_t *page);
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
 /* The most pages a sequence of n_tokens holds at once, fed in steps of at most step_rows: with a

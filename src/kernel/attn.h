@@ -30,11 +30,15 @@ enum { KI_TILE_BLOCKS = KI_PAGE_TOKENS / KI_LANES, KI_MAX_HEAD_DIM = 256 };
 
 /* Where a tile's keys and values are. Planes of a kind that does not quantize are NULL. */
 typedef struct ki_attn_tile {
-    unsigned head_dim, group, k_bits, v_bits;
+    unsigned head_dim, k_group, v_group, k_bits, v_bits;
     const uint32_t *k_words;          /* quant.h's order */
-    const uint16_t *k_scale, *k_zero; /* [128 / G][D] f16 */
+    const uint32_t *k_wide;           /* plus.h's wide plane; NULL: no channel is wide */
+    const uint8_t *k_list;            /* [D / 4], its channels; NULL where k_wide is */
+    const uint16_t *k_scale, *k_zero; /* [128 / k_group][D] f16 */
     const uint32_t *v_words;
-    const uint16_t *v_scale, *v_zero; /* [D / G][128] f16 */
+    const uint32_t *v_third;          /* plus.h's third plane, of 3-bit values */
+    const uint16_t *v_scale, *v_zero; /* [D / v_group][128] f16; zero NULL: it is -scale times half
+                                         of the largest code */
     const uint16_t *
         k_blocks[KI_TILE_BLOCKS]; /* each [D][16] f16; read only where a query sees a key exactly */
     const uint16_t *v_blocks[KI_TILE_BLOCKS]; /* each [16][D] f16 */

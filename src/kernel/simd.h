@@ -327,6 +327,8 @@ KI_INLINE vp vp_set(uint32_t x) { return _mm256_set1_epi32((int)x); }
 KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) {
     return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128((int)shift)), mask);
 }
+KI_INLINE vp vp_shl(vp a, unsigned n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
+KI_INLINE vp vp_or(vp a, vp b) { return _mm256_or_si256(a, b); }
 KI_INLINE vs vs_zero(void) { return _mm256_setzero_si256(); }
 KI_INLINE vs vs_dot(vs acc, vp u, vp s) {
     acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
@@ -555,10 +557,12 @@ KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
 KI_INLINE vp vp_of(vb a, unsigned part) { return (void)part, a; }
 KI_INLINE vp vp_set(uint32_t x) { return vi_set((int32_t)x); }
 KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) { return vi_and(vi_shr(a, shift), mask); }
+KI_INLINE vp vp_shl(vp a, unsigned n) { return vi_shl(a, n); }
+KI_INLINE vp vp_or(vp a, vp b) { return vi_or(a, b); }
 #endif
 /* Sums of vi_dot_u7's products for u below 64, which may be held in 16 bit until vi_add_part widens
- * them: 2 * 128 * (2^bits - 1) a quad, so 32 quads of 2 bits or 8 of 4. */
-#define KI_NARROW_SUMS(bits) ((bits) == 2 ? 32u : 8u)
+ * them: 2 * 128 * (2^bits - 1) a quad, so 32 quads of 2 bits, 16 of 3, 8 of 4. */
+#define KI_NARROW_SUMS(bits) ((bits) == 2 ? 32u : (bits) == 3 ? 16u : 8u)
 #ifdef KI_WIDE_SUMS
 typedef vi vs;
 KI_INLINE vs vs_zero(void) { return vi_set(0); }
