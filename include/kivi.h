@@ -140,7 +140,9 @@ typedef struct kivi_engine_options {
     uint32_t n_threads;    /* 0: one for each core this process may use */
     uint32_t ctx_tokens;   /* longest session; 0: the model's training context */
     uint32_t max_sessions; /* pages are made for this many sessions of ctx_tokens; 0: one */
+    uint64_t kv_bytes;     /* most bytes of pages in all; 0: as many as those sessions need */
     uint32_t step_rows;    /* most rows in one step; 0: 512 */
+    uint32_t logit_rows;   /* most rows of logits in one step; 0: one for each session */
     bool all_logits; /* keep logits of every row of a step, not of the last row of each item */
     const char
         *rope_type; /* "bf16", "f16": round the rotary frequencies so, as a checkpoint converted as
@@ -224,7 +226,8 @@ KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *
 KIVI_API kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
                                        kivi_error *err);
 /* float32 [V] of a row of the session's item in the last step, lent until the next one. Without
- * all_logits there is one row, 0: the item's last. NULL when there is none. */
+ * all_logits (of the engine or the item) there is one row, 0: the item's last. NULL when there is
+ * none. */
 KIVI_API const float *kivi_session_logits(const kivi_session *session, uint32_t row);
 
 /* ---- step ---- */
@@ -232,6 +235,7 @@ typedef struct kivi_step_item {
     kivi_session *session;
     const int32_t *tokens; /* [n_tokens], n_tokens >= 1 */
     uint32_t n_tokens;
+    bool all_logits; /* logits of each of its rows; the step's rows of logits are at most logit_rows */
     kivi_status
         status;       /* out: this item's own result; a failed item does not touch its neighbours */
     kivi_error error; /* out */

@@ -64,7 +64,7 @@ typedef struct ki_pool {
     ki_mem *mem;
     uint8_t *data; /* [n_pages][L][Hk][page_bytes] */
     uint32_t *counts, *free_list;
-    uint32_t n_pages, n_free;
+    uint32_t n_pages, n_free, n_shared; /* shared: a count above 1 */
     size_t id_bytes; /* bytes of one page id: L * Hk * page_bytes */
     size_t scale_bytes;
 } ki_pool;
@@ -144,6 +144,48 @@ uint32_t ki_seq_live_from(const ki_layout *layout, uint32_t n_tokens);
 kivi_status ki_seq_abandon(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 /* Gives pages until the table covers n_tokens; FULL leaves everything as it was. */
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
+
+
+/* Stores of 16-bit rows: blocks are zeroed; 0 blocks, or a side that the kind keeps in pages: NULL.
+ */
+kivi_status ki_store_init(ki_store *store, const kivi_cache *cache, uint32_t k_blocks,
+                          uint32_t v_blocks, kivi_error *err);
+void ki_store_deinit(ki_store *store, ki_mem *mem);
+/* The newest rows of n_tokens, as many as both rings hold. */
+void ki_store_copy(const ki_layout *layout, const ki_store *to, const ki_store *from,
+                   uint32_t n_tokens);
+void ki_store_copy_whole(const ki_layout *layout, const ki_store *to, const ki_store *from);
+const ki_store *ki_seq_store(const kivi_seq *seq); /* the ring in use */
+/* The first position whose bytes in a page may still change at length n. */
+uint32_t ki_first_unwritten(const ki_layout *layout, uint32_t n_tokens);
+/* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */
+bool ki_seq_can_stand_at(const kivi_seq *seq, uint32_t n_tokens);
+/* A page that others read too is copied before it is written; FULL. */
+kivi_status ki_seq_own_page(kivi_seq *seq, uint32_t index, kivi_error *err);
+
+/* ---- mark.c: the state of a sequence after n tokens, kept without the sequence ---- */
+
+/* Pages are shared by count; the 16-bit rows are the mark's own. */
+typedef struct ki_mark {
+    kivi_cache *cache;
+    uint32_t *pages;
+    uint32_t n_tokens, n_pages, n_gone;
+    ki_store tail, sinks; /* tail: rows behind the lines of n_tokens, no more */
+} ki_mark;
+
+/* What the mark will hold in 16 bit. */
+uint64_t ki_mark_bytes(const ki_layout *layout, uint32_t n_tokens);
+/* The state after n_tokens of a sequence that can stand there (else ARG), not within a step; within
+ * a prompt it is the caller's matter that the rule allows it. Pages that the sequence may still
+ * write are copied (FULL), unless is_last says that it will not be used again. */
+kivi_status ki_mark_create(ki_mark **out, const kivi_seq *seq, uint32_t n_tokens, bool is_last,
+                           kivi_error *err);
+void ki_mark_destroy(ki_mark **mark); /* NULL allowed */
+/* A new sequence in that state. FULL: no pages for those that it will write. */
+kivi_status ki_mark_open(kivi_seq **out, const ki_mark *mark, kivi_error *err);
+/* Free pages that ki_mark_create, and ki_mark_open, take. */
+uint32_t ki_mark_create_pages(const kivi_seq *seq, uint32_t n_tokens, bool is_last);
+uint32_t ki_mark_open_pages(const ki_mark *mark);
 
 /* Rows [n_rows][Hk][D] f32 with row strides (in floats) of one KV head: to float16, into the store,
  * codes where the line moved. Different heads may run at the same time. scratch:

@@ -10,7 +10,7 @@ uint8_t *ki_seq_page(const kivi_seq *seq, uint32_t index, uint32_t layer, uint32
     return pool->data + seq->pages[index] * pool->id_bytes + slot * l->page_bytes;
 }
 
-static const ki_store *store_of(const kivi_seq *seq) {
+const ki_store *ki_seq_store(const kivi_seq *seq) {
     return seq->large.k || seq->large.v ? &seq->large : &seq->window;
 }
 
@@ -29,7 +29,7 @@ const uint16_t *ki_seq_k_block(const kivi_seq *seq, uint32_t layer, uint32_t hea
     }
     if (block < l->sink_blocks)
         return seq->sinks.k + block_at(l, layer, head, l->sink_blocks, block);
-    const ki_store *s = store_of(seq);
+    const ki_store *s = ki_seq_store(seq);
     return s->k + block_at(l, layer, head, s->k_blocks, block % s->k_blocks);
 }
 
@@ -42,7 +42,7 @@ const uint16_t *ki_seq_v_block(const kivi_seq *seq, uint32_t layer, uint32_t hea
     }
     if (block < l->sink_blocks)
         return seq->sinks.v + block_at(l, layer, head, l->sink_blocks, block);
-    const ki_store *s = store_of(seq);
+    const ki_store *s = ki_seq_store(seq);
     return s->v + block_at(l, layer, head, s->v_blocks, block % s->v_blocks);
 }
 
@@ -87,8 +87,8 @@ uint32_t ki_v_exact(const kivi_seq *seq, uint32_t pos) {
 
 /* ---- stores ---- */
 
-static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
-                              uint32_t v_blocks, kivi_error *err) {
+kivi_status ki_store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
+                          uint32_t v_blocks, kivi_error *err) {
     const ki_layout *l = &cache->layout;
     size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
     void *p;
@@ -104,7 +104,7 @@ static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_b
     return KIVI_OK;
 }
 
-static void store_deinit(ki_store *s, ki_mem *mem) {
+void ki_store_deinit(ki_store *s, ki_mem *mem) {
     ki_free(mem, s->k);
     ki_free(mem, s->v);
     *s = (ki_store){0};
@@ -122,15 +122,13 @@ static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, co
                        (size_t)KI_LANES * l->head_dim * 2);
 }
 
-/* The newest rows, as many as both rings hold. */
-static void copy_store(const kivi_seq *seq, const ki_store *to, const ki_store *from,
-                       uint32_t n_tokens) {
-    const ki_layout *l = &seq->cache->layout;
+void ki_store_copy(const ki_layout *l, const ki_store *to, const ki_store *from,
+                   uint32_t n_tokens) {
     uint32_t end = (n_tokens + KI_LANES - 1) / KI_LANES, kn = KI_MIN(to->k_blocks, from->k_blocks),
              vn = KI_MIN(to->v_blocks, from->v_blocks);
-    if (to->k)
+    if (to->k && from->k)
         copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
-    if (to->v)
+    if (to->v && from->v)
         copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
 }
 
@@ -141,7 +139,7 @@ static uint32_t ring_floor(uint32_t n_tokens, uint32_t n_blocks) {
 }
 
 static void note_valid(kivi_seq *seq, uint32_t n_tokens) {
-    const ki_store *s = store_of(seq);
+    const ki_store *s = ki_seq_store(seq);
     seq->k_valid_from = KI_MAX(seq->k_valid_from, ring_floor(n_tokens, s->k_blocks));
     seq->v_valid_from = KI_MAX(seq->v_valid_from, ring_floor(n_tokens, s->v_blocks));
 }
@@ -150,28 +148,28 @@ static void note_valid(kivi_seq *seq, uint32_t n_tokens) {
  * a while. */
 static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line, uint32_t end,
                                 kivi_error *err) {
-    const ki_store *s = store_of(seq);
+    const ki_store *s = ki_seq_store(seq);
     uint32_t last = (end + KI_LANES - 1) / KI_LANES, k = last - k_line / KI_LANES,
              v = last - v_line / KI_LANES;
     bool k_fits = !seq->window.k || k <= s->k_blocks, v_fits = !seq->window.v || v <= s->v_blocks;
     if (k_fits && v_fits) return KIVI_OK;
     ki_store larger;
     kivi_status status =
-        store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
+        ki_store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
     if (status != KIVI_OK) {
-        store_deinit(&larger, seq->cache->mem);
+        ki_store_deinit(&larger, seq->cache->mem);
         return status;
     }
-    copy_store(seq, &larger, s, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache->mem);
+    ki_store_copy(&seq->cache->layout, &larger, s, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache->mem);
     seq->large = larger;
     return KIVI_OK;
 }
 
 static void drop_large(kivi_seq *seq) {
     if (!seq->large.k && !seq->large.v) return;
-    copy_store(seq, &seq->window, &seq->large, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache->mem);
+    ki_store_copy(&seq->cache->layout, &seq->window, &seq->large, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache->mem);
     note_valid(seq, seq->n_tokens);
 }
 
@@ -184,8 +182,8 @@ static kivi_status seq_init(kivi_seq *seq, kivi_cache *cache, kivi_error *err) {
     seq->max_pages = cache->max_seq_pages;
     KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_other, seq->max_pages, sizeof(uint32_t), err));
     seq->pages = p;
-    KI_TRY(store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
-    return store_init(&seq->sinks, cache, l->sink_blocks, l->sink_blocks, err);
+    KI_TRY(ki_store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
+    return ki_store_init(&seq->sinks, cache, l->sink_blocks, l->sink_blocks, err);
 }
 
 kivi_status kivi_seq_create(kivi_seq **out, kivi_cache *cache, kivi_error *err) {
@@ -212,9 +210,9 @@ void kivi_seq_destroy(kivi_seq **out) {
     if (!seq) return;
     ki_mem *mem = seq->cache->mem;
     release_pages(seq, 0);
-    store_deinit(&seq->window, mem);
-    store_deinit(&seq->large, mem);
-    store_deinit(&seq->sinks, mem);
+    ki_store_deinit(&seq->window, mem);
+    ki_store_deinit(&seq->large, mem);
+    ki_store_deinit(&seq->sinks, mem);
     ki_free(mem, seq->pages);
     ki_free(mem, seq);
     *out = NULL;
@@ -226,8 +224,7 @@ static uint32_t pages_for(uint32_t n_tokens) {
     return (n_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
-/* The first position whose bytes in a page may still change at length n. */
-static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
+uint32_t ki_first_unwritten(const ki_layout *l, uint32_t n) {
     uint32_t k = l->kv.k_bits == 16 ? n : ki_k_packed(l, n),
              v = l->kv.v_bits == 16 ? n : ki_v_packed(l, n);
     return KI_MIN(k, v);
@@ -235,7 +232,7 @@ static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
 
 uint32_t ki_seq_live_from(const ki_layout *l, uint32_t n) {
     uint32_t seen = n + 1 > l->window ? n + 1 - l->window : 0;
-    return l->window ? KI_MIN(seen, first_unwritten(l, n)) : 0;
+    return l->window ? KI_MIN(seen, ki_first_unwritten(l, n)) : 0;
 }
 
 /* Gives back what lies behind the window of all rows to come, and of those that a step back within
@@ -250,8 +247,7 @@ static void drop_behind_window(kivi_seq *seq) {
     }
 }
 
-/* A page that others read too is copied before it is written. */
-static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
+kivi_status ki_seq_own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
     uint32_t old = seq->pages[index], fresh;
     if (pool->counts[old] == 1) return KIVI_OK;
@@ -277,9 +273,9 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         ki_pool_take(pool, &seq->pages[seq->n_pages]);
         seq->n_pages++;
     }
-    uint32_t first = first_unwritten(&seq->cache->layout, seq->n_tokens) / KI_PAGE_TOKENS;
+    uint32_t first = ki_first_unwritten(&seq->cache->layout, seq->n_tokens) / KI_PAGE_TOKENS;
     for (uint32_t i = KI_MAX(first, seq->n_gone); i < had; i++) {
-        kivi_status status = own_page(seq, i, err);
+        kivi_status status = ki_seq_own_page(seq, i, err);
         if (status == KIVI_OK) continue;
         release_pages(seq, had);
         return status;
@@ -360,7 +356,7 @@ void kivi_seq_abort(kivi_seq *seq) {
 
 /* ---- forks and steps back ---- */
 
-static void copy_whole_store(const ki_layout *l, const ki_store *to, const ki_store *from) {
+void ki_store_copy_whole(const ki_layout *l, const ki_store *to, const ki_store *from) {
     size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
     if (to->k) memcpy(to->k, from->k, to->k_blocks * block_bytes);
     if (to->v) memcpy(to->v, from->v, to->v_blocks * block_bytes);
@@ -373,9 +369,9 @@ static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *e
         seq->pages[seq->n_pages++] = from->pages[i];
     }
     seq->n_gone = from->n_gone;
-    for (uint32_t i = first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
+    for (uint32_t i = ki_first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
          i < seq->n_pages; i++)
-        KI_TRY(own_page(seq, i, err));
+        KI_TRY(ki_seq_own_page(seq, i, err));
     return KIVI_OK;
 }
 
@@ -390,16 +386,15 @@ kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err)
     seq->run_start = from->run_start;
     seq->k_valid_from = from->k_valid_from;
     seq->v_valid_from = from->v_valid_from;
-    copy_whole_store(&from->cache->layout, &seq->window, &from->window);
-    copy_whole_store(&from->cache->layout, &seq->sinks, &from->sinks);
+    ki_store_copy_whole(&from->cache->layout, &seq->window, &from->window);
+    ki_store_copy_whole(&from->cache->layout, &seq->sinks, &from->sinks);
     kivi_status status = fork_pages(seq, from, err);
     if (status != KIVI_OK) kivi_seq_destroy(&seq);
     *out = seq;
     return status;
 }
 
-/* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */
-static bool can_stand_at(const kivi_seq *seq, uint32_t n) {
+bool ki_seq_can_stand_at(const kivi_seq *seq, uint32_t n) {
     const ki_layout *l = &seq->cache->layout;
     if (ki_seq_live_from(l, n) / KI_PAGE_TOKENS < seq->n_gone) return false;
     uint32_t sinks = KI_MIN(l->kv.sink_tokens, n); /* these are never lost */
@@ -417,9 +412,9 @@ kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         return KI_FAIL(err, ARG, "sequence: back to %u tokens, but there are only %u", n_tokens,
                        seq->n_tokens);
     if (n_tokens == 0) seq->k_valid_from = seq->v_valid_from = 0;
-    else if (!can_stand_at(seq, n_tokens)) {
+    else if (!ki_seq_can_stand_at(seq, n_tokens)) {
         uint32_t earliest = n_tokens;
-        while (!can_stand_at(seq, earliest)) earliest++;
+        while (!ki_seq_can_stand_at(seq, earliest)) earliest++;
         return KI_FAIL(
             err, ARG,
             "sequence: the 16-bit rows or pages for %u tokens are gone, %u is the earliest length "

@@ -71,8 +71,13 @@ static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
                            .max_tokens = o->ctx_tokens};
     co.geometry = geometry_of(&e->model->config, &o->kv);
     KI_TRY(ki_layout_init(&layout, &co.geometry, err));
+    size_t page_bytes = (size_t)layout.n_layers * layout.n_kv_heads * layout.page_bytes;
     uint64_t n_pages =
         (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
+    if (o->kv_bytes) n_pages = KI_MIN(n_pages, o->kv_bytes / page_bytes);
+    if (n_pages == 0)
+        return KI_FAIL(err, ARG, "engine: kv_bytes %llu, expected at least those of a page, %zu",
+                       (unsigned long long)o->kv_bytes, page_bytes);
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
                        o->ctx_tokens);
@@ -84,10 +89,9 @@ static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
 
 static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
     const kivi_engine_options *o = &e->options;
-    uint32_t n_logit_rows = o->all_logits ? o->step_rows : o->max_sessions;
     void *p;
     KI_TRY(make_cache(e, err));
-    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, n_logit_rows,
+    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, o->logit_rows,
                            o->max_sessions, err));
     KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(ki_batch_item), err));
     e->batch = p;
@@ -101,6 +105,8 @@ static void fill_defaults(kivi_engine_options *o, const ki_config *c) {
     if (!o->ctx_tokens) o->ctx_tokens = c->ctx_tokens;
     if (!o->max_sessions) o->max_sessions = 1;
     if (!o->step_rows) o->step_rows = DEFAULT_STEP_ROWS;
+    if (o->all_logits) o->logit_rows = o->step_rows;
+    o->logit_rows = KI_MAX(o->logit_rows, o->max_sessions);
 }
 
 static kivi_status rope_type_of(ki_weight *out, const char *name, kivi_error *err) {

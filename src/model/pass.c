@@ -352,7 +352,7 @@ static void make_logits(ki_pass *p) {
     uint32_t n = 0, stride = padded_vocab(c);
     for (size_t i = 0; i < p->batch->n_items; i++) {
         ki_batch_item *item = &p->batch->items[i];
-        uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
+        uint32_t rows = a->places[i].n_rows, first = item->all_logits || !rows ? 0 : rows - 1;
         item->logits = rows ? a->logits + (size_t)n * stride : NULL;
         for (uint32_t r = first; r < rows; r++, n++) {
             const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
