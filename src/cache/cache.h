@@ -49,6 +49,7 @@ bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages,
 /* ---- pages.c: the pool ---- */
 typedef struct ki_pool {
     ki_mem *mem;
+    const ki_device *device; /* where data is; NULL: here */
     uint8_t *data; /* [n_pages][L][Hk][page_bytes] */
     uint32_t *counts, *free_list;
     uint32_t n_pages, n_free;
@@ -56,14 +57,15 @@ typedef struct ki_pool {
     size_t scale_bytes;
 } ki_pool;
 
-kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages,
-                         kivi_error *err);
+kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_device *device,
+                         const ki_layout *layout, uint32_t n_pages, kivi_error *err);
 void ki_pool_deinit(ki_pool *pool);
 bool ki_pool_take(ki_pool *pool, uint32_t *id); /* count 1, zeroed; false when none is free */
 void ki_pool_pin(ki_pool *pool, uint32_t id);
 void ki_pool_unpin(ki_pool *pool, uint32_t id);
 /* free + referenced = all, counts and free list agree; called after each step in debug builds. */
 bool ki_pool_check(const ki_pool *pool);
+void ki_pool_copy(ki_pool *pool, uint32_t to, uint32_t from); /* the bytes of a page */
 
 /* ---- the cache and its sequences ---- */
 enum { KI_NO_PAGE = -1 }; /* as uint32_t: stands in a block table where a page was given back */
@@ -71,7 +73,8 @@ enum { KI_NO_PAGE = -1 }; /* as uint32_t: stands in a block table where a page w
 typedef struct ki_attn_work ki_attn_work;
 
 struct kivi_cache {
-    ki_mem own_mem, *mem; /* the engine passes its own */
+    ki_mem own_mem, *mem;    /* the engine passes its own */
+    const ki_device *device; /* pages and 16-bit rows are there; NULL: here */
     ki_layout layout;
     ki_pool pool;
     const ki_kernels *kernels;
@@ -106,6 +109,10 @@ typedef struct ki_cache_options {
     ki_mem *mem;         /* NULL: the cache counts for itself */
     ki_workers *workers; /* NULL: made here */
     ki_isa isa;
+    /* Another device holds pages and 16-bit rows, and appends and attends by kernels of its own:
+     * this cache is then the policy alone. NULL: all is done here. */
+    const ki_device *device;
+    void (*adapt)(ki_layout *layout); /* the device's own order of a page's planes; NULL: ours */
     uint32_t max_sequences; /* most sequences in one ki_attend_batch */
     uint32_t max_tokens;    /* longest sequence, for the split states */
 } ki_cache_options;

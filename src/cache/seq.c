@@ -87,33 +87,61 @@ uint32_t ki_v_exact(const kivi_seq *seq, uint32_t pos) {
 
 /* ---- stores ---- */
 
-static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
-                              uint32_t v_blocks, kivi_error *err) {
-    const ki_layout *l = &cache->layout;
-    size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
+/* Bytes of one block of one side, over all layers and heads. */
+static size_t blocks_bytes(const ki_layout *l) {
+    return (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
+}
+
+static kivi_status ring_init(uint16_t **out, const kivi_cache *cache, uint32_t n_blocks,
+                             kivi_error *err) {
+    const ki_device *d = cache->device;
+    size_t block_bytes = blocks_bytes(&cache->layout), n_bytes;
     void *p;
-    *s = (ki_store){.k_blocks = k_blocks, .v_blocks = v_blocks};
-    if (l->kv.k_bits < 16 && k_blocks) {
-        KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_kv_residual, k_blocks, block_bytes, err));
-        s->k = p;
-    }
-    if (l->kv.v_bits < 16 && v_blocks) {
-        KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_kv_residual, v_blocks, block_bytes, err));
-        s->v = p;
-    }
+    if (!ki_mul(&n_bytes, n_blocks, block_bytes))
+        return KI_FAIL(err, NOMEM, "cache: %u blocks of %zu bytes overflow", n_blocks, block_bytes);
+    if (d) KI_TRY(d->alloc(&p, d->context, KI_TAG_kv_residual, n_bytes, err));
+    else KI_TRY(ki_alloc(&p, cache->mem, KI_TAG_kv_residual, n_bytes, err));
+    *out = p;
     return KIVI_OK;
 }
 
-static void store_deinit(ki_store *s, ki_mem *mem) {
-    ki_free(mem, s->k);
-    ki_free(mem, s->v);
+static void ring_free(uint16_t *ring, const kivi_cache *cache) {
+    if (cache->device) cache->device->free(cache->device->context, ring);
+    else ki_free(cache->mem, ring);
+}
+
+static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
+                              uint32_t v_blocks, kivi_error *err) {
+    const ki_layout *l = &cache->layout;
+    *s = (ki_store){.k_blocks = k_blocks, .v_blocks = v_blocks};
+    if (l->kv.k_bits < 16 && k_blocks) KI_TRY(ring_init(&s->k, cache, k_blocks, err));
+    if (l->kv.v_bits < 16 && v_blocks) KI_TRY(ring_init(&s->v, cache, v_blocks, err));
+    return KIVI_OK;
+}
+
+static void store_deinit(ki_store *s, const kivi_cache *cache) {
+    ring_free(s->k, cache);
+    ring_free(s->v, cache);
     *s = (ki_store){0};
 }
 
 /* Copies blocks [first, end) (by position) of every layer and head between two rings of one side.
  */
-static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, const uint16_t *from,
-                        uint32_t from_blocks, uint32_t first, uint32_t end) {
+static void copy_blocks(const kivi_cache *cache, uint16_t *to, uint32_t to_blocks,
+                        const uint16_t *from, uint32_t from_blocks, uint32_t first, uint32_t end) {
+    const ki_layout *l = &cache->layout;
+    if (cache->device) {
+        ki_ring_copy copy = {.to = to,
+                             .from = from,
+                             .to_blocks = to_blocks,
+                             .from_blocks = from_blocks,
+                             .first = first,
+                             .end = end,
+                             .n_slots = (size_t)l->n_layers * l->n_kv_heads,
+                             .block_bytes = (size_t)KI_LANES * l->head_dim * 2};
+        cache->device->copy_ring(cache->device->context, &copy);
+        return;
+    }
     for (uint32_t layer = 0; layer < l->n_layers; layer++)
         for (uint32_t head = 0; head < l->n_kv_heads; head++)
             for (uint32_t b = first; b < end; b++)
@@ -125,13 +153,13 @@ static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, co
 /* The newest rows, as many as both rings hold. */
 static void copy_store(const kivi_seq *seq, const ki_store *to, const ki_store *from,
                        uint32_t n_tokens) {
-    const ki_layout *l = &seq->cache->layout;
+    const kivi_cache *c = seq->cache;
     uint32_t end = (n_tokens + KI_LANES - 1) / KI_LANES, kn = KI_MIN(to->k_blocks, from->k_blocks),
              vn = KI_MIN(to->v_blocks, from->v_blocks);
     if (to->k)
-        copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
+        copy_blocks(c, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
     if (to->v)
-        copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
+        copy_blocks(c, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
 }
 
 /* Positions before this are overwritten once n_tokens rows have gone through a ring of n_blocks. */
@@ -159,11 +187,11 @@ static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line,
     kivi_status status =
         store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
     if (status != KIVI_OK) {
-        store_deinit(&larger, seq->cache->mem);
+        store_deinit(&larger, seq->cache);
         return status;
     }
     copy_store(seq, &larger, s, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache->mem);
+    store_deinit(&seq->large, seq->cache);
     seq->large = larger;
     return KIVI_OK;
 }
@@ -171,7 +199,7 @@ static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line,
 static void drop_large(kivi_seq *seq) {
     if (!seq->large.k && !seq->large.v) return;
     copy_store(seq, &seq->window, &seq->large, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache->mem);
+    store_deinit(&seq->large, seq->cache);
     note_valid(seq, seq->n_tokens);
 }
 
@@ -212,9 +240,9 @@ void kivi_seq_destroy(kivi_seq **out) {
     if (!seq) return;
     ki_mem *mem = seq->cache->mem;
     release_pages(seq, 0);
-    store_deinit(&seq->window, mem);
-    store_deinit(&seq->large, mem);
-    store_deinit(&seq->sinks, mem);
+    store_deinit(&seq->window, seq->cache);
+    store_deinit(&seq->large, seq->cache);
+    store_deinit(&seq->sinks, seq->cache);
     ki_free(mem, seq->pages);
     ki_free(mem, seq);
     *out = NULL;
@@ -258,7 +286,7 @@ static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     if (!ki_pool_take(pool, &fresh))
         return KI_FAIL(err, FULL, "cache: no free page of %u to copy a shared one into",
                        pool->n_pages);
-    memcpy(pool->data + fresh * pool->id_bytes, pool->data + old * pool->id_bytes, pool->id_bytes);
+    ki_pool_copy(pool, fresh, old);
     ki_pool_unpin(pool, old);
     seq->pages[index] = fresh;
     return KIVI_OK;
@@ -360,10 +388,16 @@ void kivi_seq_abort(kivi_seq *seq) {
 
 /* ---- forks and steps back ---- */
 
-static void copy_whole_store(const ki_layout *l, const ki_store *to, const ki_store *from) {
-    size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
-    if (to->k) memcpy(to->k, from->k, to->k_blocks * block_bytes);
-    if (to->v) memcpy(to->v, from->v, to->v_blocks * block_bytes);
+static void copy_ring(const kivi_cache *cache, uint16_t *to, const uint16_t *from,
+                      uint32_t n_blocks) {
+    size_t n_bytes = n_blocks * blocks_bytes(&cache->layout);
+    if (cache->device) cache->device->copy(cache->device->context, to, from, n_bytes);
+    else memcpy(to, from, n_bytes);
+}
+
+static void copy_whole_store(const kivi_cache *cache, const ki_store *to, const ki_store *from) {
+    if (to->k) copy_ring(cache, to->k, from->k, to->k_blocks);
+    if (to->v) copy_ring(cache, to->v, from->v, to->v_blocks);
 }
 
 static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *err) {
@@ -390,8 +424,8 @@ kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err)
     seq->run_start = from->run_start;
     seq->k_valid_from = from->k_valid_from;
     seq->v_valid_from = from->v_valid_from;
-    copy_whole_store(&from->cache->layout, &seq->window, &from->window);
-    copy_whole_store(&from->cache->layout, &seq->sinks, &from->sinks);
+    copy_whole_store(from->cache, &seq->window, &from->window);
+    copy_whole_store(from->cache, &seq->sinks, &from->sinks);
     kivi_status status = fork_pages(seq, from, err);
     if (status != KIVI_OK) kivi_seq_destroy(&seq);
     *out = seq;

@@ -71,6 +71,10 @@ kivi_status ki_arena_create(ki_arena **out, ki_mem *mem, const ki_config *config
     return status;
 }
 
+const float *ki_arena_logits(const ki_arena *a, const ki_config *config, uint32_t row) {
+    return a->logits + row * ki_logits_stride(config);
+}
+
 void ki_arena_destroy(ki_arena **arena) {
     ki_arena *a = *arena;
     if (!a) return;
@@ -353,7 +357,8 @@ static void make_logits(ki_pass *p) {
     for (size_t i = 0; i < p->batch->n_items; i++) {
         ki_batch_item *item = &p->batch->items[i];
         uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
-        item->logits = rows ? a->logits + (size_t)n * stride : NULL;
+        item->logit_row = n;
+        item->best = -1;
         for (uint32_t r = first; r < rows; r++, n++) {
             const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
             memcpy(a->h + (size_t)n * c->n_embd, x, c->n_embd * sizeof(float));
