@@ -20,7 +20,8 @@ CFLAGS_BASE += -DKI_DEBUG=1
 else
 CFLAGS_BASE += -DNDEBUG
 endif
-INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine
+INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model \
+       -Isrc/engine -Isrc/cuda
 PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
@@ -37,7 +38,8 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 LIB_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/*/*.c))
-CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c))
+CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
+            src/cuda/kv_layout.c
 PROG_SRC := $(wildcard programs/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
