@@ -33,8 +33,9 @@ typedef struct ki_layout {
     kivi_kv_options kv;                                           /* resolved */
     size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
+    uint32_t block_tokens; /* of a block of 16-bit rows: 16, on a device what its kernels want */
     uint32_t k_ring_blocks, v_ring_blocks,
-        sink_blocks; /* 16-token blocks of the window, and of the sinks (rounded up) */
+        sink_blocks; /* such blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
@@ -87,6 +88,9 @@ struct kivi_cache {
 
 typedef struct ki_store {
     uint16_t *k, *v; /* [L][Hk][blocks][16 D] f16; NULL where the kind keeps that side in pages */
+    /* On a device both sides are one block of memory, [L][Hk][k_blocks + v_blocks][block], its
+     * own address, and k and v are NULL; a side in pages has 0 blocks. */
+    void *there;
     uint32_t k_blocks, v_blocks; /* ring sizes */
 } ki_store;
 
@@ -117,6 +121,9 @@ typedef struct ki_cache_options {
     uint32_t max_tokens;    /* longest sequence, for the split states */
 } ki_cache_options;
 kivi_status ki_cache_create(kivi_cache **out, const ki_cache_options *options, kivi_error *err);
+
+/* Where the 16-bit rows of a sequence are now: its window, or the larger ring of a prompt. */
+const ki_store *ki_seq_store(const kivi_seq *seq);
 
 /* Lines behind which codes exist after n tokens. */
 uint32_t ki_k_packed(const ki_layout *layout, uint32_t n_tokens);

@@ -42,12 +42,12 @@ unsigned ki_cpu_count(void); /* processors this process may run on, at least 1 *
 
 /* ---- memory of another device ---- */
 
-/* Blocks [first, end) of n_slots rings: block b of slot s stands at (s * n_blocks + b % n_blocks) *
- * block_bytes, with n_blocks to_blocks or from_blocks. */
+/* Blocks [first, end) of n_slots rings: block b of slot s goes from block s * from_stride + from_at
+ * + b % from_blocks to block s * to_stride + to_at + b % to_blocks, of block_bytes each. */
 typedef struct ki_ring_copy {
     void *to;
     const void *from;
-    uint32_t to_blocks, from_blocks, first, end;
+    uint32_t to_blocks, to_stride, to_at, from_blocks, from_stride, from_at, first, end;
     size_t n_slots, block_bytes;
 } ki_ring_copy;
 
