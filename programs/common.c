@@ -97,6 +97,7 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     eo.n_threads = o->threads;
     eo.ctx_tokens = o->ctx;
     eo.device = o->device;
+    eo.compute_type = o->compute;
     eo.gpu_memory_bytes = (uint64_t)o->gpu_memory << 20;
     eo.log = log_line;
     eo.rope_type = o->rope_type;

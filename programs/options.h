@@ -33,7 +33,7 @@ typedef struct options {
     enum command command;
     const char *model;
     const char *target, *type; /* convert: the file to make, and its matrices' */
-    const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *prompt, *file, *tokens, *out, *stats, *device, *compute, *format;
     const char *system, *chat_template, *load;
     const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
     uint32_t k_bits, v_bits, group, residual, sinks;

@@ -22,7 +22,7 @@ ARROWS = {
     'src/engine': {'src/model', 'src/cache', 'src/token', 'src/load', 'src/device', 'src/base', 'include'},
     'src/model': {'src/cache', 'src/kernel', 'src/load', 'src/device', 'src/base'},
     'src/cache': {'src/kernel', 'src/device', 'src/base', 'include'},
-    'src/cuda': {'src/cache', 'src/kernel', 'src/device', 'src/base', 'include'},
+    'src/cuda': {'src/model', 'src/load', 'src/cache', 'src/kernel', 'src/device', 'src/base', 'include'},
     'src/kernel': {'src/device', 'src/base'},
     'src/load': {'src/base'},
     'src/token': {'src/base'},

@@ -75,6 +75,9 @@ typedef struct ki_cuda_layout {
  * 128, 256. */
 kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *geometry, bool plus,
                                 kivi_error *err);
+/* The same for any head size that the cache takes: for plain.h, which has no sizes of its own. */
+kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *geometry, bool plus,
+                               kivi_error *err);
 /* A page in the CPU's order (ki_layout's planes for the same kind) to the device's order and back;
  * host memory. Not for plus kinds. */
 void ki_cuda_page_from_cpu(uint8_t *out, const uint8_t *page, const ki_cuda_layout *layout);

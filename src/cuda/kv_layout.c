@@ -85,6 +85,14 @@ static kivi_status check_plus(const ki_cuda_layout *l, kivi_error *err) {
 
 kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *g, bool plus,
                                 kivi_error *err) {
+    if (!head_dim_is_built(g->head_dim))
+        return KI_FAIL(err, UNSUPPORTED, "cuda: head size %u, expected 64, 80, 96, 128 or 256",
+                       g->head_dim);
+    return ki_cuda_layout_any(out, g, plus, err);
+}
+
+kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g, bool plus,
+                               kivi_error *err) {
     const kivi_kv_options *kv = &g->kv;
     *out = (ki_cuda_layout){.n_layers = g->n_layers,
                             .n_heads = g->n_heads,
@@ -98,9 +106,6 @@ kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *
                             .rule = (uint32_t)kv->rule,
                             .span_tokens = kv->span_tokens,
                             .is_plus = plus};
-    if (!head_dim_is_built(g->head_dim))
-        return KI_FAIL(err, UNSUPPORTED, "cuda: head size %u, expected 64, 80, 96, 128 or 256",
-                       g->head_dim);
     if (g->n_kv_heads == 0 || g->n_heads % g->n_kv_heads)
         return KI_FAIL(err, ARG, "cuda: %u heads over %u KV heads, expected a multiple", g->n_heads,
                        g->n_kv_heads);

@@ -91,9 +91,14 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
     ki_backend_options bo = {.mem = &e->mem,
                              .device = number,
                              .limit_bytes = e->options.gpu_memory_bytes,
+                             .frequencies = ki_rope_frequencies,
                              .log = e->options.log,
                              .log_user = e->options.log_user};
     const char *asked = e->options.device ? e->options.device : "auto";
+    const char *compute = e->options.compute_type;
+    if (compute && strcmp(compute, "f16") && strcmp(compute, "bf16"))
+        return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16 or bf16", compute);
+    bo.bf16 = compute && !strcmp(compute, "bf16");
     char why[200];
     e->library = open_library(why, sizeof why);
     if (!e->library) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);

@@ -167,7 +167,8 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     ki_file_close(&file);
     ki_fpu_leave(fpu);
     e->options.model_path = NULL; /* the caller's string need not outlive this call */
-    e->options.disable = e->options.rope_type = e->options.dummy_type = e->options.device = NULL;
+    e->options.disable = e->options.rope_type = e->options.dummy_type = NULL;
+    e->options.device = e->options.compute_type = NULL;
     if (status != KIVI_OK) kivi_engine_destroy(&e);
     *out = e;
     return status;

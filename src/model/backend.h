@@ -57,6 +57,9 @@ typedef struct ki_backend_options {
     ki_mem *mem;          /* of this process, for the backend's own structures */
     uint32_t device;      /* its number */
     uint64_t limit_bytes; /* most device memory to take; 0: all there is */
+    bool bf16;            /* products of bfloat16 instead of float16 */
+    void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim,
+                        uint32_t length); /* ki_rope_frequencies, which is on this side */
     void (*log)(void *user, const char *line); /* NULL: silent */
     void *log_user;
 } ki_backend_options;

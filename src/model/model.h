@@ -28,6 +28,10 @@ typedef struct ki_rope {
     bool keep_fractions; /* yarn with "truncate": false */
 } ki_rope;
 
+/* Radians a position, [head_dim / 2], for a sequence of `length` tokens (dynamic NTK alone asks).
+ */
+void ki_rope_frequencies(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
+
 typedef struct ki_config {
     char architecture[32];
     const ki_family *family;
@@ -77,14 +81,16 @@ typedef struct ki_model {
     char weight_type[16]; /* the type most bytes have */
 } ki_model;
 
-/* How rows of a matrix get to another device: place makes room for out->n_rows rows of a file type
+/* How rows of a matrix get to another device: group says that the matrices placed next, of
+ * n_elements together, are to stand one behind the other; place makes room for out->n_rows rows of a file type
  * and sets type (what the elements become) and tiles; put hands over n_rows rows from first_row on,
  * in the file's form, one after the other. The bytes may be overwritten when put returns. */
 typedef struct ki_matrix_device {
     void *context;
+    kivi_status (*group)(void *context, size_t n_elements, kivi_error *err);
     kivi_status (*place)(ki_matrix *out, void *context, ki_dtype dtype, kivi_error *err);
     kivi_status (*put)(const ki_matrix *matrix, void *context, ki_dtype dtype, const uint8_t *rows,
-                       uint32_t first_row, uint32_t n_rows, kivi_error *err);
+                       size_t row_bytes, uint32_t first_row, uint32_t n_rows, kivi_error *err);
 } ki_matrix_device;
 
 typedef struct ki_model_options {
@@ -127,8 +133,10 @@ typedef struct ki_batch {
     bool all_logits;
 } ki_batch;
 
-/* Floats between two rows of logits. */
-size_t ki_logits_stride(const ki_config *config);
+/* Floats between two rows of logits: whole tiles of the output matrix. */
+static inline size_t ki_logits_stride(const ki_config *config) {
+    return ((size_t)config->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS;
+}
 /* Logits of a row of the last pass, [V]; lent until the next one. */
 const float *ki_arena_logits(const ki_arena *arena, const ki_config *config, uint32_t row);
 /* One pass. An item whose keys or values are not finite gets NUMERIC and drops out; the others do

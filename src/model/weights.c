@@ -209,6 +209,16 @@ static kivi_status make_sample(loader *l, const pack_call *call, ki_weight type)
     return KIVI_OK;
 }
 
+/* The next matrices of n_rows rows together are read by one product. */
+static kivi_status begin_group(loader *l, uint32_t n_rows, uint32_t n_cols) {
+    const ki_matrix_device *d = l->options->matrix_device;
+    size_t n;
+    if (!l->options->device) return KIVI_OK;
+    if (!ki_mul(&n, n_rows, n_cols))
+        return KI_FAIL(l->err, FORMAT, "%s: a tensor is too large", ki_file_path(l->file));
+    return d->group(d->context, n, l->err);
+}
+
 static kivi_status send_matrix(loader *l, pack_call *call, ki_dtype dtype) {
     const ki_matrix_device *d = l->options->matrix_device;
     ki_matrix *m = call->matrix;
@@ -225,7 +235,7 @@ static kivi_status send_matrix(loader *l, pack_call *call, ki_dtype dtype) {
         stage.n_rows = KI_MIN(at_once, m->n_rows - r);
         ki_workers_run(l->workers, stage_task, &stage,
                        (stage.n_rows + stage.rows_per_task - 1) / stage.rows_per_task);
-        KI_TRY(d->put(m, d->context, dtype, l->staged, r, stage.n_rows, l->err));
+        KI_TRY(d->put(m, d->context, dtype, l->staged, row_bytes, r, stage.n_rows, l->err));
     }
     return KIVI_OK;
 }
@@ -311,6 +321,7 @@ static kivi_status load_qkv(ki_layer *out, loader *l, uint32_t layer) {
     } parts[] = {{&out->q, KI_PART_Q, c->n_heads, group, 0, 0},
                  {&out->k, KI_PART_K, c->n_kv_heads, 1, group, c->n_heads},
                  {&out->v, KI_PART_V, c->n_kv_heads, 1, group + 1, c->n_heads + c->n_kv_heads}};
+    KI_TRY(begin_group(l, n_all * c->head_dim, c->n_embd));
     for (size_t i = 0; i < 3; i++) {
         row_map map = {.head_dim = c->head_dim, .paired = c->paired_rows && i < 2};
         char name[128];
@@ -347,6 +358,7 @@ static kivi_status load_layer(ki_layer *out, loader *l, uint32_t i) {
     KI_TRY(load_qkv(out, l, i));
     if (c->qkv_bias) KI_TRY(load_biases(out, l, i));
     KI_TRY(load_part(&out->o, l, KI_PART_O, i, c->n_embd, c->n_heads * c->head_dim));
+    KI_TRY(begin_group(l, c->no_gate ? c->n_ff : 2 * c->n_ff, c->n_embd));
     if (!c->no_gate) KI_TRY(load_part(&out->gate, l, KI_PART_GATE, i, c->n_ff, c->n_embd));
     KI_TRY(load_part(&out->up, l, KI_PART_UP, i, c->n_ff, c->n_embd));
     return load_part(&out->down, l, KI_PART_DOWN, i, c->n_embd, c->n_ff);
