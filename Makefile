@@ -99,6 +99,28 @@ $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
 
+# ---- CUDA: where nvcc is ----
+# sm_80 and sm_90a are what the kernels are written for (cp.async and mma.sync; bulk copies on sm_90).
+NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+CUDA_ARCHS ?= 80 90a
+CUDA_SRC := $(wildcard src/cuda/*.cu)
+CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
+              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
+$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+	@rm -f $@
+	$(AR) rcs $@ $^
+# Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
+$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+ifneq ($(NVCC),)
+all: $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda
+endif
+
 # A change of compiler or flags rebuilds everything; those of single files are among them.
 FLAGS_LINE = $(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS) | $(KERNEL_OPT) | $(AVX2) | $(AVX512) | $(AVX512VNNI)
 $(BUILD)/flags: FORCE

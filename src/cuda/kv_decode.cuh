@@ -8,6 +8,7 @@
  * order. No atomics: bits repeat. */
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
+#include "kv_rows.cuh"
 #include "kv_tile.cuh"
 
 struct decode_args {
@@ -286,18 +287,6 @@ struct slow_place { /* a block's bytes; NULL where they are not needed */
     const uint8_t *page, *k16, *v16;
 };
 
-/* A row of the ring or of the sinks; side 0 keys, 1 values. */
-KI_DEV const uint8_t *exact_block(const ki_cuda_layout &l, const ki_cuda_seq &s, uint32_t layer,
-                                  uint32_t head, uint32_t block, uint32_t side) {
-    uint64_t slot = (uint64_t)layer * l.n_kv_heads + head, bytes = (uint64_t)l.head_dim * 64;
-    if (block < l.sink_blocks)
-        return (const uint8_t *)s.sinks +
-               (slot * 2 * l.sink_blocks + side * l.sink_blocks + block) * bytes;
-    uint32_t k = l.k_bits < 16 ? s.k_blocks : 0, v = l.v_bits < 16 ? s.v_blocks : 0;
-    uint32_t in_ring = side ? k + block % s.v_blocks : block % s.k_blocks;
-    return (const uint8_t *)s.ring + (slot * (k + v) + in_ring) * bytes;
-}
-
 /* Keys: token by token from codes or from 16 bit. Invisible ones get -inf. */
 template <class S>
 KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan_item &item,
@@ -405,32 +394,6 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
 }
 
 /* ---- merging ---- */
-
-KI_DEV void store_out(void *out, ki_cuda_type type, uint64_t at, float x) {
-    if (type == KI_CUDA_F32) ((float *)out)[at] = x;
-    else if (type == KI_CUDA_F16)
-        ((__half *)out)[at] = __float2half(fminf(fmaxf(x, -65504.0f), 65504.0f));
-    else ((__nv_bfloat16 *)out)[at] = __float2bfloat16(x);
-}
-
-/* Turns a row [D] in shared memory back (plus kinds): by blocks of `block` channels. All threads of
- * the block call it. */
-KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
-    uint32_t block = head_dim & (0u - head_dim);
-    for (uint32_t h = 1; h < block; h *= 2) {
-        __syncthreads();
-        for (uint32_t k = thread; k < head_dim / 2; k += n_threads) {
-            uint32_t i = k / h * 2 * h + k % h;
-            float x = row[i], y = row[i + h];
-            row[i] = x + y;
-            row[i + h] = x - y;
-        }
-    }
-    __syncthreads();
-    float f = rsqrtf((float)block);
-    for (uint32_t i = thread; i < head_dim; i += n_threads) row[i] *= f;
-    __syncthreads();
-}
 
 /* This warp's state to shared memory: [heads][2 + D] of it. */
 template <class S>

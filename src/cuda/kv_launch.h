@@ -29,6 +29,8 @@ static cudaError_t ki_launch(void (*kernel)(P...), uint32_t n_blocks, uint32_t n
 }
 
 kivi_status ki_cuda_decode_prepare(kivi_error *err);
+kivi_status ki_cuda_append_prepare(kivi_error *err);
+kivi_status ki_cuda_prompt_prepare(kivi_error *err);
 
 #endif
 #endif
