@@ -49,13 +49,17 @@
  * on the sequence's length, the rule and split_tokens alone, not on its neighbours: bits repeat. */
 #ifndef KI_KV_CUDA_H
 #define KI_KV_CUDA_H
-#include "base.h"
-#include "kivi_cache.h"
 #include "kv_order.h"
 
+#include <stdarg.h>
+#include <string.h>
+
 #ifdef __cplusplus
-extern "C" {
+extern "C" { /* the project's own headers are C: their functions too */
 #endif
+#include "base.h"
+#include "kivi_cache.h"
+#include "quant.h"
 
 /* ---- layout (host, kv_layout.c) ---- */
 

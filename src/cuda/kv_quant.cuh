@@ -6,7 +6,6 @@
 #ifndef KI_KV_QUANT_CUH
 #define KI_KV_QUANT_CUH
 #include "kv_rows.cuh"
-#include "quant.h"
 
 KI_DEV float f16_value(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 KI_DEV uint16_t f16_near(float x) { return __half_as_ushort(__float2half_rn(x)); }

@@ -10,7 +10,6 @@
 #define KI_KV_TILE_CUH
 #include "kv_mma.cuh"
 #include "kv_plan.h"
-#include "quant.h"
 
 constexpr float CODE_UNIT = 16777216.0f; /* 2^24 */
 KI_DEV float row_unit(uint32_t bits) { return bits == 16 ? 1.0f : CODE_UNIT; }

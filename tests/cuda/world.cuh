@@ -1,7 +1,6 @@
 /* world.cuh: a cache on the device with several sequences, fed step by step, for check-cuda. */
 #ifndef KI_CUDA_WORLD_CUH
 #define KI_CUDA_WORLD_CUH
-#include "cache.h"
 #include "kv_cuda.h"
 #include "kv_plan.h"
 
@@ -10,6 +9,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <vector>
+
+extern "C" {
+#include "cache.h"
+}
 
 void check_fail(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
