@@ -121,8 +121,14 @@ $(CUDA_C_OBJ): PKG_CFLAGS += -isystem $(CUDA_HOME)/include
 $(BUILD)/libkivi-cuda.so: $(CUDA_C_OBJ) $(CUDA_OBJ) $(BUILD)/libkivi.a
 	$(CC) -shared -Wl,--no-undefined -Wl,--exclude-libs,ALL $(LDFLAGS) $^ -o $@ -L$(CUDA_HOME)/lib64 \
 	    -lcudart_static -lcublasLt -lstdc++ -lm -ldl -lrt -pthread
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+	@rm -f $@
+	$(AR) rcs $@ $^
+# Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
+$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 ifneq ($(NVCC),)
-all: $(BUILD)/libkivi-cuda.so
+all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda
 endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.

@@ -69,6 +69,29 @@ static const ki_cuda_kernels plain = {.name = "plain",
                                       .attend = ki_plain_attend,
                                       .prompt_attend = ki_plain_attend};
 
+static const ki_cuda_kernels fused = {.name = "fused",
+                                      .append = ki_cuda_append,
+                                      .prompt_append = ki_cuda_prompt_append,
+                                      .prompt_window = ki_cuda_prompt_window,
+                                      .plan = ki_cuda_decode_plan,
+                                      .attend = ki_cuda_decode_attend,
+                                      .prompt_attend = ki_cuda_prompt_attend};
+
+/* The fused kernels wherever they are built for the head size, unless they are left out. */
+static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
+    kivi_cache_geometry g = {.n_layers = l->n_layers,
+                             .n_heads = l->n_heads,
+                             .n_kv_heads = l->n_kv_heads,
+                             .head_dim = l->head_dim,
+                             .kv = l->kv};
+    ki_cuda_layout own;
+    b->kernels = &plain;
+    if (b->no_fused || ki_cuda_layout_init(&own, &g, false, NULL) != KIVI_OK) return KIVI_OK;
+    KI_TRY(ki_cuda_kernels_init(err));
+    b->kernels = &fused;
+    return KIVI_OK;
+}
+
 static kivi_status start(ki_backend *backend, const ki_model *model, kivi_cache *cache,
                          const ki_backend_sizes *sizes, kivi_error *err) {
     ki_cuda_backend *b = of(backend);
@@ -80,7 +103,13 @@ static kivi_status start(ki_backend *backend, const ki_model *model, kivi_cache 
     b->cache = cache;
     b->sizes = *sizes;
     KI_TRY(layout_of(&b->layout, &cache->layout, err));
-    b->kernels = &plain;
+    KI_TRY(choose_kernels(b, &cache->layout, err));
+    if (b->log) {
+        char line[160];
+        snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s",
+                 b->kernels->name, b->layout.head_dim, b->bf16 ? "bfloat16" : "float16");
+        b->log(b->log_user, line);
+    }
     return ki_cuda_start(b, err);
 }
 
@@ -160,7 +189,10 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .frequencies = o->frequencies,
                            .number = (int)o->device,
                            .n_sms = (uint32_t)found.multiProcessorCount,
-                           .bf16 = o->bf16};
+                           .bf16 = o->bf16,
+                           .no_fused = o->no_fused,
+                           .log = o->log,
+                           .log_user = o->log_user};
     b->base = (ki_backend){.api = &api,
                            .device = &b->memory.device,
                            .matrix_device = &b->weights.device,

@@ -107,7 +107,9 @@ typedef struct ki_cuda_backend {
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
     uint32_t n_sms;
-    bool bf16, ready; /* ready: start has been done */
+    bool bf16, no_fused; /* no_fused: plain.h serves all head sizes */
+    void (*log)(void *user, const char *line);
+    void *log_user;
     /* between start and stop */
     const ki_model *model;
     kivi_cache *cache;

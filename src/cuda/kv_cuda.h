@@ -39,18 +39,27 @@
  * steps needs a ring that holds it from its start: the caller points `ring` to a larger one for
  * that time and moves the newest rows back with ki_cuda_ring_copy.
  *
+ * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers only.
+ * A call with pdl may start to read pages, tables and the plan while the kernel before it in the stream
+ * ends: that kernel must be one that waits for its own predecessor (all of these do, and any kernel
+ * launched without pdl), and not ki_cuda_decode_plan.
+ *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends
  * on the sequence's length, the rule and split_tokens alone, not on its neighbours: bits repeat. */
 #ifndef KI_KV_CUDA_H
 #define KI_KV_CUDA_H
-#include "base.h"
-#include "kivi_cache.h"
 #include "kv_order.h"
 
+#include <stdarg.h>
+#include <string.h>
+
 #ifdef __cplusplus
-extern "C" {
+extern "C" { /* the project's own headers are C: their functions too */
 #endif
+#include "base.h"
+#include "kivi_cache.h"
+#include "quant.h"
 
 /* ---- layout (host, kv_layout.c) ---- */
 

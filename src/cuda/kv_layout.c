@@ -128,7 +128,7 @@ uint64_t ki_cuda_workspace_bytes(const ki_cuda_layout *l, uint32_t n_seqs, uint3
                                  uint32_t split_tokens) {
     uint32_t max_splits = ki_plan_max_splits(max_tokens, split_tokens);
     uint64_t states = max_splits == 1 ? 0 : (uint64_t)n_seqs * max_splits * l->n_heads;
-    return ki_plan_states_at(n_seqs, max_splits) + states * (l->head_dim + 2) * 4;
+    return ki_plan_states_at(n_seqs, max_splits) + 256 + states * (l->head_dim + 2) * 4;
 }
 
 /* About four blocks of a multiprocessor at once, all of them busy to the end: as many splits as

@@ -66,6 +66,23 @@ KI_BOTH ki_order_place ki_order_tile(uint32_t j, uint32_t i, uint32_t row, uint3
     ki_order_place p = {ki_order_word_at(w, ki_order_words(n_steps, bits), lane), bit};
     return p;
 }
+
+/* The way back: which element of its block stands at bit e * B of word w of a lane. */
+typedef struct ki_order_element {
+    uint32_t j, i, row, col;
+} ki_order_element;
+
+KI_BOTH ki_order_element ki_order_at(uint32_t w, uint32_t e, uint32_t lane, uint32_t bits) {
+    uint32_t bit = e * bits, h = bit / 16, low = bit % 16, j, i, row8, col8;
+    if (bits == 2) j = w, i = low / 8, col8 = low / 2 % 2, row8 = low / 4 % 2;
+    else if (bits == 4) j = w / 2, i = w % 2, col8 = low / 8, row8 = low / 4 % 2;
+    else if (bits == 8) j = w / 4, i = w / 2 % 2, col8 = w % 2, row8 = low / 8;
+    else if (bits == 16) j = w / 8, i = w / 4 % 2, row8 = w % 2, col8 = w / 2 % 2;
+    else j = 2 * w + low / 8, row8 = low / 4 % 2, i = low / 2 % 2, col8 = low % 2;
+    ki_order_element p = {j, i, lane / 4 + 8 * row8, lane % 4 * 2 + h + 8 * col8};
+    return p;
+}
+
 /* token 0..31 of the block. n_steps: D / 16, or that of the wide plane with the number of the wide
  * channel for `channel`. */
 KI_BOTH ki_order_place ki_order_key(uint32_t token, uint32_t channel, uint32_t n_steps,

@@ -116,7 +116,7 @@ typedef struct ki_plan_slot {
 
 KI_BOTH uint32_t ki_plan_max_splits(uint32_t max_tokens, uint32_t split_tokens) {
     uint32_t n = (max_tokens + split_tokens - 1) / split_tokens;
-    return n < 1 ? 1 : n > KI_MAX_SPLITS ? KI_MAX_SPLITS : n;
+    return n < 1 ? 1 : n > KI_MAX_SPLITS ? (uint32_t)KI_MAX_SPLITS : n;
 }
 KI_BOTH uint64_t ki_plan_items_at(uint32_t n_seqs) {
     return (256 + (uint64_t)n_seqs * sizeof(ki_plan_slot) + 255) / 256 * 256;

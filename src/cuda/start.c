@@ -180,7 +180,6 @@ kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
     int i = 0;
     for (uint32_t n = 1; n <= last && i < KI_MAX_BUCKETS; n *= 2, i++)
         KI_TRY(capture(b, n, i, err));
-    b->ready = true;
     return ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "start", err);
 }
 

@@ -98,6 +98,7 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
     const char *compute = e->options.compute_type;
     if (compute && strcmp(compute, "f16") && strcmp(compute, "bf16"))
         return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16 or bf16", compute);
+    bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
     bo.bf16 = compute && !strcmp(compute, "bf16");
     char why[200];
     e->library = open_library(why, sizeof why);
