@@ -67,7 +67,7 @@ $(BUILD)/src/kernel/isa_neon.o: ISA := $(KERNEL_OPT)
 $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 $(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
 
-.PHONY: all run test lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
+.PHONY: all run test test-gpu lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -139,6 +139,7 @@ $(BUILD)/flags: FORCE
 
 run: ; @tools/run.sh
 test: ; @tools/test.sh
+test-gpu: ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
 
@@ -172,6 +173,7 @@ clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'
 	@echo 'make test     everything; one closing line'
+	@echo 'make test-gpu what needs an NVIDIA GPU; one closing line'
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
 

@@ -137,7 +137,7 @@ typedef struct kivi_engine_options {
     const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
     const char *disable; /* instruction sets not to use ("avx512,avx2"); NULL: none */
     const char *device; /* "cpu", "cuda", "cuda:N"; "auto" and NULL: CUDA where there is one */
-    const char *compute_type; /* of matrix products on a CUDA device: "f16" and NULL, or "bf16" */
+    const char *compute_type; /* of products on a CUDA device: "f16" and NULL, "bf16" or "f32" */
     uint64_t gpu_memory_bytes; /* most memory to take of a CUDA device; 0: all there is */
     uint64_t fail_after; /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */

@@ -105,7 +105,7 @@ static const option table[] = {
     {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV",
      "auto, cpu, cuda or cuda:N (auto: CUDA where there is one)", 0, 0},
     {"compute", "", TEXT, CMD_ALL, AT(compute), 0, "TYPE",
-     "of products on a CUDA device: f16 or bf16 (f16)", 0, 0},
+     "of products on a CUDA device: f16, bf16 or f32 (f16)", 0, 0},
     {"gpu-memory", "", UINT, CMD_ALL, AT(gpu_memory), 0, "MIB",
      "most memory to take of a CUDA device (all)", 1, 1e8},
 };

@@ -38,7 +38,8 @@ typedef struct options {
     const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
-    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, gpu_memory, repeats, top_k, repeat_tokens;
+    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, gpu_memory, repeats, top_k;
+    uint32_t repeat_tokens;
     bool n_prompt_given, n_predict_given;
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed, dummy_seed;

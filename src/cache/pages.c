@@ -64,7 +64,8 @@ bool ki_pool_take(ki_pool *pool, uint32_t *id) {
 
 void ki_pool_copy(ki_pool *pool, uint32_t to, uint32_t from) {
     const ki_device *d = pool->device;
-    uint8_t *target = pool->data + to * pool->id_bytes, *source = pool->data + from * pool->id_bytes;
+    uint8_t *target = pool->data + to * pool->id_bytes;
+    const uint8_t *source = pool->data + from * pool->id_bytes;
     if (d) d->copy(d->context, target, source, pool->id_bytes);
     else memcpy(target, source, pool->id_bytes);
 }

@@ -105,9 +105,10 @@ static kivi_status start(ki_backend *backend, const ki_model *model, kivi_cache 
     KI_TRY(layout_of(&b->layout, &cache->layout, err));
     KI_TRY(choose_kernels(b, &cache->layout, err));
     if (b->log) {
+        static const char *const types[] = {"float32", "float16", "bfloat16"};
         char line[160];
         snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s",
-                 b->kernels->name, b->layout.head_dim, b->bf16 ? "bfloat16" : "float16");
+                 b->kernels->name, b->layout.head_dim, types[b->type]);
         b->log(b->log_user, line);
     }
     return ki_cuda_start(b, err);
@@ -174,7 +175,7 @@ static kivi_status init(ki_cuda_backend *b, const ki_backend_options *o, kivi_er
     KI_TRY(ki_cuda_memory_init(&b->memory, b->number, o->mem, o->limit_bytes, err));
     KI_TRY(ki_cuda_check(cudaMemGetInfo(&n_free, &n_all), "device memory", err));
     b->base.free_bytes = n_free;
-    ki_cuda_weights_init(&b->weights, &b->memory, b->bf16);
+    ki_cuda_weights_init(&b->weights, &b->memory, b->type);
     return KIVI_OK;
 }
 
@@ -189,7 +190,7 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .frequencies = o->frequencies,
                            .number = (int)o->device,
                            .n_sms = (uint32_t)found.multiProcessorCount,
-                           .bf16 = o->bf16,
+                           .type = (ki_cuda_type)o->compute, /* both begin F32, F16, BF16 */
                            .no_fused = o->no_fused,
                            .log = o->log,
                            .log_user = o->log_user};

@@ -50,14 +50,15 @@ void ki_cuda_memory_deinit(ki_cuda_memory *m);
 typedef struct ki_cuda_weights {
     ki_matrix_device device; /* its context is this */
     ki_cuda_memory *memory;
-    bool bf16;
+    ki_cuda_type type;
     uint8_t *group; /* what is left of the group's block */
     size_t group_bytes;
     uint8_t *staged; /* rows in the file's form; given back when loading ends */
     size_t staged_bytes;
 } ki_cuda_weights;
 
-void ki_cuda_weights_init(ki_cuda_weights *w, ki_cuda_memory *memory, bool bf16);
+void ki_cuda_weights_init(ki_cuda_weights *w, ki_cuda_memory *memory, ki_cuda_type type);
+size_t ki_cuda_element_bytes(ki_cuda_type type);
 void ki_cuda_weights_done(ki_cuda_weights *w);
 
 /* ---- pass.c: the buffers of a step and what is done in them ---- */
@@ -89,7 +90,7 @@ typedef struct ki_cuda_result {
 
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
     float *x, *qkv, *mlp, *delta, *logits, *rope;
-    void *h, *attn, *act, *last;       /* 16 bit, bf16 or f16 */
+    void *h, *attn, *act, *last;       /* of the backend's type */
     uint16_t *q16, *k_rows, *v_rows;   /* f16 */
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
 } ki_cuda_buffers;
@@ -107,7 +108,8 @@ typedef struct ki_cuda_backend {
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
     uint32_t n_sms;
-    bool bf16, no_fused; /* no_fused: plain.h serves all head sizes */
+    ki_cuda_type type; /* of weights, and of the rows that products read */
+    bool no_fused;     /* plain.h serves all head sizes */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */

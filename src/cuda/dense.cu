@@ -1,5 +1,5 @@
-/* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made per
- * thread in column order, then by one fixed tree, so bits repeat and do not depend on neighbours. */
+/* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
+ * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "dense_cuda.h"
 
 #include <cuda_bf16.h>
@@ -7,14 +7,16 @@
 
 enum { ROW_THREADS = 256, WARPS = ROW_THREADS / 32 };
 
-static __device__ __forceinline__ void store16(void *out, size_t i, float v, bool bf16) {
-    if (bf16) ((__nv_bfloat16 *)out)[i] = __float2bfloat16_rn(v);
-    else ((__half *)out)[i] = __float2half_rn(v);
+static __device__ __forceinline__ void store(void *out, size_t i, float v, ki_cuda_type type) {
+    if (type == KI_CUDA_F16) ((__half *)out)[i] = __float2half_rn(v);
+    else if (type == KI_CUDA_BF16) ((__nv_bfloat16 *)out)[i] = __float2bfloat16_rn(v);
+    else ((float *)out)[i] = v;
 }
 
-static __device__ __forceinline__ float load16(const void *in, size_t i, bool bf16) {
-    return bf16 ? __bfloat162float(((const __nv_bfloat16 *)in)[i])
-                : __half2float(((const __half *)in)[i]);
+static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
+    if (type == KI_CUDA_F16) return __half2float(((const __half *)in)[i]);
+    if (type == KI_CUDA_BF16) return __bfloat162float(((const __nv_bfloat16 *)in)[i]);
+    return ((const float *)in)[i];
 }
 
 static __device__ __forceinline__ float warp_sum(float v) {
@@ -37,15 +39,15 @@ static __device__ float block_sum(float v) {
 /* ---- into the pass ---- */
 
 static __global__ void embed(float *x, const void *embedding, const int32_t *tokens, uint32_t n,
-                             float scale, bool bf16) {
+                             float scale, ki_cuda_type type) {
     size_t from = (size_t)tokens[blockIdx.x] * n, to = (size_t)blockIdx.x * n;
     for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
-        x[to + i] = load16(embedding, from + i, bf16) * scale;
+        x[to + i] = load(embedding, from + i, type) * scale;
 }
 
 extern "C" void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens,
-                              uint32_t n_rows, uint32_t n, float scale, bool bf16, void *stream) {
-    embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, bf16);
+                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type, void *stream) {
+    embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, type);
 }
 
 /* The angle in float32, as the models were trained; its sine and cosine in float64, as the CPU. */
@@ -96,16 +98,16 @@ static __device__ __forceinline__ float normed(const float *x, uint32_t i, momen
 }
 
 static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uint32_t n,
-                                 bool bf16) {
+                                 ki_cuda_type type) {
     size_t at = (size_t)blockIdx.x * n;
     moments m = row_moments(x + at, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        store16(h, at + i, normed(x + at, i, m, norm), bf16);
+        store(h, at + i, normed(x + at, i, m, norm), type);
 }
 
 extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
-                                  uint32_t n_rows, uint32_t n, bool bf16, void *stream) {
-    norm_rows<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(h, x, *norm, n, bf16);
+                                  uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+    norm_rows<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(h, x, *norm, n, type);
 }
 
 static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm, uint32_t n) {
@@ -154,7 +156,7 @@ static __device__ __forceinline__ float gelu_tanh(float x) {
 }
 
 static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
-                                bool bf16) {
+                                ki_cuda_type type) {
     size_t row = blockIdx.x;
     uint32_t i = blockIdx.y * ROW_THREADS + threadIdx.x;
     if (i >= n) return;
@@ -166,19 +168,19 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
         float gate = in[row * 2 * n + i], up = in[row * 2 * n + n + i];
         v = (act == KI_CUDA_SILU_MUL ? gate / (1.0f + expf(-gate)) : gelu_tanh(gate)) * up;
     }
-    store16(out, row * n + i, v, bf16);
+    store(out, row * n + i, v, type);
 }
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
-                                 uint32_t n, bool bf16, void *stream) {
+                                 uint32_t n, ki_cuda_type type, void *stream) {
     dim3 grid(n_rows, (n + ROW_THREADS - 1) / ROW_THREADS);
-    activate<<<grid, ROW_THREADS, 0, (cudaStream_t)stream>>>(out, in, act, n, bf16);
+    activate<<<grid, ROW_THREADS, 0, (cudaStream_t)stream>>>(out, in, act, n, type);
 }
 
 /* ---- out of the pass ---- */
 
 static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
-                                   ki_cuda_norm norm, uint32_t n, bool bf16) {
+                                   ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
     const float *from = x + (size_t)rows[blockIdx.x] * n;
     size_t to = (size_t)blockIdx.x * n;
     float bad = 0;
@@ -188,14 +190,14 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
     if (threadIdx.x == 0) finite[blockIdx.x] = bad == 0;
     moments m = row_moments(from, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        store16(h, to + i, normed(from, i, m, norm), bf16);
+        store(h, to + i, normed(from, i, m, norm), type);
 }
 
 extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
                                     const uint32_t *rows, const ki_cuda_norm *norm,
-                                    uint32_t n_rows, uint32_t n, bool bf16, void *stream) {
+                                    uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
     gather_norm<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(h, finite, x, rows, *norm, n,
-                                                                  bf16);
+                                                                  type);
 }
 
 /* The better of two candidates: the larger, of equals the lower. id -1: none yet. */

@@ -1,5 +1,5 @@
-/* dequant.cu: GGUF blocks become 16-bit elements, a kernel for each type. Columns as the formats
- * number them; src/kernel/blocks.c draws the bytes. */
+/* dequant.cu: GGUF blocks become elements of the type that products read, a kernel for each type of
+ * block. Columns as the formats number them; src/kernel/blocks.c draws the bytes. */
 #include "dense_cuda.h"
 
 #include <cuda_bf16.h>
@@ -135,40 +135,43 @@ struct block_bf16 {
     }
 };
 
-template <typename B, bool BF16>
-static __global__ void dequantize(uint16_t *out, const uint8_t *blocks, size_t n) {
+static __device__ __forceinline__ void store(float *out, float v) { *out = v; }
+static __device__ __forceinline__ void store(__half *out, float v) { *out = __float2half_rn(v); }
+static __device__ __forceinline__ void store(__nv_bfloat16 *out, float v) {
+    *out = __float2bfloat16_rn(v);
+}
+
+template <typename B, typename T>
+static __global__ void dequantize(T *out, const uint8_t *blocks, size_t n) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float v = B::at(blocks + i / B::COLS * B::BYTES, (int)(i % B::COLS));
-    if (BF16) out[i] = __bfloat16_as_ushort(__float2bfloat16_rn(v));
-    else out[i] = __half_as_ushort(__float2half_rn(v));
+    if (i < n) store(&out[i], B::at(blocks + i / B::COLS * B::BYTES, (int)(i % B::COLS)));
 }
 
 template <typename B>
-static void launch(void *out, const uint8_t *blocks, size_t n, bool bf16, cudaStream_t stream) {
+static void launch(void *out, const uint8_t *blocks, size_t n, ki_cuda_type type, cudaStream_t s) {
     unsigned grid = (unsigned)((n + 255) / 256);
-    uint16_t *o = (uint16_t *)out;
-    if (bf16) dequantize<B, true><<<grid, 256, 0, stream>>>(o, blocks, n);
-    else dequantize<B, false><<<grid, 256, 0, stream>>>(o, blocks, n);
+    if (type == KI_CUDA_F16) dequantize<B><<<grid, 256, 0, s>>>((__half *)out, blocks, n);
+    else if (type == KI_CUDA_F32) dequantize<B><<<grid, 256, 0, s>>>((float *)out, blocks, n);
+    else dequantize<B><<<grid, 256, 0, s>>>((__nv_bfloat16 *)out, blocks, n);
 }
 
 extern "C" void ki_cuda_dequantize(void *out, const uint8_t *blocks, ki_dtype dtype, size_t n,
-                                   bool bf16, void *stream) {
+                                   ki_cuda_type type, void *stream) {
     cudaStream_t s = (cudaStream_t)stream;
     switch (dtype) {
-    case KI_F32: launch<block_f32>(out, blocks, n, bf16, s); break;
-    case KI_F16: launch<block_f16>(out, blocks, n, bf16, s); break;
-    case KI_BF16: launch<block_bf16>(out, blocks, n, bf16, s); break;
-    case KI_Q4_0: launch<block_q4_0>(out, blocks, n, bf16, s); break;
-    case KI_Q4_1: launch<block_q4_1>(out, blocks, n, bf16, s); break;
-    case KI_Q5_0: launch<block_q5_0>(out, blocks, n, bf16, s); break;
-    case KI_Q5_1: launch<block_q5_1>(out, blocks, n, bf16, s); break;
-    case KI_Q8_0: launch<block_q8_0>(out, blocks, n, bf16, s); break;
-    case KI_Q2_K: launch<block_q2_k>(out, blocks, n, bf16, s); break;
-    case KI_Q3_K: launch<block_q3_k>(out, blocks, n, bf16, s); break;
-    case KI_Q4_K: launch<block_q4_k>(out, blocks, n, bf16, s); break;
-    case KI_Q5_K: launch<block_q5_k>(out, blocks, n, bf16, s); break;
-    case KI_Q6_K: launch<block_q6_k>(out, blocks, n, bf16, s); break;
+    case KI_F32: launch<block_f32>(out, blocks, n, type, s); break;
+    case KI_F16: launch<block_f16>(out, blocks, n, type, s); break;
+    case KI_BF16: launch<block_bf16>(out, blocks, n, type, s); break;
+    case KI_Q4_0: launch<block_q4_0>(out, blocks, n, type, s); break;
+    case KI_Q4_1: launch<block_q4_1>(out, blocks, n, type, s); break;
+    case KI_Q5_0: launch<block_q5_0>(out, blocks, n, type, s); break;
+    case KI_Q5_1: launch<block_q5_1>(out, blocks, n, type, s); break;
+    case KI_Q8_0: launch<block_q8_0>(out, blocks, n, type, s); break;
+    case KI_Q2_K: launch<block_q2_k>(out, blocks, n, type, s); break;
+    case KI_Q3_K: launch<block_q3_k>(out, blocks, n, type, s); break;
+    case KI_Q4_K: launch<block_q4_k>(out, blocks, n, type, s); break;
+    case KI_Q5_K: launch<block_q5_k>(out, blocks, n, type, s); break;
+    case KI_Q6_K: launch<block_q6_k>(out, blocks, n, type, s); break;
     case KI_DTYPE_COUNT: break;
     }
 }

@@ -35,13 +35,14 @@ uint32_t ki_gemm_rows(uint32_t m) {
     return rows;
 }
 
-kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, bool bf16,
+kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, ki_gemm_type type,
                            kivi_error *err) {
+    static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF};
     void *p;
     *out = NULL;
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(ki_gemm), err));
     ki_gemm *g = p;
-    *g = (ki_gemm){.mem = mem, .workspace = workspace, .type = bf16 ? CUDA_R_16BF : CUDA_R_16F};
+    *g = (ki_gemm){.mem = mem, .workspace = workspace, .type = types[type]};
     ki_buf_init(&g->plans, mem, MAX_PLANS * sizeof(plan));
     cublasOperation_t turned = CUBLAS_OP_T;
     kivi_status status = check(cublasLtCreate(&g->handle), "cublasLtCreate", err);

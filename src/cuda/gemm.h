@@ -1,4 +1,4 @@
-/* gemm.h: products of 16-bit rows with 16-bit weights, by cuBLASLt, sums and results in float32.
+/* gemm.h: products of rows with weights of one type, by cuBLASLt, sums and results in float32.
  *
  * out[m][n] = sum over k of x[m][k] weight[n][k] (+ out[m][n]). Which of cuBLASLt's kernels makes a
  * product is chosen once, at prepare, for the number of rows rounded up (ki_gemm_rows); rows that
@@ -10,6 +10,9 @@
 
 typedef struct ki_gemm ki_gemm;
 
+/* Of weights and rows; in the order of ki_cuda_type. F32 is for comparisons: no tensor cores. */
+typedef enum ki_gemm_type { KI_GEMM_F32, KI_GEMM_F16, KI_GEMM_BF16 } ki_gemm_type;
+
 typedef struct ki_gemm_shape {
     uint32_t n, k;     /* outputs and inputs */
     size_t out_stride; /* floats between rows of out */
@@ -20,7 +23,8 @@ enum { KI_GEMM_WORKSPACE_BYTES = 32 << 20 }; /* what NVIDIA recommends for Hoppe
 /* The rows a product of m rows is computed with: what buffers must have room for. */
 uint32_t ki_gemm_rows(uint32_t m);
 
-kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, bool bf16, kivi_error *err);
+kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, ki_gemm_type type,
+                           kivi_error *err);
 void ki_gemm_destroy(ki_gemm **gemm);
 /* Chooses kernels for this shape and all numbers of rows up to max_rows. */
 kivi_status ki_gemm_prepare(ki_gemm *gemm, const ki_gemm_shape *shape, uint32_t max_rows,

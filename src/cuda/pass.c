@@ -37,7 +37,7 @@ static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
                              .q = b->buffers.q16,
                              .out = b->buffers.attn,
                              .out_stride = config->n_heads * config->head_dim,
-                             .out_type = b->bf16 ? KI_CUDA_BF16 : KI_CUDA_F16,
+                             .out_type = b->type,
                              .n_rows = c->shape->n_rows,
                              .max_rows = c->shape->max_rows,
                              .split_tokens = c->shape->split_tokens,
@@ -92,10 +92,14 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
 
 /* ---- layers ---- */
 
+static uint32_t qkv_dim(const ki_config *c) {
+    return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
+}
+
 static void norm(const layer_call *c, const ki_cuda_norm *n) {
     const ki_cuda_backend *b = c->b;
     ki_cuda_norm_rows(b->buffers.h, b->buffers.x, n, c->shape->n_rows, b->model->config.n_embd,
-                      b->bf16, b->memory.stream);
+                      b->type, b->memory.stream);
 }
 
 /* x += rows weight, normalized first where the family does that. */
@@ -114,7 +118,7 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
     norm(c, &c->norms->attn);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
     KI_TRY(attention(c, err));
@@ -122,7 +126,7 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     norm(c, &c->norms->ffn);
     KI_TRY(product(b, r->mlp, &y->gate, 2 * config->n_ff, r->h, m, false, err));
     ki_cuda_activate(r->act, r->mlp, config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL, m,
-                     config->n_ff, b->bf16, b->memory.stream);
+                     config->n_ff, b->type, b->memory.stream);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -132,14 +136,14 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
     norm(c, &c->norms->attn);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
     if (!config->one_norm) norm(c, &c->norms->ffn);
     KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->bf16, b->memory.stream);
+    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -182,7 +186,7 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
     ki_gemm_shape shape = {.n = c->n_vocab, .k = c->n_embd, .out_stride = ki_logits_stride(c)};
     ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
                         at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
-                        b->bf16, stream);
+                        b->type, stream);
     KI_TRY(ki_gemm_run(b->gemm, r->logits, b->model->output.tiles, r->last, &shape, s->n_logits,
                        false, stream, err));
     ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), r->logits, s->n_logits,
@@ -198,7 +202,7 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
     KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
                          "results", err));
     ki_cuda_embed(b->buffers.x, b->model->embedding.tiles, at(b, b->upload_at.tokens), s->n_rows,
-                  c->n_embd, c->embed_scale, b->bf16, stream);
+                  c->n_embd, c->embed_scale, b->type, stream);
     make_ropes(b, s);
     KI_TRY(make_plans(&call, err));
     for (call.index = 0; call.index < c->n_layers; call.index++) {

@@ -83,7 +83,8 @@ static __device__ float coded_value(const place &p, uint32_t pos, uint32_t c, bo
     const ki_cuda_layout &l = p.cache->layout;
     const uint32_t *words = (const uint32_t *)(sub_of(p, pos) + (keys ? l.k_at : l.v_at));
     ki_order_place at = code_place(p, pos, c, keys);
-    uint32_t bits = keys ? l.k_bits : l.v_bits, code = words[at.word] >> at.bit & ((1u << bits) - 1);
+    uint32_t bits = keys ? l.k_bits : l.v_bits;
+    uint32_t code = words[at.word] >> at.bit & ((1u << bits) - 1);
     const uint16_t *scale = scale_of(p, pos, c, keys);
     size_t to_zero = (keys ? l.k_zero_at - l.k_scale_at : l.v_zero_at - l.v_scale_at) / 2;
     return (float)code * f16_value(scale) + f16_value(scale + to_zero);

@@ -65,6 +65,7 @@ static size_t plans_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
 bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_config *c,
                       const ki_cuda_layout *layout, const ki_backend_sizes *s) {
     size_t q = (size_t)c->n_heads * c->head_dim, kv = (size_t)c->n_kv_heads * c->head_dim, at = 0;
+    size_t element = ki_cuda_element_bytes(b->type);
     *o = (ki_cuda_sizes){.n_slots = ki_cuda_bucket(s->max_items)};
     o->n_rows = KI_MAX(ki_gemm_rows(s->n_rows), o->n_slots);
     o->n_logits = KI_MAX(ki_gemm_rows(s->n_logit_rows), o->n_slots);
@@ -78,10 +79,10 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
         {o->n_rows, c->post_norms ? c->n_embd * sizeof(float) : 0},        /* delta */
         {o->n_logits, ki_logits_stride(c) * sizeof(float)},                /* logits */
         {o->n_rows, (size_t)c->n_ropes * c->head_dim * sizeof(float)},     /* rope */
-        {o->n_rows, (size_t)c->n_embd * 2},                                /* h */
-        {o->n_rows, q * 2},                                                /* attn */
-        {o->n_rows, (size_t)c->n_ff * 2},                                  /* act */
-        {o->n_logits, (size_t)c->n_embd * 2},                              /* last */
+        {o->n_rows, (size_t)c->n_embd * element},                          /* h */
+        {o->n_rows, q * element},                                          /* attn */
+        {o->n_rows, (size_t)c->n_ff * element},                            /* act */
+        {o->n_logits, (size_t)c->n_embd * element},                        /* last */
         {o->n_rows, q * 2},                                                /* q16 */
         {o->n_rows, kv * 2},                                               /* k_rows */
         {o->n_rows, kv * 2},                                               /* v_rows */

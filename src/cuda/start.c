@@ -135,7 +135,7 @@ static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
     const ki_gemm_shape output = {c->n_vocab, c->n_embd, ki_logits_stride(c)};
     uint32_t rows = KI_MAX(b->sizes.n_rows, ki_cuda_bucket(b->sizes.max_items));
     uint32_t logits = KI_MAX(b->sizes.n_logit_rows, ki_cuda_bucket(b->sizes.max_items));
-    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, b->bf16, err));
+    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, (ki_gemm_type)b->type, err));
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         KI_TRY(ki_gemm_prepare(b->gemm, &shapes[i], rows, err));
     return ki_gemm_prepare(b->gemm, &output, logits, err);

@@ -1,21 +1,25 @@
-/* weights.c: matrices on a GPU are [n_rows][n_cols] of 16 bit, rows as a file has them. Blocks of a
- * file are copied as they are and dequantized there. */
+/* weights.c: matrices on a GPU are [n_rows][n_cols] of one type, rows as a file has them. Blocks of
+ * a file are copied as they are and dequantized there. */
 #include "cuda_private.h"
+
+size_t ki_cuda_element_bytes(ki_cuda_type type) { return type == KI_CUDA_F32 ? 4 : 2; }
 
 static kivi_status group(void *context, size_t n_elements, kivi_error *err) {
     ki_cuda_weights *w = context;
+    size_t n_bytes = n_elements * ki_cuda_element_bytes(w->type);
     void *p;
-    KI_TRY(w->memory->device.alloc(&p, w->memory, KI_TAG_weights, n_elements * 2, err));
+    KI_TRY(w->memory->device.alloc(&p, w->memory, KI_TAG_weights, n_bytes, err));
     w->group = p;
-    w->group_bytes = n_elements * 2;
+    w->group_bytes = n_bytes;
     return KIVI_OK;
 }
 
 static kivi_status place(ki_matrix *out, void *context, ki_dtype dtype, kivi_error *err) {
     ki_cuda_weights *w = context;
-    size_t n_bytes = (size_t)out->n_rows * out->n_cols * 2;
+    static const ki_weight types[] = {KI_WEIGHT_F32, KI_WEIGHT_F16, KI_WEIGHT_BF16};
+    size_t n_bytes = (size_t)out->n_rows * out->n_cols * ki_cuda_element_bytes(w->type);
     (void)dtype; /* whatever it was, it becomes what products read */
-    out->type = w->bf16 ? KI_WEIGHT_BF16 : KI_WEIGHT_F16;
+    out->type = types[w->type];
     void *p = w->group;
     if (w->group_bytes >= n_bytes) {
         w->group += n_bytes;
@@ -40,13 +44,13 @@ static kivi_status put(const ki_matrix *matrix, void *context, ki_dtype dtype, c
         w->staged = p, w->staged_bytes = n_bytes;
     }
     KI_TRY(d->put(d->context, w->staged, rows, n_bytes, err));
-    ki_cuda_dequantize(matrix->tiles + (size_t)first_row * matrix->n_cols * 2, w->staged, dtype, n,
-                       w->bf16, w->memory->stream);
+    size_t at = (size_t)first_row * matrix->n_cols * ki_cuda_element_bytes(w->type);
+    ki_cuda_dequantize(matrix->tiles + at, w->staged, dtype, n, w->type, w->memory->stream);
     return ki_cuda_check(cudaGetLastError(), "dequantize", err);
 }
 
-void ki_cuda_weights_init(ki_cuda_weights *w, ki_cuda_memory *memory, bool bf16) {
-    *w = (ki_cuda_weights){.memory = memory, .bf16 = bf16};
+void ki_cuda_weights_init(ki_cuda_weights *w, ki_cuda_memory *memory, ki_cuda_type type) {
+    *w = (ki_cuda_weights){.memory = memory, .type = type};
     w->device = (ki_matrix_device){w, group, place, put};
 }
 

@@ -96,10 +96,12 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
                              .log_user = e->options.log_user};
     const char *asked = e->options.device ? e->options.device : "auto";
     const char *compute = e->options.compute_type;
-    if (compute && strcmp(compute, "f16") && strcmp(compute, "bf16"))
-        return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16 or bf16", compute);
+    bo.compute = !compute || !strcmp(compute, "f16") ? KI_WEIGHT_F16
+                 : !strcmp(compute, "f32")           ? KI_WEIGHT_F32
+                                                     : KI_WEIGHT_BF16;
+    if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
+        return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
     bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
-    bo.bf16 = compute && !strcmp(compute, "bf16");
     char why[200];
     e->library = open_library(why, sizeof why);
     if (!e->library) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);

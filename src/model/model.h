@@ -82,7 +82,8 @@ typedef struct ki_model {
 } ki_model;
 
 /* How rows of a matrix get to another device: group says that the matrices placed next, of
- * n_elements together, are to stand one behind the other; place makes room for out->n_rows rows of a file type
+ * n_elements together, are to stand one behind the other; place makes room for out->n_rows rows of
+ * a file type
  * and sets type (what the elements become) and tiles; put hands over n_rows rows from first_row on,
  * in the file's form, one after the other. The bytes may be overwritten when put returns. */
 typedef struct ki_matrix_device {
