@@ -150,7 +150,10 @@ typedef struct kivi_engine_options {
     bool dummy_weights; /* random weights of dummy_seed: model_path needs only config.json */
     uint64_t dummy_seed;
     const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
-    const char *disable;    /* instruction sets not to use ("avx512,avx2"); NULL: none */
+    const char *disable; /* instruction sets not to use ("avx512,avx2"); NULL: none */
+    const char *device; /* "cpu", "cuda", "cuda:N"; "auto" and NULL: CUDA where there is one */
+    const char *compute_type; /* of products on a CUDA device: "f16" and NULL, "bf16" or "f32" */
+    uint64_t gpu_memory_bytes; /* most memory to take of a CUDA device; 0: all there is */
     uint64_t fail_after; /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */
     void *log_user;
@@ -163,7 +166,8 @@ typedef struct kivi_engine_info {
     uint32_t ctx_tokens, step_rows, n_threads;
     int32_t bos_id, eos_id; /* -1 when the file names none */
     bool adds_bos;
-    const char *isa; /* the kernels in use: scalar, avx2, avx512, avx512vnni */
+    const char *isa; /* the kernels in use: scalar, avx2, avx512, avx512vnni, ..., cuda */
+    char device[96]; /* "cpu", "cuda:0 NVIDIA H100 80GB HBM3" */
     kivi_kv_options kv;
 } kivi_engine_info;
 
@@ -182,7 +186,8 @@ KIVI_API kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_opt
 KIVI_API void kivi_engine_destroy(kivi_engine **engine);
 KIVI_API const kivi_engine_info *kivi_engine_info_get(
     const kivi_engine *engine); /* lent for the engine's life */
-KIVI_API kivi_memory kivi_engine_memory(const kivi_engine *engine);
+KIVI_API kivi_memory kivi_engine_memory(const kivi_engine *engine); /* here and on the device */
+KIVI_API kivi_memory kivi_engine_device_memory(const kivi_engine *engine); /* there alone */
 /* What a plan with these options would hold for one session of ctx_tokens: the allocator's own
  * sums, nothing made. n_bits_out (NULL allowed): cache bits an element, scales and zeros counted,
  * window and sinks not. */

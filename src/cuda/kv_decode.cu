@@ -1,0 +1,248 @@
+/* kv_decode.cu: the plan of a step, the merge of splits, and the choice of a kernel. */
+#include "kv_decode.cuh"
+#include "kv_launch.h"
+
+/* ---- the plan: one thread block writes the list of work items ---- */
+
+struct plan_args {
+    ki_cuda_layout l;
+    const ki_cuda_seq *seqs;
+    uint32_t n_seqs, window, split_tokens, max_splits;
+    uint32_t *n_items;
+    ki_plan_slot *slots;
+    ki_plan_item *items;
+};
+
+KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, uint32_t slot,
+                        const ki_plan_ranges &r, uint32_t first, uint32_t n) {
+    uint32_t unit = ki_cuda_unit_subs(&a.l);
+    for (uint32_t k = 0; k < n; k++) {
+        ki_plan_item item = {slot, s.first_row, s.table, s.n_tokens};
+        item.part = ki_plan_split(&r, unit, k, n);
+        item.lead_begin = r.lead_begin, item.n_lead = r.n_lead, item.tail_begin = r.tail_begin;
+        item.first = r.first, item.end = r.end;
+        item.k_exact = r.k_exact, item.v_exact = r.v_exact;
+        item.splits = n << 16 | k;
+        a.items[first + k] = item;
+    }
+}
+
+enum { PLAN_THREADS = 256 };
+
+/* Exclusive sum over the thread block; *all gets the whole. */
+KI_DEV uint32_t block_scan(uint32_t x, uint32_t *sums, uint32_t *all) {
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = x;
+    for (int d = 1; d < 32; d *= 2) {
+        uint32_t y = __shfl_up_sync(~0u, run, d);
+        if (lane >= (uint32_t)d) run += y;
+    }
+    if (lane == 31) sums[warp] = run;
+    __syncthreads();
+    uint32_t before = 0, sum = 0;
+    for (uint32_t w = 0; w < PLAN_THREADS / 32; w++) {
+        if (w < warp) before += sums[w];
+        sum += sums[w];
+    }
+    __syncthreads();
+    *all = sum;
+    return before + run - x;
+}
+
+static __global__ void __launch_bounds__(PLAN_THREADS) ki_plan_kernel(const plan_args a) {
+    __shared__ uint32_t sums[PLAN_THREADS / 32];
+    uint32_t done = 0;
+    for (uint32_t base = 0; base < a.n_seqs; base += PLAN_THREADS) {
+        uint32_t slot = base + threadIdx.x, n = 0, all;
+        ki_cuda_seq s = {};
+        ki_plan_ranges r = {};
+        if (slot < a.n_seqs) s = a.seqs[slot];
+        if (s.n_rows == 1) {
+            r = ki_plan_of(&a.l, &s, a.window);
+            n = ki_plan_splits(&r, a.split_tokens, a.max_splits);
+        }
+        uint32_t first = done + block_scan(n, sums, &all);
+        if (slot < a.n_seqs) {
+            a.slots[slot].first_item = first;
+            a.slots[slot].n_splits = n;
+        }
+        write_items(a, s, slot, r, first, n);
+        done += all;
+    }
+    if (threadIdx.x == 0) *a.n_items = done;
+}
+
+/* ---- the merge: one thread block a (slot, head), its warps take every fourth split ---- */
+
+struct merge_args {
+    const ki_plan_slot *slots;
+    const ki_plan_item *items;
+    const float *states, *acc;
+    void *out;
+    uint32_t n_heads, head_dim, out_stride;
+    ki_cuda_type out_type;
+    bool is_turned;
+};
+
+enum { MERGE_WARPS = 4, MERGE_MAX_DIM = 256 };
+
+/* The largest score and the sum of all splits; every warp computes both, in the same order. */
+KI_DEV void merge_sums(float *largest, float *sum, const merge_args &a, uint64_t first,
+                       uint32_t n, uint32_t head) {
+    uint32_t lane = threadIdx.x % 32;
+    float m = -1e30f, total = 0;
+    for (uint32_t s = lane; s < n; s += 32)
+        m = fmaxf(m, a.states[2 * ((first + s) * a.n_heads + head)]);
+    for (int x = 16; x; x /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
+    for (uint32_t s = lane; s < n; s += 32) {
+        const float *state = a.states + 2 * ((first + s) * a.n_heads + head);
+        total += state[1] * exp2_fast(state[0] - m);
+    }
+    for (int x = 16; x; x /= 2) total += __shfl_xor_sync(~0u, total, x);
+    *largest = m;
+    *sum = total;
+}
+
+static __global__ void __launch_bounds__(MERGE_WARPS * 32) ki_merge_kernel(const merge_args a) {
+    __shared__ float4 parts[MERGE_WARPS][MERGE_MAX_DIM / 4];
+    uint32_t slot = blockIdx.x / a.n_heads, head = blockIdx.x % a.n_heads;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_fours = a.head_dim / 4;
+    wait_for_previous();
+    let_next_begin();
+    uint32_t n = a.slots[slot].n_splits;
+    if (n < 2) return; /* nothing to do, or written already */
+    uint64_t first = a.slots[slot].first_item;
+    float m, sum;
+    merge_sums(&m, &sum, a, first, n, head);
+    for (uint32_t c = lane; c < n_fours; c += 32) {
+        float4 acc = {0, 0, 0, 0};
+#pragma unroll 8
+        for (uint32_t s = warp; s < n; s += MERGE_WARPS) {
+            uint64_t at = (first + s) * a.n_heads + head;
+            float f = exp2_fast(a.states[2 * at] - m);
+            float4 x = ((const float4 *)a.acc)[at * n_fours + c];
+            acc.x += x.x * f, acc.y += x.y * f, acc.z += x.z * f, acc.w += x.w * f;
+        }
+        parts[warp][c] = acc;
+    }
+    __syncthreads();
+    float *row = (float *)parts;
+    for (uint32_t c = threadIdx.x; c < a.head_dim; c += MERGE_WARPS * 32) {
+        float value = 0;
+        for (int w = 0; w < MERGE_WARPS; w++) value += row[w * MERGE_MAX_DIM + c];
+        row[c] = sum > 0 ? value / sum : 0; /* warp 0's slot: read by this thread only */
+    }
+    if (a.is_turned) turn_row(row, a.head_dim, threadIdx.x, MERGE_WARPS * 32);
+    uint64_t to = (uint64_t)a.items[first].row * a.out_stride + head * a.head_dim;
+    for (uint32_t c = threadIdx.x; c < a.head_dim; c += MERGE_WARPS * 32)
+        store_out(a.out, a.out_type, to + c, row[c]);
+}
+
+/* ---- the table of kernels ---- */
+
+extern const decode_kernel ki_decode_table_64[], ki_decode_table_80[], ki_decode_table_96[];
+extern const decode_kernel ki_decode_table_128[], ki_decode_table_256[];
+
+static const decode_kernel *table_of(uint32_t head_dim) {
+    switch (head_dim) {
+    case 64: return ki_decode_table_64;
+    case 80: return ki_decode_table_80;
+    case 96: return ki_decode_table_96;
+    case 128: return ki_decode_table_128;
+    case 256: return ki_decode_table_256;
+    default: return NULL;
+    }
+}
+
+static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
+    return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
+           (!k->group || (k->group == l->k_group && k->group == l->v_group)) &&
+           k->is_plus == l->is_plus && k->unit_subs == ki_cuda_unit_subs(l);
+}
+
+static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
+    const decode_kernel *k = table_of(l->head_dim);
+    while (k && k->head_dim && !fits(k, l)) k++;
+    return k && k->head_dim ? k : NULL;
+}
+
+kivi_status ki_cuda_decode_prepare(kivi_error *err) {
+    static const uint32_t dims[] = {64, 80, 96, 128, 256};
+    for (uint32_t d : dims)
+        for (const decode_kernel *k = table_of(d); k->head_dim; k++)
+            KI_TRY(ki_cuda_check(k->prepare(), "shared memory of a decode kernel", err));
+    return KIVI_OK;
+}
+
+/* ---- host calls ---- */
+
+typedef struct workspace {
+    uint32_t *n_items, max_splits;
+    ki_plan_slot *slots;
+    ki_plan_item *items;
+    float *states, *acc;
+} workspace;
+
+static workspace workspace_of(const ki_cuda_attend_call *c) {
+    uint32_t n_seqs = c->cache->n_seqs;
+    uint8_t *base = (uint8_t *)c->workspace;
+    workspace w;
+    w.max_splits = ki_plan_max_splits(c->max_tokens, c->split_tokens);
+    w.n_items = (uint32_t *)base;
+    w.slots = (ki_plan_slot *)(base + 256);
+    w.items = (ki_plan_item *)(base + ki_plan_items_at(n_seqs));
+    w.states = (float *)(base + ki_plan_states_at(n_seqs, w.max_splits));
+    /* 4 floats are loaded at once: the pairs before come in a multiple of 256 bytes */
+    uint64_t pairs = (uint64_t)n_seqs * w.max_splits * c->cache->layout.n_heads * 2;
+    w.acc = w.states + (pairs + 63) / 64 * 64;
+    return w;
+}
+
+kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
+    workspace w = workspace_of(c);
+    plan_args a = {c->cache->layout, c->cache->seqs, c->cache->n_seqs, c->window, c->split_tokens,
+                   w.max_splits,     w.n_items,      w.slots,          w.items};
+    ki_plan_kernel<<<1, PLAN_THREADS, 0, (cudaStream_t)stream>>>(a);
+    return ki_cuda_check(cudaGetLastError(), "plan", err);
+}
+
+static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w, void *stream,
+                                kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    merge_args a = {w.slots,     w.items,       w.states,    w.acc,          c->out,
+                    l->n_heads,  l->head_dim,   c->out_stride, c->out_type, l->is_plus != 0};
+    return ki_cuda_check(ki_launch(ki_merge_kernel, c->cache->n_seqs * l->n_heads,
+                                   MERGE_WARPS * 32, 0, c->pdl, stream, a),
+                         "merge", err);
+}
+
+kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    const decode_kernel *kernel = kernel_of(l);
+    if (!kernel)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
+                       l->head_dim, l->k_bits, l->v_bits);
+    workspace w = workspace_of(c);
+    decode_args a = {};
+    a.l = *l;
+    a.pool = c->cache->pool;
+    a.tables = c->cache->tables;
+    a.table_stride = c->cache->table_stride;
+    a.seqs = c->cache->seqs;
+    a.q = c->q;
+    a.out = c->out;
+    a.out_stride = c->out_stride;
+    a.out_type = c->out_type;
+    a.n_items = w.n_items;
+    a.items = w.items;
+    a.states = w.states;
+    a.state_acc = w.acc;
+    a.layer = c->layer;
+    a.chunks = (l->head_group + 7) / 8;
+    a.heads = l->n_kv_heads * a.chunks;
+    a.unit_bytes = l->head_bytes ? l->page_bytes : ki_cuda_unit_subs(l) * l->sub_bytes;
+    a.factor = c->scale * 1.44269504088896340736f;
+    uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
+    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),
+                         "decode attention", err));
+    return w.max_splits == 1 ? KIVI_OK : launch_merge(c, w, stream, err);
+}
