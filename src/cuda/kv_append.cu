@@ -293,19 +293,20 @@ KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s,
     return true;
 }
 
-/* Pages `part`, counted from the one where the line stood, of both sides. */
-KI_DEV void move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
+/* Page `part` of both sides, counted from the one where the line stood. False behind the last. */
+KI_DEV bool move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
                        uint32_t part, uint8_t *more) {
     uint32_t n = s.n_tokens, end = n + s.n_rows;
     uint32_t k_from = ki_cuda_k_packed(&a.l, n), v_from = ki_cuda_v_packed(&a.l, n);
     range_job job;
-    if (make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
-                 ki_cuda_k_packed(&a.l, end)))
-        quantize_keys(m, a, job, more);
+    bool keys = make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
+                         ki_cuda_k_packed(&a.l, end));
+    if (keys) quantize_keys(m, a, job, more);
     __syncthreads();
-    if (make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
-                 ki_cuda_v_packed(&a.l, end)))
-        quantize_values(m, a, job);
+    bool values = make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
+                           ki_cuda_v_packed(&a.l, end));
+    if (values) quantize_values(m, a, job);
+    return keys || values;
 }
 
 /* ---- the kernels ---- */
@@ -329,7 +330,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
         put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, pos % KI_SUB_TOKENS, d,
                       false);
     __syncthreads();
-    move_lines(m, a, s, head, 0, shared + sizeof(quant_shared));
+    for (uint32_t part = 0; move_lines(m, a, s, head, part, shared + sizeof(quant_shared)); part++)
+        __syncthreads();
 }
 
 /* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */

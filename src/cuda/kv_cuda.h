@@ -73,6 +73,7 @@ typedef struct ki_cuda_layout {
      * within the page's head where k_group > 32, else within a sub. */
     uint32_t head_bytes, sub_bytes, page_bytes; /* all multiples of 16 */
     uint32_t k_at, wide_at, v_at, third_at, v_scale_at, v_zero_at, k_scale_at, k_zero_at, list_at;
+    uint32_t unit_subs;        /* blocks that decode attention takes at once (kv_plan.h) */
     uint32_t page_scale_bytes; /* of page_bytes: scales, zeros and lists (tag kv_scales) */
     uint32_t k_ring_blocks, v_ring_blocks, sink_blocks; /* 32-token blocks; 0 for a 16-bit side */
     uint64_t ring_bytes, sink_bytes; /* of one sequence, all layers and KV heads */

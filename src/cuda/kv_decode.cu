@@ -15,7 +15,7 @@ struct plan_args {
 
 KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, uint32_t slot,
                         const ki_plan_ranges &r, uint32_t first, uint32_t n) {
-    uint32_t unit = ki_cuda_unit_subs(&a.l);
+    uint32_t unit = a.l.unit_subs;
     for (uint32_t k = 0; k < n; k++) {
         ki_plan_item item = {slot, s.first_row, s.table, s.n_tokens};
         item.part = ki_plan_split(&r, unit, k, n);
@@ -155,8 +155,8 @@ static const decode_kernel *table_of(uint32_t head_dim) {
 
 static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
     return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
-           (!k->group || (k->group == l->k_group && k->group == l->v_group)) &&
-           k->is_plus == l->is_plus && k->unit_subs == ki_cuda_unit_subs(l);
+           (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
+           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs;
 }
 
 static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
@@ -221,6 +221,12 @@ kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, ki
     if (!kernel)
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);
+    return ki_cuda_decode_attend_by(c, kernel, stream, err);
+}
+
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
     workspace w = workspace_of(c);
     decode_args a = {};
     a.l = *l;
@@ -239,7 +245,7 @@ kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, ki
     a.layer = c->layer;
     a.chunks = (l->head_group + 7) / 8;
     a.heads = l->n_kv_heads * a.chunks;
-    a.unit_bytes = l->head_bytes ? l->page_bytes : ki_cuda_unit_subs(l) * l->sub_bytes;
+    a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
     KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),

@@ -27,20 +27,21 @@ struct decode_args {
     float factor; /* scale log2(e) */
 };
 
-/* A kernel's shape. Bits and G 0: known at run time. NB: blocks of a unit. */
-template <int D_, int KB_, int VB_, int G_, int NB_, int WARPS_, int STAGES_, int BLOCKS_, bool PLUS_>
+/* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus kinds,
+ * and no others. */
+template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_, bool PLUS_>
 struct decode_shape {
-    static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, G = G_, NB = NB_;
+    static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
+    static constexpr int NB = NB_;
     static constexpr int WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
-    static constexpr bool PLUS = PLUS_; /* false: no plus kind comes here */
+    static constexpr bool PLUS = PLUS_;
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
     KI_DEV_MEMBER uint32_t v_bits(const ki_cuda_layout &l) {
         return VB ? VB : l.v_bits == 3 ? 2 : l.v_bits; /* of the low plane */
     }
-    KI_DEV_MEMBER uint32_t k_group(const ki_cuda_layout &l) { return G ? G : l.k_group; }
-    KI_DEV_MEMBER uint32_t v_group(const ki_cuda_layout &l) { return G ? G : l.v_group; }
-    KI_DEV_MEMBER bool is_plus(const ki_cuda_layout &l) { return PLUS && l.is_plus; }
+    KI_DEV_MEMBER uint32_t k_group(const ki_cuda_layout &l) { return KG ? KG : l.k_group; }
+    KI_DEV_MEMBER uint32_t v_group(const ki_cuda_layout &l) { return VG ? VG : l.v_group; }
     KI_DEV_MEMBER bool quartered(const ki_cuda_layout &l) { return k_bits(l) == 2; }
 };
 
@@ -58,7 +59,7 @@ template <class S> struct warp_state {
 template <class S>
 KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, const uint8_t *sub,
                                   uint32_t token_in_page) {
-    if constexpr (S::G == 32) return (const uint16_t *)(sub + l.k_scale_at);
+    if constexpr (S::KG == 32) return (const uint16_t *)(sub + l.k_scale_at);
     uint32_t group = S::k_group(l);
     if (group > KI_SUB_TOKENS)
         return (const uint16_t *)(head + l.k_scale_at) + token_in_page / group * S::D;
@@ -118,7 +119,7 @@ KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t
                                                scaled[2 * j + 1]);
                                    });
     }
-    if (S::is_plus(l) && bits == 2) wide_scores<S>(s, l, head, sub, st, lane);
+    if (S::PLUS && bits == 2) wide_scores<S>(s, l, head, sub, st, lane);
 }
 
 /* Scores of NB blocks of codes, in units of log2: s [2 NB] tiles of 16 tokens. */
@@ -215,7 +216,7 @@ KI_DEV void block_sums(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t
     }
     uint32_t n = S::D / S::v_group(l);
     const uint16_t *zeros =
-        (const uint16_t *)(sub + (S::is_plus(l) ? l.v_scale_at : l.v_zero_at));
+        (const uint16_t *)(sub + (S::PLUS ? l.v_scale_at : l.v_zero_at));
     uint32_t g = lane / 4;
     zero_sums(st.z, p, zeros + (g < n ? g : 0) * KI_SUB_TOKENS, true, lane);
     if constexpr (S::D > 128) {
@@ -239,7 +240,7 @@ KI_DEV void code_values(const ki_cuda_layout &l, const uint8_t *sub, const uint3
         add(j, i, a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
     };
     for_frags_of<S::NJ, S::VB>(bits, sub + l.v_at, lane, tile);
-    if (!S::PLUS || l.v_bits != 3) return;
+    if (!S::PLUS || S::VB != 0 || l.v_bits != 3) return;
     auto third = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
         if (i == 0 && j * 16 % group == 0)
             scale_probabilities(scaled, p, scales + j * 16 / group * KI_SUB_TOKENS, lane);
@@ -400,7 +401,7 @@ template <class S>
 KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &l, uint32_t n_heads,
                       uint32_t lane) {
     uint32_t group = S::v_bits(l) == 16 ? S::D : S::v_group(l), h = lane % 4 * 2;
-    bool turned = S::is_plus(l);
+    bool turned = S::PLUS;
     float half = turned ? (l.v_bits == 3 ? -3.5f : -1.5f) : S::v_bits(l) == 16 ? 0.0f : 1.0f;
     float *row0 = to + h * (S::D + 2), *row1 = row0 + S::D + 2;
 #pragma unroll
@@ -424,7 +425,7 @@ template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
                         uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
     constexpr uint32_t STRIDE = S::D + 2, N = S::WARPS * 32;
-    bool turned = S::is_plus(a.l);
+    bool turned = S::PLUS;
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
@@ -524,7 +525,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
-        if (warp == 0 && S::is_plus(a.l)) {
+        if (warp == 0 && S::PLUS) {
 #pragma unroll
             for (int k = 0; k < 2 * S::NJ; k++)
                 wide[g * S::D / 2 + k * 4 + lane % 4] =
@@ -568,18 +569,26 @@ template <class S> uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_
 
 /* One entry of the table of kernels. */
 struct decode_kernel {
-    uint32_t head_dim, k_bits, v_bits, group, is_plus, unit_subs, n_warps; /* 0: any */
+    uint32_t head_dim, k_bits, v_bits, k_group, v_group; /* bits and groups 0: any */
+    uint32_t is_plus, unit_subs;
     cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, bool pdl,
                           cudaStream_t stream);
     cudaError_t (*prepare)(void); /* raises the limit of shared memory */
 };
 
-enum { MAX_SHARED_BYTES = 163 * 1024 }; /* what sm_80 has; sm_90 a little more */
-
+/* As much shared memory as a thread block can have. */
 template <class S> cudaError_t decode_prepare(void) {
+    int device = 0, bytes = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e != cudaSuccess) return e;
     return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                MAX_SHARED_BYTES);
+                                bytes);
 }
+
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err);
 
 template <class S>
 cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
@@ -599,8 +608,8 @@ cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
 }
 
 template <class S> constexpr decode_kernel decode_entry() {
-    return {S::D,     S::KB, S::VB,    S::G, S::PLUS, S::NB, S::WARPS, decode_launch<S>,
-            decode_prepare<S>};
+    return {S::D,    S::KB,  S::VB, S::KG, S::VG,
+            S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
 }
 
 #endif
