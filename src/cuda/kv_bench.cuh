@@ -124,14 +124,14 @@ struct bench_batch {
         return (double)shape.batch * shape.n_kv_heads * shape.tokens * l.page_bytes / KI_PAGE_TOKENS;
     }
     kivi_status make(const bench_shape &s, const bench_kind &kind, uint64_t least_bytes,
-                     kivi_error *err);
+                     uint32_t most_sets, kivi_error *err);
     kivi_status make_set(const bench_kind &kind, uint32_t set, uint8_t *pool, uint8_t *rings,
                          uint32_t *tables, kivi_error *err);
     kivi_status plan(uint32_t split_tokens, uint32_t window, bool pdl, kivi_error *err);
 };
 
 inline kivi_status bench_batch::make(const bench_shape &s, const bench_kind &kind,
-                                     uint64_t least_bytes, kivi_error *err) {
+                                     uint64_t least_bytes, uint32_t most_sets, kivi_error *err) {
     kivi_cache_geometry g = kivi_cache_defaults();
     g.n_layers = 1, g.n_heads = s.n_heads, g.n_kv_heads = s.n_kv_heads, g.head_dim = 128;
     g.kv.k_bits = kind.k_bits, g.kv.v_bits = kind.v_bits, g.kv.group = 32;
@@ -142,7 +142,7 @@ inline kivi_status bench_batch::make(const bench_shape &s, const bench_kind &kin
     table_stride = s.tokens / KI_PAGE_TOKENS + 1;
     set_pages = s.batch * table_stride;
     uint64_t set_bytes = set_pages * l.id_bytes;
-    n_sets = (uint32_t)std::min<uint64_t>(std::max<uint64_t>(least_bytes / set_bytes, 2), 24);
+    n_sets = (uint32_t)std::min<uint64_t>(std::max<uint64_t>(least_bytes / set_bytes, 2), most_sets);
     uint8_t *pool, *rings;
     uint32_t *tables;
     KI_TRY(take(&pool, n_sets * set_bytes, err));

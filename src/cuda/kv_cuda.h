@@ -40,6 +40,8 @@
  * that time and moves the newest rows back with ki_cuda_ring_copy.
  *
  * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers only.
+ * ki_cuda_append with pdl reads the row that leaves the window before it waits for the kernel before
+ * it: two steps of a sequence in a layer must have another kernel between them (attention is one).
  * A call with pdl may start to read pages, tables and the plan while the kernel before it in the stream
  * ends: that kernel must be one that waits for its own predecessor (all of these do, and any kernel
  * launched without pdl), and not ki_cuda_decode_plan.
@@ -112,7 +114,8 @@ typedef struct ki_cuda_seq {
 } ki_cuda_seq;
 
 typedef struct ki_cuda_counters {                /* device memory; kernels only add */
-    unsigned long long n_saturated, n_nonfinite; /* values beyond float16; rows with inf or NaN */
+    unsigned long long n_saturated, n_nonfinite; /* values beyond float16; rows of a KV head with
+                                                  * inf or NaN */
 } ki_cuda_counters;
 
 typedef struct ki_cuda_cache {

@@ -51,7 +51,8 @@ template <class S> struct warp_state {
     float z[4];                   /* zero sums of channel groups 0 to 7; sums of p */
     float z8[S::D > 128 ? 4 : 1]; /* of groups 8 to 15 */
     float m[2];                   /* largest score of heads 2 t, 2 t + 1 */
-    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus) */
+    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus), in
+                                   * the order of scales */
 };
 
 /* ---- a page's planes ---- */
@@ -68,58 +69,61 @@ KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, 
 
 /* ---- keys of one block ---- */
 
-/* The wide channels' upper bits: as many more products as D/4 channels need. */
+template <class S> struct scaled_queries { /* b operands for one key group */
+    static constexpr int WIDE = (S::D / 4 + 15) / 16; /* steps of wide channels */
+    uint32_t b[2 * S::NJ], wide[S::PLUS ? 2 * WIDE : 1];
+};
+
+/* Queries of the wide channels, times 4 and their scales: a code's upper bits count four times. The
+ * gathered queries lie in the order of the scales. */
 template <class S>
-KI_DEV void wide_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *head,
-                        const uint8_t *sub, const warp_state<S> &st, uint32_t lane) {
-    constexpr int N = (S::D / 4 + 15) / 16;
-    const uint8_t *list = head + l.list_at;
-    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = st.wide_q + lane / 4 * S::D;
-    uint32_t b[2 * N];
+KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
+                        const uint16_t *wide_q, uint32_t lane) {
+    const uint16_t *list = (const uint16_t *)(head + l.list_at) + lane % 4;
+    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = wide_q + lane / 4 * S::D;
 #pragma unroll
-    for (int k = 0; k < 2 * N; k++) {
-        uint32_t w = k / 2 * 16 + k % 2 * 8 + lane % 4 * 2, pair[2];
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            bool is_wide = w + e < S::D / 4;
-            uint32_t c = is_wide ? list[w + e] : 0;
-            pair[e] = is_wide ? mul2(q[c], scales[ki_order_key_scale(c, S::NJ)]) : 0;
-        }
-        /* a code's upper bits count four times; columns 8 to 15 have a factor 4 already */
-        b[k] = mul2(pair[0] | pair[1] << 16, k % 2 ? TWO_ONES : TWO_FOURS);
+    for (int k = 0; k < 2 * scaled_queries<S>::WIDE; k++) {
+        uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
+        bool is_wide = w < S::D / 4;
+        uint32_t two = is_wide ? list[k * 4] : 0;
+        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ), c1 = ki_order_key_scale(two >> 8, S::NJ);
+        uint32_t x = mul2(q[c0] | (uint32_t)q[c1] << 16, scales[c0] | (uint32_t)scales[c1] << 16);
+        /* columns 8 to 15 of a tile have a factor 4 already */
+        out.wide[k] = is_wide ? mul2(x, k % 2 ? TWO_ONES : TWO_FOURS) : 0;
     }
-    for_frags<N, 2>(sub + l.wide_at, lane,
-                    [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                        mma(s[i], a0, a1, a2, a3, b[2 * j], b[2 * j + 1]);
-                    });
 }
 
-/* Products of a block's codes, in code units. */
 template <class S>
-KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *head,
+KI_DEV void scale_group(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
                         const uint8_t *sub, uint32_t token_in_page, const warp_state<S> &st,
                         uint32_t lane) {
-    uint32_t bits = S::k_bits(l);
-    if (bits == 16) {
-        for_frags<S::NJ, 16>(sub + l.k_at, lane, [&](int j, int i, uint32_t a0, uint32_t a1,
-                                                     uint32_t a2, uint32_t a3) {
-            mma(s[i], a0, a1, a2, a3, st.q.q[2 * j], st.q.q[2 * j + 1]);
-        });
+    if (S::k_bits(l) == 16) {
+#pragma unroll
+        for (int k = 0; k < 2 * S::NJ; k++) out.b[k] = st.q.q[k];
         return;
     }
-    uint32_t scaled[2 * S::NJ], n_groups = S::k_group(l) < KI_SUB_TOKENS ? 2 : 1;
-    for (uint32_t g = 0; g < n_groups; g++) {
-        scale_queries<S::NJ>(scaled, st.q.q, key_scales<S>(l, head, sub, token_in_page + g * 16),
-                             lane);
-        for_frags_of<S::NJ, S::KB>(bits, sub + l.k_at, lane,
-                                   [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3) {
-                                       if (n_groups == 1 || i == (int)g)
-                                           mma(s[i], a0, a1, a2, a3, scaled[2 * j],
-                                               scaled[2 * j + 1]);
-                                   });
-    }
-    if (S::PLUS && bits == 2) wide_scores<S>(s, l, head, sub, st, lane);
+    scale_queries<S::NJ>(out.b, st.q.q, key_scales<S>(l, head, sub, token_in_page), lane);
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2) gather_wide<S>(out, l, head, st.wide_q, lane);
+}
+
+/* Products of a block's codes, in code units; tiles i with `which` bit i. */
+template <class S>
+KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *sub,
+                        const scaled_queries<S> &q, uint32_t which, uint32_t lane) {
+    for_frags_of<S::NJ, S::KB>(S::k_bits(l), sub + l.k_at, lane,
+                               [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
+                                   uint32_t a3) {
+                                   if (which >> i & 1)
+                                       mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
+                               });
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2)
+            for_frags<scaled_queries<S>::WIDE, 2>(
+                sub + l.wide_at, lane,
+                [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                    mma(s[i], a0, a1, a2, a3, q.wide[2 * j], q.wide[2 * j + 1]);
+                });
 }
 
 /* Scores of NB blocks of codes, in units of log2: s [2 NB] tiles of 16 tokens. */
@@ -139,11 +143,20 @@ KI_DEV void unit_scores(float (&s)[2 * NB][4], const ki_cuda_layout &l, const ui
     }
     float u0 = st.q.unit[0], u1 = st.q.unit[1];
     float low = row_unit(bits), high = row8_unit(bits);
+    scaled_queries<S> q;
 #pragma unroll
     for (int b = 0; b < NB; b++) {
         float t[2][4] = {};
-        code_scores<S>(t, l, head, subs + b * l.sub_bytes, token_in_page + b * KI_SUB_TOKENS, st,
-                       lane);
+        const uint8_t *sub = subs + b * l.sub_bytes;
+        uint32_t token = token_in_page + b * KI_SUB_TOKENS;
+        if (b == 0 || (bits < 16 && b * KI_SUB_TOKENS % group == 0))
+            scale_group<S>(q, l, head, sub, token, st, lane);
+        bool is_halved = bits < 16 && group < KI_SUB_TOKENS; /* two groups in a block */
+        code_scores<S>(t, l, sub, q, is_halved ? 1 : 3, lane);
+        if (is_halved) {
+            scale_group<S>(q, l, head, sub, token + 16, st, lane);
+            code_scores<S>(t, l, sub, q, 2, lane);
+        }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float z0 = 0, z1 = 0;
@@ -525,12 +538,13 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
-        if (warp == 0 && S::PLUS) {
+        if (warp == 0)
 #pragma unroll
-            for (int k = 0; k < 2 * S::NJ; k++)
-                wide[g * S::D / 2 + k * 4 + lane % 4] =
+            for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
+                uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
+                wide[(g * S::D + at) / 2] =
                     k % 2 && S::quartered(a.l) ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
-        }
+            }
         __syncthreads();
     }
     if (item.part.slow_begin < item.part.slow_end) {
