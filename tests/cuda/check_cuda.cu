@@ -260,6 +260,7 @@ static void check_kinds() {
         {64, 8, 2, 4, 2, 32, 128, 0, KIVI_RULE_STREAM, 0, 0, {200, -40}, false},
         {80, 4, 4, 2, 2, 16, 32, 0, KIVI_RULE_STREAM, 0, 0, {200, -70}, false},
         {80, 4, 2, 4, 8, 16, 48, 0, KIVI_RULE_PAPER, 0, 0, {200, -70}, false},
+        {64, 4, 2, 2, 2, 32, 320, 0, KIVI_RULE_STREAM, 0, 0, {400, -330}, false},
         {96, 6, 3, 2, 2, 32, 128, 0, KIVI_RULE_STREAM, 0, 0, {300, -140}, false},
         {96, 6, 3, 8, 4, 16, 32, 5, KIVI_RULE_STREAM, 0, 0, {150, -40}, false},
         {256, 4, 1, 2, 2, 32, 128, 0, KIVI_RULE_PAPER, 0, 0, {400, -140}, false},
@@ -281,7 +282,7 @@ static void check_kinds() {
             run_case(o, steps);
     }
     world_options o = base_options();
-    o.n_layers = 3, o.n_seqs = 40, o.max_tokens = 300, o.split_tokens = 128, o.pdl = true;
+    o.n_layers = 3, o.n_seqs = 40, o.max_tokens = 1700, o.split_tokens = 128, o.pdl = true;
     if (open_case("cpu/three-layers-40-sequences-pdl")) run_case(o, {5, -30});
     o = base_options();
     o.n_seqs = 2;
