@@ -167,7 +167,12 @@ static const option table[] = {
      "random weights; MODEL needs only config.json", 0, 1.8e19},
     {"dummy-type", "", TEXT, CMD_ALL, AT(dummy_type), 0, "TYPE",
      "of random weights: f16, q8_0 or q4_0 (config.json's)", 0, 0},
-    {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV", "auto or cpu (auto)", 0, 0},
+    {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV",
+     "auto, cpu, cuda or cuda:N (auto: CUDA where there is one)", 0, 0},
+    {"compute", "", TEXT, CMD_ALL, AT(compute), 0, "TYPE",
+     "of products on a CUDA device: f16, bf16 or f32 (f16)", 0, 0},
+    {"gpu-memory", "", UINT, CMD_ALL, AT(gpu_memory), 0, "MIB",
+     "most memory to take of a CUDA device (all)", 1, 1e8},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
@@ -480,11 +485,6 @@ static int check(const options *o) {
         return usage_error("batch needs MODEL, a file of requests and the file of answers");
     if (!o->model)
         return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
-    if (o->device && strcmp(o->device, "auto") && strcmp(o->device, "cpu")) {
-        fprintf(stderr, "kivi: error: device '%s' is not there: this build has only cpu\n",
-                o->device);
-        return EXIT_MEMORY;
-    }
     if (o->stats && strcmp(o->stats, "text") && strcmp(o->stats, "json") &&
         strcmp(o->stats, "none"))
         return usage_error("--stats: '%s', expected text, json or none", o->stats);

@@ -40,7 +40,7 @@ typedef struct options {
     const char *source; /* batch: the requests */
     const char *target,
         *type; /* convert: the file to make, and its matrices'; batch: the answers */
-    const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *prompt, *file, *tokens, *out, *stats, *device, *compute, *format;
     const char *system, *chat_template, *load;
     /* serve and batch */
     const char *host, *api_key, *api_key_file, *served_name, *tls_cert, *tls_key, *cors,
@@ -55,7 +55,8 @@ typedef struct options {
     const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type, *parts;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
-    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
+    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, gpu_memory, repeats, top_k;
+    uint32_t repeat_tokens;
     bool n_prompt_given, n_predict_given;
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed, dummy_seed;

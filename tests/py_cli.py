@@ -89,6 +89,9 @@ def usage():
         ('stats', 2, '--stats', ['run', GQA, '--stats', 'yaml']),
         ('device-cuda', 4, 'cuda', ['info', GQA, '--device', 'cuda']),
         ('device-cuda-1', 4, 'cuda:1', ['info', GQA, '--device', 'cuda:1']),
+        *[('device-' + name, 2, 'cuda:N', ['info', GQA, '--device', name])
+          for name in ('gpu', 'cuda:', 'cuda:x', 'cuda:-1', 'cuda:256', 'cuda:1234', 'CUDA', 'cpu:0')],
+        ('gpu-memory-0', 2, '--gpu-memory', ['info', GQA, '--gpu-memory', '0']),
         ('prompt-chunk-0', 2, '--prompt-chunk', [*logits_args(), '--prompt-chunk', '0']),
         ('prompt-over-tokens', 2, '151', [*logits_args(), '--prompt', '151']),
         ('rope-freq', 2, 'f8', [*logits_args(), '--rope-freq', 'f8']),

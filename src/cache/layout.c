@@ -175,6 +175,7 @@ kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *g, kivi_er
                        .n_kv_heads = g->n_kv_heads,
                        .head_dim = g->head_dim,
                        .window = g->window_tokens,
+                       .block_tokens = KI_LANES,
                        .kv = g->kv};
     if (g->n_layers == 0 || g->n_layers > 1024 || g->n_heads == 0 || g->n_heads > 1024)
         return KI_FAIL(err, ARG, "cache: %u layers and %u heads, expected 1 to 1024 of each",
@@ -207,10 +208,11 @@ uint32_t ki_layout_pages(const ki_layout *l, uint32_t n_tokens, uint32_t step_ro
 
 bool ki_layout_plan(kivi_memory *out, const ki_layout *l, uint64_t n_pages, uint64_t n_sequences) {
     size_t heads = (size_t)l->n_layers * l->n_kv_heads,
-           block_bytes = (size_t)KI_LANES * l->head_dim * 2;
+           block_bytes = (size_t)l->block_tokens * l->head_dim * 2;
     size_t blocks = (size_t)l->k_ring_blocks + l->v_ring_blocks;
-    if (l->kv.k_bits < 16) blocks += l->sink_blocks;
-    if (l->kv.v_bits < 16) blocks += l->sink_blocks;
+    bool both = l->block_tokens != KI_LANES; /* a device's sinks, of whichever side is in pages */
+    if (l->kv.k_bits < 16 || both) blocks += l->sink_blocks;
+    if (l->kv.v_bits < 16 || both) blocks += l->sink_blocks;
     size_t codes, scales, residual;
     *out = (kivi_memory){0};
     if (!ki_mul(&codes, n_pages, heads * (l->page_bytes - l->page_scale_bytes)) ||

@@ -321,6 +321,10 @@ static void make_room(ki_stream *s, kivi_seq *seq, uint32_t n_tokens, uint32_t r
 void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t n_tokens = seq->n_tokens, run_start = seq->run_start, n_gone = seq->n_gone;
+    if (seq->cache->device) {
+        ki_stream_fail(s, KIVI_UNSUPPORTED, "a cache on another device cannot be saved or loaded");
+        return;
+    }
     header(s, seq);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
     ki_stream_bytes(s, &run_start, sizeof run_start);
