@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# deps.sh [build|test|model|plots]...: the Debian packages that each job needs (default: build). Installs the missing ones as
-# root; for anyone else prints the line to run and exits 2. When nothing is missing no network is touched.
+# deps.sh [build|test|model|plots]...: the Debian packages that each job needs (default: build). Installs the missing
+# ones as root; for anyone else prints the line to run and exits 2. When nothing is missing no network is touched.
 set -euo pipefail
 
 packages() {

@@ -33,7 +33,7 @@ int model_load(server *s, const options *o,
                void (*on_step)(void *user, const kivi_step_report *report)) {
     kivi_error err = {0};
     kivi_scheduler *scheduler = NULL;
-    int code = open_engine(&s->engine, o, o->kv ? o->kv : "kivi2", adjust, (void *)(uintptr_t)o);
+    int code = open_engine(&s->engine, o, options_kind(o), adjust, (void *)(uintptr_t)o);
     if (!code) code = make_tables(s);
     if (code) return code;
     kivi_scheduler_options so = kivi_scheduler_defaults();
