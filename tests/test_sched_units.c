@@ -721,14 +721,14 @@ static void test_options(void **state) {
 
 /* Each allocation fails once, and all after it: nothing is lost, every request that was taken ends,
  * and afterwards the next one succeeds. */
-static void test_allocations(void **state) {
-    (void)state;
+static void sweep_allocations(uint32_t n_pages, uint32_t max_tokens, int64_t expected) {
+    fo.n_pages = n_pages;
     fake_create(&f, &fo);
     uint64_t before = atomic_load(&f.cache->mem->n_blocks);
     bool went_through = false;
     int64_t n = 0;
     while (!went_through) {
-        tale *a = make(1, 400, 20), *b = make(1, 300, 5);
+        tale *a = make(1, 400, max_tokens), *b = make(1, 300, 5);
         a->r.n = 3, b->r.prompt_logprobs = 1;
         atomic_store(&f.cache->mem->fail_countdown, ++n);
         bool made = ki_scheduler_create(&s, &f.machine, &so, &err) == KIVI_OK;
@@ -752,22 +752,56 @@ static void test_allocations(void **state) {
         free(a), free(b);
     }
     print_message("%lld allocations\n", (long long)n);
-    assert_true(n > 50);
+    assert_true(n > expected);
     fake_destroy(&f);
+}
+
+/* A choice fails while another one of its request has rows in the step that is planned. */
+static void test_sibling_fails(void **state) {
+    (void)state;
+    bool failed = false, went_through = false;
+    so.no_prefix_cache = true;
+    for (int64_t n = 1; !went_through; n++) {
+        begin();
+        tale *t = make(1, 400, 300), *other = send(make(2, 30, 40));
+        t->r.n = 2;
+        send(t);
+        while (t->n_told[1] < 3) step();
+        ki_choice *second = s->running[s->n_running - 1];
+        assert_int_equal(second->index, 1);
+        ki_preempt(s, second);
+        atomic_store(&f.cache->mem->fail_countdown, n);
+        step();
+        went_through = atomic_load(&f.cache->mem->fail_countdown) > 0;
+        atomic_store(&f.cache->mem->fail_countdown, -1);
+        failed = failed || t->status == KIVI_NOMEM;
+        run();
+        if (t->status != KIVI_NOMEM) check_answer(t);
+        check_answer(other);
+        free(t), free(other);
+        end();
+    }
+    assert_true(failed);
+}
+
+static void test_allocations(void **state) {
+    (void)state;
+    sweep_allocations(32, 20, 50);
+    sweep_allocations(8, 200, 70); /* choices are preempted, too */
 }
 
 #define UNIT(name) cmocka_unit_test_setup(name, set_defaults)
 int main(void) {
     const struct CMUnitTest tests[] = {
-        UNIT(test_sha256),       UNIT(test_refusals),     UNIT(test_queue_full),
-        UNIT(test_long_prompt),  UNIT(test_order),        UNIT(test_preempts_newest),
-        UNIT(test_forks),        UNIT(test_many_choices), UNIT(test_prefix_stream),
-        UNIT(test_prefix_turns), UNIT(test_prefix_span),  UNIT(test_prefix_paper),
-        UNIT(test_eviction),     UNIT(test_cancel),       UNIT(test_timeout),
-        UNIT(test_verdicts),     UNIT(test_reentry),      UNIT(test_destroy_midway),
-        UNIT(test_prompt_only),  UNIT(test_pause),        UNIT(test_exact_rows),
-        UNIT(test_constraint),   UNIT(test_min_tokens),   UNIT(test_health),
-        UNIT(test_options),      UNIT(test_allocations),
+        UNIT(test_sha256),       UNIT(test_refusals),      UNIT(test_queue_full),
+        UNIT(test_long_prompt),  UNIT(test_order),         UNIT(test_preempts_newest),
+        UNIT(test_forks),        UNIT(test_many_choices),  UNIT(test_prefix_stream),
+        UNIT(test_prefix_turns), UNIT(test_prefix_span),   UNIT(test_prefix_paper),
+        UNIT(test_eviction),     UNIT(test_cancel),        UNIT(test_timeout),
+        UNIT(test_verdicts),     UNIT(test_reentry),       UNIT(test_destroy_midway),
+        UNIT(test_prompt_only),  UNIT(test_pause),         UNIT(test_exact_rows),
+        UNIT(test_constraint),   UNIT(test_min_tokens),    UNIT(test_health),
+        UNIT(test_options),      UNIT(test_sibling_fails), UNIT(test_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -5,9 +5,9 @@
 
 Quality: of the texts of tools/eval_quality.py the first 12; of each the first 1,024 tokens: 768 as a prompt under the
 rule, then 256 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
-distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 256 generated positions, which is what a
-client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees. The standard error
-is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
+distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 257 positions that generate, which is
+what a client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees.
+The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
 KIVI_BIN is the kivi to use (build/kivi). Needs numpy.
 """
 import argparse
@@ -71,8 +71,8 @@ def quality(model, files, kind, rules, threads):
                 found[rule][0].append(kl[border:].mean())
                 found[rule][1].append(same[border:].mean())
                 found[rule][2].append(kl[:border].mean())
-            print(os.path.basename(file), *(f'{r} {x[0][-1]:.6f} {x[1][-1]:.4f} {x[2][-1]:.6f}' for r, x in found.items()),
-                  sep=', ', file=sys.stderr, flush=True)
+            row = (f'{r} {x[0][-1]:.6f} {x[1][-1]:.4f} {x[2][-1]:.6f}' for r, x in found.items())
+            print(os.path.basename(file), *row, sep=', ', file=sys.stderr, flush=True)
     print(f'| rule | KLD of generated tokens +- standard error | top-1 agrees | KLD of the prompt |\n|---|---|---|---|')
     for rule in rules:
         kl, same, prompt = (np.array(x) for x in found[rule])
