@@ -551,7 +551,7 @@ def drains():
 
 def limits():
     with case('a full queue: 429 at once, with Retry-After'), \
-            Server(KIVI, MODEL, *COMMON, '--max-num-seqs', '1', '--max-queued', '2') as s:
+            Server(KIVI, MODEL, *COMMON, '--max-num-seqs', '1', '--max-num-queued-reqs', '2') as s:
         links = [long_stream(s, 8000)]
         others = []
         for _ in range(2):
