@@ -68,7 +68,8 @@ def write_tasks(folder):
 def evaluate(server, folder):
     env = {**os.environ, 'HF_DATASETS_OFFLINE': '1', 'HF_HUB_OFFLINE': '1', 'HF_HOME': os.path.join(folder, 'hf')}
     done = subprocess.run(
-        [os.path.join(os.path.dirname(sys.executable), 'lm_eval'), 'run', '--model', 'local-completions', '--model_args',
+        [os.path.join(os.path.dirname(sys.executable), 'lm_eval'), 'run', '--model', 'local-completions',
+         '--model_args',
          f'model=small,base_url=http://127.0.0.1:{server.port}/v1/completions,num_concurrent=8,max_length=1024',
          '--tasks', *[t[0] for t in TASKS], '--include_path', folder, '--log_samples', '--output_path',
          os.path.join(folder, 'out')], env=env, capture_output=True, text=True, timeout=240)
@@ -141,7 +142,8 @@ def main():
             n += 1
             if alone['choices'][0]['text'] != sample['resps'][0][0]:
                 wrong.append((sample['resps'], alone))
-        report(not wrong and n, f'kivi_generate: {n} texts equal the same request alone', str(wrong[:1]) if wrong else '')
+        report(not wrong and n, f'kivi_generate: {n} texts equal the same request alone',
+               str(wrong[:1]) if wrong else '')
     print(f'{COUNT[True]} passed, {COUNT[False]} failed')
     return 1 if COUNT[False] else 0
 
