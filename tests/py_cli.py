@@ -57,7 +57,7 @@ def usage():
     refused(
         'usage',
         ('unknown-command', 2, "'walk'", ['walk', GQA]),
-        ('command-not-built', 2, 'serve', ['serve', GQA]),
+        ('command-not-built', 2, 'study', ['study', GQA]),
         ('no-model', 2, 'MODEL', ['info']),
         ('two-models', 2, None, ['info', GQA, os.path.join(GOLDEN, 'llama')]),
         ('unknown-option', 2, '--nothing', ['info', GQA, '--nothing']),
