@@ -38,7 +38,7 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 # What needs CUDA's headers is in a library of its own.
-CUDA_C := $(addprefix src/cuda/,backend.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
+CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
             src/cuda/kv_layout.c
@@ -97,6 +97,9 @@ $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 # Not a test itself: the rows of a GGUF file as the kernels see them, for tests/py_gguf_rows.py.
 $(BUILD)/gguf_rows: $(BUILD)/tests/gguf_rows.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+# The engine on a GPU through kivi.h, for `make test-gpu`: no library but the engine's own.
+$(BUILD)/gpu_engine: $(BUILD)/tests/gpu/check_engine.o $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
@@ -139,7 +142,7 @@ $(BUILD)/flags: FORCE
 
 run: ; @tools/run.sh
 test: ; @tools/test.sh
-test-gpu: ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
+test-gpu: all $(BUILD)/gpu_engine ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
 
@@ -178,4 +181,4 @@ help:
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
