@@ -110,12 +110,17 @@ NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc
 CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
-CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+KV_HEADERS := $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh) include/kivi.h include/kivi_cache.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS)
+# The kernels of the cache take minutes: only their own headers count for them.
+$(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 # The backend: its own objects, the little of libkivi.a that it calls, CUDA's runtime inside; cuBLASLt alone is
 # loaded with it. Its one symbol is ki_backend_library.
 CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
