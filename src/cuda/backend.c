@@ -142,6 +142,11 @@ static const float *logits(ki_backend *backend, uint32_t row) {
     return to;
 }
 
+static kivi_status exchange(ki_backend *backend, kivi_seq *host, kivi_seq *there, bool to_host,
+                            kivi_error *err) {
+    return ki_cuda_exchange(of(backend), host, there, to_host, err);
+}
+
 static void destroy(ki_backend *backend) {
     ki_cuda_backend *b = of(backend);
     cudaSetDevice(b->number);
@@ -150,7 +155,7 @@ static void destroy(ki_backend *backend) {
     ki_free(b->host, b);
 }
 
-static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits};
+static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits, exchange};
 
 /* ---- opening ---- */
 
