@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""bench_torch_attention.py: float16 decode attention of torch (cuDNN and flash) at the shapes of `kivi bench attention`.
+"""bench_torch_attention.py: float16 attention of torch (cuDNN and flash) at the shapes of `kivi bench attention`.
 
 One query token, head size 128, random data; median of seven event-timed replays of a CUDA graph, over as many
-copies of the cache as exceed the L2 cache. Also causal prompt attention at 4,096 and 32,768 tokens. Prints microseconds.
+copies of the cache as exceed the L2 cache. Also causal prompt attention at 4,096 and 32,768 tokens. Prints us.
 """
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
