@@ -197,4 +197,5 @@ help:
 	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d

@@ -49,7 +49,8 @@ static __global__ void embed(float *x, const void *embedding, const int32_t *tok
 }
 
 extern "C" void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens,
-                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type, void *stream) {
+                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type,
+                              void *stream) {
     embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, type);
 }
 
@@ -212,7 +213,8 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
 extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
                                     const uint32_t *rows, const ki_cuda_norm *norm,
                                     uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
-    ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n, type);
+    ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
+              type);
 }
 
 /* The better of two candidates: the larger, of equals the lower. id -1: none yet. */

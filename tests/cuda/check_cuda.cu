@@ -305,8 +305,8 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index,
     std::vector<uint32_t> low(16 * d), wide(2 * d);
     std::vector<uint8_t> list(d / 4), codes(d);
     bool narrow = w.l.k_bits == 2;
-    ki_plus_keys keys = {w.l.k_bits, low.data(), narrow ? wide.data() : NULL, narrow ? list.data() : NULL,
-                         scale.data(), zero.data()};
+    ki_plus_keys keys = {w.l.k_bits, low.data(), narrow ? wide.data() : NULL,
+                         narrow ? list.data() : NULL, scale.data(), zero.data()};
     uint32_t n_sinks = w.o.sinks > base ? w.o.sinks - base : 0;
     ki_plus_close_keys_scalar(&keys, blocks, n_sinks, d, KI_PLUS_KEY_STEPS);
     std::vector<uint8_t> bytes = w.page(0, index, 0, head);
