@@ -38,7 +38,7 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 # What needs CUDA's headers is in a library of its own.
-CUDA_C := $(addprefix src/cuda/,backend.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
+CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
             src/cuda/kv_layout.c
@@ -99,6 +99,9 @@ $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 # Not a test itself: the rows of a GGUF file as the kernels see them, for tests/py_gguf_rows.py.
 $(BUILD)/gguf_rows: $(BUILD)/tests/gguf_rows.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+# The engine on a GPU through kivi.h, for `make test-gpu`: no library but the engine's own.
+$(BUILD)/gpu_engine: $(BUILD)/tests/gpu/check_engine.o $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
@@ -109,12 +112,17 @@ NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc
 CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
-CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+KV_HEADERS := $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh) include/kivi.h include/kivi_cache.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS)
+# The kernels of the cache take minutes: only their own headers count for them.
+$(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 # The backend: its own objects, the little of libkivi.a that it calls, CUDA's runtime inside; cuBLASLt alone is
 # loaded with it. Its one symbol is ki_backend_library.
 CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
@@ -145,7 +153,7 @@ $(BUILD)/flags: FORCE
 
 run: ; @tools/run.sh
 test: ; @tools/test.sh
-test-gpu: ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
+test-gpu: all $(BUILD)/gpu_engine ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
 # Twenty minutes and more: measures every kind, builds llama-cpp-python once. python3-matplotlib is the system's python.
@@ -189,4 +197,5 @@ help:
 	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,8 +17,8 @@ import time
 
 import numpy as np
 
-from blackbox import (GOLDEN, KIVI, SCRATCH, UNDER, bad, case, describe, finish, good, kivi, needs_model, scratch,
-                      start, write)
+from blackbox import (CLEAN, GOLDEN, KIVI, SCRATCH, UNDER, bad, case, describe, finish, good, kivi, needs_model,
+                      scratch, start, write)
 
 GQA = os.path.join(GOLDEN, 'llama-gqa')  # a Hugging Face folder without a vocabulary
 IDS = json.load(open(os.path.join(GQA, 'tokens.json')))[:150]
@@ -57,7 +58,7 @@ def usage():
     refused(
         'usage',
         ('unknown-command', 2, "'walk'", ['walk', GQA]),
-        ('command-not-built', 2, 'serve', ['serve', GQA]),
+        ('command-not-built', 2, 'study', ['study', GQA]),
         ('no-model', 2, 'MODEL', ['info']),
         ('two-models', 2, None, ['info', GQA, os.path.join(GOLDEN, 'llama')]),
         ('unknown-option', 2, '--nothing', ['info', GQA, '--nothing']),
@@ -87,8 +88,7 @@ def usage():
         ('seed-junk', 2, '--seed', ['run', GQA, '--seed', '1x']),
         ('n-2^32', 2, '-n', ['run', GQA, '-n', '4294967296']),
         ('stats', 2, '--stats', ['run', GQA, '--stats', 'yaml']),
-        ('device-cuda', 4, 'cuda', ['info', GQA, '--device', 'cuda']),
-        ('device-cuda-1', 4, 'cuda:1', ['info', GQA, '--device', 'cuda:1']),
+        ('device-cuda-255', 4, 'cuda:255', ['info', GQA, '--device', 'cuda:255']),
         *[('device-' + name, 2, 'cuda:N', ['info', GQA, '--device', name])
           for name in ('gpu', 'cuda:', 'cuda:x', 'cuda:-1', 'cuda:256', 'cuda:1234', 'CUDA', 'cpu:0')],
         ('gpu-memory-0', 2, '--gpu-memory', ['info', GQA, '--gpu-memory', '0']),
@@ -98,6 +98,18 @@ def usage():
     )
     with case('usage/both-spellings-of-a-value'):
         assert good('info', GQA, '--ctx=256', '--json').out == good('info', '--json', '-c', 256, '-m', GQA).out
+    with case('usage/device-library-that-is-none'):
+        folder = scratch('own')
+        os.mkdir(folder)
+        shutil.copy(KIVI, folder)
+        with open(os.path.join(folder, 'libkivi-cuda.so'), 'w') as f:
+            f.write('no library')
+        own = os.path.join(folder, os.path.basename(KIVI))
+        run = [subprocess.run([own, 'info', GQA, '--device', d], capture_output=True, text=True, env=CLEAN)
+               for d in ('cuda', 'auto')]
+        assert run[0].returncode == 4 and 'libkivi-cuda.so' in run[0].stderr and run[0].stdout == '', run[0]
+        assert run[0].stderr.count('\n') == 1, run[0]
+        assert run[1].returncode == 0 and 'device cpu (' in run[1].stderr and run[1].stderr.count('\n') == 1, run[1]
     with case('usage/device-cpu-and-auto'):
         assert good('info', GQA, '--device', 'cpu').out == good('info', GQA, '--device=auto').out
 

@@ -71,7 +71,8 @@ def valgrind(build):
 
 
 def gpu(build):
-    return [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/gpu/py_*.py'))]
+    found = [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/gpu/py_*.py'))]
+    return [('check_engine', [f'{build}/gpu_engine', GOLDEN, tempfile.gettempdir()])] + found
 
 
 TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared library: sanitizers are in programs

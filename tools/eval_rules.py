@@ -5,9 +5,9 @@
 
 Quality: of the texts of tools/eval_quality.py the first 12; of each the first 1,024 tokens: 768 as a prompt under the
 rule, then 256 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
-distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 256 generated positions, which is what a
-client sees, and over the prompt's positions from 128 on, which is what scoring a prompt (echo) sees. The standard error
-is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
+distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 257 positions that generate, which is
+what a client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees.
+The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
 KIVI_BIN is the kivi to use (build/kivi). Needs numpy.
 """
 import argparse
@@ -22,8 +22,8 @@ import numpy as np
 from compare_llama import KIVI, cpu_name, find_model
 from eval_quality import fetch, texts_in
 
-CTX, N_PROMPT, SKIP = 1024, 768, 128
-RULES = 'paper,span:1024,span:512,span:256,stream'
+CTX, N_PROMPT, SKIP, STRIDE = 1024, 768, 128, 8
+RULES = 'paper,span:512,span:256,stream'
 PROMPTS = '512,2048,4096'
 
 
@@ -35,9 +35,10 @@ def logits(model, tokens, options, folder, threads):
     out = os.path.join(folder, 'logits.npy')
     run([KIVI, 'logits', model, '--tokens', tokens, '--prompt', str(N_PROMPT), '--ctx', str(CTX), '-t', str(threads),
          '-o', out, *options])
-    x = np.load(out)[SKIP:]
+    x = np.load(out, mmap_mode='r')
     os.remove(out)
-    return x
+    # the prompt's last row speaks about the first generated token
+    return np.concatenate([x[SKIP:N_PROMPT - 1:STRIDE], x[N_PROMPT - 1:]])
 
 
 def log_softmax(x):
@@ -66,11 +67,12 @@ def quality(model, files, kind, rules, threads):
             base = logits(model, tokens, ['--kv', 'f16'], folder, threads)
             for rule in rules:
                 kl, same = divergence(base, logits(model, tokens, ['--kv', kind, '--rule', rule], folder, threads))
-                border = N_PROMPT - SKIP - 1  # the prompt's last row speaks about the first generated token
+                border = len(kl) - (CTX - N_PROMPT + 1)
                 found[rule][0].append(kl[border:].mean())
                 found[rule][1].append(same[border:].mean())
                 found[rule][2].append(kl[:border].mean())
-            print(f'{os.path.basename(file)} done', file=sys.stderr, flush=True)
+            row = (f'{r} {x[0][-1]:.6f} {x[1][-1]:.4f} {x[2][-1]:.6f}' for r, x in found.items())
+            print(os.path.basename(file), *row, sep=', ', file=sys.stderr, flush=True)
     print(f'| rule | KLD of generated tokens +- standard error | top-1 agrees | KLD of the prompt |\n|---|---|---|---|')
     for rule in rules:
         kl, same, prompt = (np.array(x) for x in found[rule])
@@ -96,6 +98,7 @@ def main():
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--kv', default='kivi2')
     p.add_argument('--rules', default=RULES)
+    p.add_argument('--first', type=int, default=0, help='leave out so many texts')
     p.add_argument('--n-texts', type=int, default=12)
     p.add_argument('--no-speed', action='store_true')
     p.add_argument('--no-quality', action='store_true')
@@ -105,7 +108,7 @@ def main():
         if not o.no_quality:
             if not o.texts:
                 fetch(folder)
-            quality(model, texts_in(o.texts or folder)[:o.n_texts], o.kv, rules, o.threads)
+            quality(model, texts_in(o.texts or folder)[o.first:o.first + o.n_texts], o.kv, rules, o.threads)
     if not o.no_speed:
         speed(model, o.kv, rules, o.threads)
     print(f'\n{cpu_name()}, {o.threads} threads.')

@@ -326,14 +326,16 @@ def check_prefix(tree):
     macros = {m[1] for f in files for m in re.finditer(r'^#\s*define\s+(\w+)\s+(?:\w+\s+)*?static\b', f.code, re.M)}
     for f in files:
         for fn in f.functions():
-            if not fn.static and not fn.words & macros and not re.match(r'(ki|kivi|KI|KIVI)_', fn.name):
+            if not fn.static and not fn.words & macros and not re.match(r'(ki|kivi|KI|KIVI|_)_', fn.name):
                 yield f.path, fn.first, f'{fn.name} is neither static nor prefixed ki_ or kivi_'
 
 
 @rule('double-underscore')
 def check_dunder(tree):
-    """no identifiers of the compiler's own kind"""
+    """no identifiers of the compiler's own kind; CUDA C++ is made of them"""
     for f in tree.c(*ALL_C):
+        if f.path.endswith(('.cu', '.cuh')):
+            continue
         for m in re.finditer(r'\b[A-Za-z_]\w*', f.code):
             if '__' in m[0] and not DUNDER_OK.match(m[0]):
                 yield f.path, f.line_of(m.start()), f'{m[0]} is a reserved name'

@@ -113,8 +113,8 @@ static void write_memory(text *out, const metrics_context *c) {
             "Rows whose keys or values were not finite.");
     counter(out, "kv_saturated_values_total", c, (double)n_saturated,
             "Scales and zeros that left float16.");
-    gauge(out, "kv_bits_per_element", c, kivi_engine_bits(c->engine),
-          "Allocated bits of a cached element, scales and zeros counted.");
+    gauge(out, "kv_bytes_per_element", c, kivi_engine_bits(c->engine) / 8,
+          "Allocated bytes of a cached element, scales and zeros counted.");
 }
 
 static void write_queue(text *out, const metrics_context *c, const kivi_scheduler_stats *s) {

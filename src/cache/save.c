@@ -318,6 +318,21 @@ static void make_room(ki_stream *s, kivi_seq *seq, uint32_t n_tokens, uint32_t r
     seq->v_valid_from = ki_v_packed(l, n_tokens);
 }
 
+kivi_status ki_seq_take_shape(kivi_seq *to, const kivi_seq *from, kivi_error *err) {
+    const ki_layout *l = &from->cache->layout;
+    if (from->n_tokens > (uint64_t)to->max_pages * KI_PAGE_TOKENS)
+        return KI_FAIL(err, ARG, "sequence: %u tokens, this cache takes %u", from->n_tokens,
+                       to->max_pages * KI_PAGE_TOKENS);
+    for (uint32_t i = 0; i < from->n_gone; i++) to->pages[i] = (uint32_t)KI_NO_PAGE;
+    to->n_pages = to->n_gone = from->n_gone;
+    KI_TRY(ki_seq_reserve(to, from->n_tokens, err));
+    to->n_tokens = from->n_tokens;
+    to->run_start = from->run_start;
+    to->k_valid_from = ki_k_packed(l, from->n_tokens);
+    to->v_valid_from = ki_v_packed(l, from->n_tokens);
+    return KIVI_OK;
+}
+
 void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t n_tokens = seq->n_tokens, run_start = seq->run_start, n_gone = seq->n_gone;

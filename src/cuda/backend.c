@@ -17,6 +17,10 @@ static kivi_status layout_of(ki_cuda_layout *out, const ki_layout *l, kivi_error
                              .head_dim = l->head_dim,
                              .window_tokens = l->window,
                              .kv = l->kv};
+    if (l->kv.plus)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache, expected one of f16, kivi8, "
+                                         "kivi4, k4v2, kivi2: its kernels are there, its engine is "
+                                         "not built yet");
     return ki_cuda_layout_any(out, &g, false, err);
 }
 
@@ -138,6 +142,11 @@ static const float *logits(ki_backend *backend, uint32_t row) {
     return to;
 }
 
+static kivi_status exchange(ki_backend *backend, kivi_seq *host, kivi_seq *there, bool to_host,
+                            kivi_error *err) {
+    return ki_cuda_exchange(of(backend), host, there, to_host, err);
+}
+
 static void destroy(ki_backend *backend) {
     ki_cuda_backend *b = of(backend);
     cudaSetDevice(b->number);
@@ -146,7 +155,7 @@ static void destroy(ki_backend *backend) {
     ki_free(b->host, b);
 }
 
-static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits};
+static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits, exchange};
 
 /* ---- opening ---- */
 

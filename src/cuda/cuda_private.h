@@ -8,6 +8,7 @@
 #include "backend.h"
 #include "dense_cuda.h"
 #include "gemm.h"
+#include "gemv.h"
 #include "kv_cuda.h"
 #include "plain.h"
 
@@ -147,6 +148,8 @@ uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);
+kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
+                             kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);

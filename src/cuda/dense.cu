@@ -2,6 +2,9 @@
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "dense_cuda.h"
 
+#include "kv_launch.h"
+#include "pdl.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -46,13 +49,16 @@ static __global__ void embed(float *x, const void *embedding, const int32_t *tok
 }
 
 extern "C" void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens,
-                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type, void *stream) {
+                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type,
+                              void *stream) {
     embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, type);
 }
 
 /* The angle in float32, as the models were trained; its sine and cosine in float64, as the CPU. */
 static __global__ void rope_table(float *out, const float *freq, size_t freq_stride,
                                   const uint32_t *positions, uint32_t half, float factor) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     uint32_t row = blockIdx.x;
     for (uint32_t j = threadIdx.x; j < half; j += blockDim.x) {
         float angle = __fmul_rn((float)positions[row], freq[row * freq_stride + j]);
@@ -66,8 +72,8 @@ static __global__ void rope_table(float *out, const float *freq, size_t freq_str
 extern "C" void ki_cuda_rope_table(float *out, const float *freq, size_t freq_stride,
                                    const uint32_t *positions, uint32_t n_rows, uint32_t half,
                                    float factor, void *stream) {
-    rope_table<<<n_rows, 128, 0, (cudaStream_t)stream>>>(out, freq, freq_stride, positions, half,
-                                                          factor);
+    ki_launch(rope_table, n_rows, 128, 0, true, stream, out, freq, freq_stride, positions, half,
+              factor);
 }
 
 /* ---- norms ---- */
@@ -99,6 +105,8 @@ static __device__ __forceinline__ float normed(const float *x, uint32_t i, momen
 
 static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uint32_t n,
                                  ki_cuda_type type) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     size_t at = (size_t)blockIdx.x * n;
     moments m = row_moments(x + at, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
@@ -107,10 +115,12 @@ static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uin
 
 extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
                                   uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
-    norm_rows<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(h, x, *norm, n, type);
+    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
 }
 
 static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm, uint32_t n) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     size_t at = (size_t)blockIdx.x * n;
     moments m = row_moments(delta + at, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
@@ -119,11 +129,13 @@ static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm,
 
 extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
                                  uint32_t n_rows, uint32_t n, void *stream) {
-    add_norm<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, delta, *norm, n);
+    ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
 }
 
 /* One warp a head: q heads, k heads, then v heads, which have a bias at most. */
 static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     uint32_t n_all = h.n_heads + 2 * h.n_kv_heads, unit = blockIdx.x * WARPS + threadIdx.x / 32;
     uint32_t row = unit / n_all, head = unit % n_all, lane = threadIdx.x % 32;
     if (row >= n_rows) return;
@@ -144,8 +156,8 @@ static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows
 extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uint32_t n_rows,
                                      void *stream) {
     uint32_t n = n_rows * (heads->n_heads + 2 * heads->n_kv_heads);
-    adjust_heads<<<(n + WARPS - 1) / WARPS, ROW_THREADS, 0, (cudaStream_t)stream>>>(qkv, *heads,
-                                                                                    n_rows);
+    ki_launch(adjust_heads, (n + WARPS - 1) / WARPS, ROW_THREADS, 0, true, stream, qkv, *heads,
+              n_rows);
 }
 
 /* ---- the MLP ---- */
@@ -157,8 +169,11 @@ static __device__ __forceinline__ float gelu_tanh(float x) {
 
 static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
                                 ki_cuda_type type) {
-    size_t row = blockIdx.x;
-    uint32_t i = blockIdx.y * ROW_THREADS + threadIdx.x;
+    ki_pdl_launch();
+    ki_pdl_wait();
+    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
+    size_t row = blockIdx.x / per_row;
+    uint32_t i = blockIdx.x % per_row * ROW_THREADS + threadIdx.x;
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
@@ -173,14 +188,16 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
                                  uint32_t n, ki_cuda_type type, void *stream) {
-    dim3 grid(n_rows, (n + ROW_THREADS - 1) / ROW_THREADS);
-    activate<<<grid, ROW_THREADS, 0, (cudaStream_t)stream>>>(out, in, act, n, type);
+    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
+    ki_launch(activate, n_rows * per_row, ROW_THREADS, 0, true, stream, out, in, act, n, type);
 }
 
 /* ---- out of the pass ---- */
 
 static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
                                    ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     const float *from = x + (size_t)rows[blockIdx.x] * n;
     size_t to = (size_t)blockIdx.x * n;
     float bad = 0;
@@ -196,8 +213,8 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
 extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
                                     const uint32_t *rows, const ki_cuda_norm *norm,
                                     uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
-    gather_norm<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(h, finite, x, rows, *norm, n,
-                                                                  type);
+    ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
+              type);
 }
 
 /* The better of two candidates: the larger, of equals the lower. id -1: none yet. */
@@ -206,6 +223,8 @@ static __device__ __forceinline__ void take_better(float *v, int *id, float w, i
 }
 
 static __global__ void argmax(int32_t *best, const float *logits, uint32_t n, size_t stride) {
+    ki_pdl_launch();
+    ki_pdl_wait();
     __shared__ float values[WARPS];
     __shared__ int ids[WARPS];
     const float *row = logits + blockIdx.x * stride;
@@ -227,7 +246,7 @@ static __global__ void argmax(int32_t *best, const float *logits, uint32_t n, si
 
 extern "C" void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,
                                size_t stride, void *stream) {
-    argmax<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(best, logits, n, stride);
+    ki_launch(argmax, n_rows, ROW_THREADS, 0, true, stream, best, logits, n, stride);
 }
 
 /* ---- rings ---- */

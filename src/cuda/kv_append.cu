@@ -1,5 +1,5 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One thread
- * block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
+/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
+ * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
 #include "kv_launch.h"
 #include "kv_quant.cuh"
 
@@ -49,7 +49,8 @@ KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t ro
     atomicAdd(&a.counters->n_nonfinite, 1ull);
 }
 
-/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step afterwards. */
+/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step
+ * afterwards. */
 KI_DEV void load_row(float *out, const append_args &a, const void *x, uint64_t at, uint32_t row,
                      bool rotated) {
     uint32_t half = a.l.head_dim / 2;
@@ -154,13 +155,12 @@ KI_DEV void put_key_codes(quant_shared &m, const append_args &a, const range_job
         uint32_t c = k % d;
         float x = f16_value(m.raw[k]);
         bool is_sink = base + k / d < sinks;
-        m.codes[k] = is_sink ? 0
-                             : (uint8_t)code_of(x, f16_value(m.scale[c]), f16_value(m.zero[c]),
-                                                levels);
+        m.codes[k] =
+            is_sink ? 0 : (uint8_t)code_of(x, f16_value(m.scale[c]), f16_value(m.zero[c]), levels);
     }
     __syncthreads();
-    uint8_t *sub = job.page + a.l.head_bytes +
-                   base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+    uint8_t *sub =
+        job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
     pack_block((uint32_t *)(sub + a.l.k_at), m.codes, d, d / 16, a.l.k_bits, true, from - base,
                to - base, 0);
     __syncthreads();
@@ -199,8 +199,8 @@ KI_DEV void close_key_group(quant_shared &m, const append_args &a, const range_j
         stage_rows(m.raw, a, job, base, from, from + span, true);
         __syncthreads();
         for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            channel_range(&m.low[c], &m.high[c], m.raw, d, c, max(from, min(sinks, from + span)) - base,
-                          from + span - base);
+            channel_range(&m.low[c], &m.high[c], m.raw, d, c,
+                          max(from, min(sinks, from + span)) - base, from + span - base);
         __syncthreads();
     }
     put_key_scales(m, a, job, first);
@@ -219,9 +219,10 @@ KI_DEV void copy_rows(quant_shared &m, const append_args &a, const range_job &jo
         const uint16_t *rows = keys ? a.k_rows : a.v_rows, *row = keys ? m.k16 : m.v16;
         uint32_t t = pos % KI_PAGE_TOKENS;
         if (rows)
-            row = rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) *
-                              a.l.n_kv_heads +
-                          job.head) * d;
+            row =
+                rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) * a.l.n_kv_heads +
+                        job.head) *
+                           d;
         uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
         put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), row, t % KI_SUB_TOKENS, d, keys);
     }
@@ -260,8 +261,8 @@ KI_DEV void quantize_values(quant_shared &m, const append_args &a, const range_j
     for (uint32_t base = first / KI_SUB_TOKENS * KI_SUB_TOKENS; base < job.to;
          base += KI_SUB_TOKENS) {
         uint32_t from = max(first, base), to = min(job.to, base + KI_SUB_TOKENS);
-        uint8_t *sub = job.page + a.l.head_bytes +
-                       base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+        uint8_t *sub =
+            job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
         stage_rows(m.raw, a, job, base, from, to, false);
         __syncthreads();
         for (uint32_t pos = from + warp; pos < to; pos += blockDim.x / 32) {
@@ -353,8 +354,8 @@ KI_DEV void load_one_row(quant_shared &m, const append_args &a, const ki_cuda_se
         put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
 }
 
-/* The value that falls behind the line with this row, if one does: its codes and scales. Everything it
- * reads is older than the kernels before this one. Barriers inside: all threads call it. */
+/* The value that falls behind the line with this row, if one does: its codes and scales. Everything
+ * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
 KI_DEV void quantize_one_value(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
                                uint32_t head, float *terms) {
     const ki_cuda_layout &l = a.l;
@@ -371,9 +372,11 @@ KI_DEV void quantize_one_value(quant_shared &m, const append_args &a, const ki_c
         float half = l.v_bits == 2 ? 1.5f : 3.5f;
         plus_value_scales(m.scale, terms, row, l);
         for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            m.codes[c] = (uint8_t)plus_value_code(f16_value(row[c]), f16_value(m.scale[c / l.v_group]), half);
+            m.codes[c] = (uint8_t)plus_value_code(f16_value(row[c]),
+                                                  f16_value(m.scale[c / l.v_group]), half);
         for (uint32_t g = threadIdx.x; g < d / l.v_group; g += blockDim.x)
-            ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] = m.scale[g];
+            ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
+                m.scale[g];
     } else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, row, t, threadIdx.x);
     __syncthreads();
     put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
@@ -395,8 +398,8 @@ KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_c
     for (; from < to; from += n_parts * KI_SUB_TOKENS) {
         uint32_t n = min(n_parts, (to - from) / KI_SUB_TOKENS);
         for (uint32_t k = threadIdx.x; k < n * fours; k += blockDim.x)
-            ((uint4 *)m.raw)[k] = ((const uint4 *)exact_block(l, s, a.layer, head,
-                                                              from / KI_SUB_TOKENS + k / fours, 0))[k % fours];
+            ((uint4 *)m.raw)[k] = ((const uint4 *)exact_block(
+                l, s, a.layer, head, from / KI_SUB_TOKENS + k / fours, 0))[k % fours];
         __syncthreads();
         uint32_t base = from + part * KI_SUB_TOKENS;
         uint8_t *codes = m.codes + part * KI_SUB_TOKENS * d;
@@ -428,8 +431,8 @@ KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_c
             if (l.sink_tokens >= at + KI_SUB_TOKENS) continue;
             uint8_t *plane = page_of(a, s, at / KI_PAGE_TOKENS, head) + l.k_at +
                              at % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
-            pack_block((uint32_t *)plane, m.codes + k * KI_SUB_TOKENS * d, d, steps, l.k_bits, true, 0,
-                       KI_SUB_TOKENS, 0);
+            pack_block((uint32_t *)plane, m.codes + k * KI_SUB_TOKENS * d, d, steps, l.k_bits, true,
+                       0, KI_SUB_TOKENS, 0);
         }
         __syncthreads();
     }
@@ -445,7 +448,8 @@ KI_DEV void close_keys(quant_shared &m, const append_args &a, const ki_cuda_seq 
         return;
     }
     range_job job;
-    for (uint32_t page = from / KI_PAGE_TOKENS; make_job(&job, a, &s, head, page, from, to); page++) {
+    for (uint32_t page = from / KI_PAGE_TOKENS; make_job(&job, a, &s, head, page, from, to);
+         page++) {
         quantize_keys(m, a, job, more);
         __syncthreads();
     }
@@ -515,7 +519,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     let_next_begin();
     const ki_cuda_seq s = a.seqs[slot];
     uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
-    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS), to = min(end, (block + 1) * KI_SUB_TOKENS);
+    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS),
+             to = min(end, (block + 1) * KI_SUB_TOKENS);
     if (s.n_rows == 0 || from >= to) return;
     uint32_t last = (end - 1) / KI_SUB_TOKENS;
     for (uint32_t side = 0; side < 2; side++) {
@@ -526,8 +531,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
         const uint16_t *rows = side ? a.v_rows : a.k_rows;
         for (uint32_t pos = from; pos < to; pos++) {
             uint64_t row = s.first_row + pos - s.n_tokens;
-            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS, d,
-                          side == 0);
+            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS,
+                          d, side == 0);
         }
     }
 }
@@ -601,9 +606,9 @@ kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_erro
 kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
-    KI_TRY(ki_cuda_check(ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0,
-                                   c->pdl, stream, a),
-                         "prompt rows", err));
+    KI_TRY(ki_cuda_check(
+        ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0, c->pdl, stream, a),
+        "prompt rows", err));
     /* the lines move over max_rows tokens and what they were behind; one page more for each end */
     a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,

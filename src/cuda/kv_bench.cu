@@ -21,11 +21,11 @@ static void say(const report &r, const char *format, ...) {
 
 /* ---- streams ---- */
 
-/* Reads n 16-byte words, several in flight; writes only what random data never sums to. A thread block
- * takes chunks of DEPTH times its threads. */
+/* Reads n 16-byte words, several in flight; writes only what random data never sums to. A thread
+ * block takes chunks of DEPTH times its threads. */
 template <int DEPTH>
-static __global__ void __launch_bounds__(1024) ki_read_kernel(const uint4 *from, uint64_t n,
-                                                              uint32_t *to) {
+static __global__ void __launch_bounds__(1024)
+    ki_read_kernel(const uint4 *from, uint64_t n, uint32_t *to) {
     uint32_t sum = 0;
     uint64_t chunk = (uint64_t)DEPTH * blockDim.x;
     for (uint64_t at = blockIdx.x * chunk; at + chunk <= n; at += gridDim.x * chunk) {
@@ -53,7 +53,7 @@ static kivi_status measure_reads(double *gbs, const uint8_t *data, uint64_t byte
                 &us, 4,
                 [&](uint32_t i, cudaStream_t s) {
                     const uint4 *from = (const uint4 *)(data + i % 2 * bytes);
-                    ki_read_kernel<8><<<n_sms * w * (1024 / t), t, 0, s>>>(from, bytes / 16, sink);
+                    ki_read_kernel<8><<<n_sms * w *(1024 / t), t, 0, s>>>(from, bytes / 16, sink);
                     return ki_cuda_check(cudaGetLastError(), "read", err);
                 },
                 err));
@@ -76,7 +76,8 @@ static kivi_status measure_streams(report &r) {
         &us, 8,
         [&](uint32_t, cudaStream_t s) {
             return ki_cuda_check(
-                cudaMemcpyAsync(data, data + bytes, bytes, cudaMemcpyDeviceToDevice, s), "copy", r.err);
+                cudaMemcpyAsync(data, data + bytes, bytes, cudaMemcpyDeviceToDevice, s), "copy",
+                r.err);
         },
         r.err));
     r.copy_gbs = 2.0 * (double)bytes / us * 1e-3;
@@ -98,9 +99,9 @@ static kivi_status time_kind(report &r, double *us, double *mb, const bench_shap
     int device = 0, n_sms = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    KI_TRY(b.make(s, kind, 1ull << 30, 24, r.err));
+    KI_TRY(b.ki_make(s, kind, 1ull << 30, 24, r.err));
     uint32_t split = ki_cuda_split_tokens(&b.l, invariant ? 0 : s.batch, s.tokens, (uint32_t)n_sms);
-    KI_TRY(b.plan(split, 0, r.o->pdl, r.err));
+    KI_TRY(b.ki_plan(split, 0, r.o->pdl, r.err));
     *mb = b.packed_bytes() * 1e-6;
     return time_launches(
         us, bench_launches(b, *mb / 2.0),
@@ -114,8 +115,8 @@ static kivi_status one_line(report &r, const bench_shape &s, const bench_kind &k
                             bool invariant) {
     double us, mb;
     KI_TRY(time_kind(r, &us, &mb, s, kind, invariant));
-    say(r, "%-12s B%-3u %2u/%-2u T%-6u %8.1f MB %8.1f us %6.0f GB/s %5.1f%% of the read stream%s", kind.name,
-        s.batch, s.n_heads, s.n_kv_heads, s.tokens, mb, us, mb / us * 1e3,
+    say(r, "%-12s B%-3u %2u/%-2u T%-6u %8.1f MB %8.1f us %6.0f GB/s %5.1f%% of the read stream%s",
+        kind.name, s.batch, s.n_heads, s.n_kv_heads, s.tokens, mb, us, mb / us * 1e3,
         mb / us * 1e5 / r.read_gbs, invariant ? "  (constant splits)" : "");
     return KIVI_OK;
 }
@@ -125,7 +126,7 @@ static kivi_status append_line(report &r, const bench_shape &s, const bench_kind
     bench_batch b;
     double us;
     ki_cuda_counters *counters;
-    KI_TRY(b.make(s, kind, 1ull << 40, 128, r.err)); /* a set for each distance from the line */
+    KI_TRY(b.ki_make(s, kind, 1ull << 40, 128, r.err)); /* a set for each distance from the line */
     KI_TRY(b.take(&counters, 1, r.err));
     cudaMemset(counters, 0, sizeof *counters);
     uint32_t width = (s.n_heads + 2 * s.n_kv_heads) * 128, most = s.n_kv_heads * 128;
@@ -139,7 +140,8 @@ static kivi_status append_line(report &r, const bench_shape &s, const bench_kind
     for (uint32_t i = 0; i < b.n_sets; i++) {
         std::vector<ki_cuda_seq> seqs(s.batch);
         cudaMemcpy(seqs.data(), b.caches[i].seqs, s.batch * sizeof seqs[0], cudaMemcpyDeviceToHost);
-        for (uint32_t k = 0; k < s.batch; k++) seqs[k].n_tokens = s.tokens - 1 - (i * 37 + k * 53) % 128;
+        for (uint32_t k = 0; k < s.batch; k++)
+            seqs[k].n_tokens = s.tokens - 1 - (i * 37 + k * 53) % 128;
         cudaMemcpy((void *)b.caches[i].seqs, seqs.data(), s.batch * sizeof seqs[0],
                    cudaMemcpyHostToDevice);
         b.caches[i].counters = counters;
@@ -153,22 +155,29 @@ static kivi_status append_line(report &r, const bench_shape &s, const bench_kind
     }
     KI_TRY(time_launches(
         &us, 128,
-        [&](uint32_t i, cudaStream_t stream) { return ki_cuda_append(&calls[i % b.n_sets], stream, r.err); },
+        [&](uint32_t i, cudaStream_t stream) {
+            return ki_cuda_append(&calls[i % b.n_sets], stream, r.err);
+        },
         r.err));
-    say(r, "append %-12s B%-3u %2u/%-2u %6.2f us a layer", kind.name, s.batch, s.n_heads, s.n_kv_heads, us);
+    say(r, "append %-12s B%-3u %2u/%-2u %6.2f us a layer", kind.name, s.batch, s.n_heads,
+        s.n_kv_heads, us);
     return KIVI_OK;
 }
 
 static kivi_status measure_shapes(report &r) {
-    static const bench_shape shapes[] = {{32, 32, 32, 4096}, {8, 32, 32, 32768}, {32, 32, 8, 8192},
-                                         {8, 32, 8, 32768},  {1, 32, 8, 131072}};
+    static const bench_shape shapes[] = {{32, 32, 32, 4096},
+                                         {8, 32, 32, 32768},
+                                         {32, 32, 8, 8192},
+                                         {8, 32, 8, 32768},
+                                         {1, 32, 8, 131072}};
     for (const bench_shape &s : shapes) {
         KI_TRY(one_line(r, s, kivi2, false));
         KI_TRY(one_line(r, s, kivi2, true));
         KI_TRY(one_line(r, s, kivi2_window, false));
         KI_TRY(one_line(r, s, kivi2_window32, false));
         KI_TRY(one_line(r, s, plus, false));
-        if ((uint64_t)s.batch * s.n_kv_heads * s.tokens <= 1ull << 22) KI_TRY(one_line(r, s, f16, false));
+        if ((uint64_t)s.batch * s.n_kv_heads * s.tokens <= 1ull << 22)
+            KI_TRY(one_line(r, s, f16, false));
         else if (!r.o->is_short) KI_TRY(one_line(r, s, f16, false));
     }
     for (uint32_t batch = 1; batch <= 32; batch *= 32) {
@@ -201,8 +210,9 @@ kivi_status ki_cuda_bench_attention(const ki_cuda_bench_options *options, kivi_e
     KI_TRY(ki_cuda_kernels_init(err));
     KI_TRY(ki_cuda_check(cudaGetDevice(&device), "device", err));
     KI_TRY(ki_cuda_check(cudaGetDeviceProperties(&p, device), "device", err));
-    say(r, "%s, %d multiprocessors, L2 %d MB, head size 128, G=32, %s", p.name, p.multiProcessorCount,
-        p.l2CacheSize >> 20, options->pdl ? "programmatic dependent launch" : "plain launches");
+    say(r, "%s, %d multiprocessors, L2 %d MB, head size 128, G=32, %s", p.name,
+        p.multiProcessorCount, p.l2CacheSize >> 20,
+        options->pdl ? "programmatic dependent launch" : "plain launches");
     KI_TRY(measure_streams(r));
     KI_TRY(measure_shapes(r));
     return options->is_short ? KIVI_OK : measure_lengths(r);

@@ -1,4 +1,5 @@
-/* kv_bench.cuh: batches of random pages and their timing, for kv_bench.cu and tests/cuda/tune.cu. */
+/* kv_bench.cuh: batches of random pages and their timing, for kv_bench.cu and tests/cuda/tune.cu.
+ * */
 #ifndef KI_KV_BENCH_CUH
 #define KI_KV_BENCH_CUH
 #include "kv_decode.cuh"
@@ -41,7 +42,8 @@ KI_DEV uint32_t page_word(const ki_cuda_layout &l, uint32_t at, uint32_t r) {
     return at < l.v_zero_at ? random_scales(r) : random_zeros(r);
 }
 
-static __global__ void ki_bench_pages_kernel(uint32_t *pool, const __grid_constant__ ki_cuda_layout l,
+static __global__ void ki_bench_pages_kernel(uint32_t *pool,
+                                             const __grid_constant__ ki_cuda_layout l,
                                              uint64_t n_words) {
     for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n_words;
          i += (uint64_t)gridDim.x * blockDim.x)
@@ -99,7 +101,8 @@ struct bench_kind {
     bool is_plus, pages_only;
 };
 
-/* Several sets of sequences over different pages, so that no launch finds its bytes in the L2 cache. */
+/* Several sets of sequences over different pages, so that no launch finds its bytes in the L2
+ * cache. */
 struct bench_batch {
     ki_cuda_layout l = {};
     bench_shape shape = {};
@@ -114,24 +117,26 @@ struct bench_batch {
     }
     template <class T> kivi_status take(T **p, uint64_t n, kivi_error *err) {
         void *block = NULL;
-        KI_TRY(ki_cuda_check(cudaMalloc(&block, n * sizeof(T) + 256), "memory for a measurement", err));
+        KI_TRY(ki_cuda_check(cudaMalloc(&block, n * sizeof(T) + 256), "memory for a measurement",
+                             err));
         blocks.push_back(block);
         *p = (T *)block;
         return KIVI_OK;
     }
     /* Bytes of pages that one launch reads. */
     double packed_bytes() const {
-        return (double)shape.batch * shape.n_kv_heads * shape.tokens * l.page_bytes / KI_PAGE_TOKENS;
+        return (double)shape.batch * shape.n_kv_heads * shape.tokens * l.page_bytes /
+               KI_PAGE_TOKENS;
     }
-    kivi_status make(const bench_shape &s, const bench_kind &kind, uint64_t least_bytes,
-                     uint32_t most_sets, kivi_error *err);
-    kivi_status make_set(const bench_kind &kind, uint32_t set, uint8_t *pool, uint8_t *rings,
-                         uint32_t *tables, kivi_error *err);
-    kivi_status plan(uint32_t split_tokens, uint32_t window, bool pdl, kivi_error *err);
+    kivi_status ki_make(const bench_shape &s, const bench_kind &kind, uint64_t least_bytes,
+                        uint32_t most_sets, kivi_error *err);
+    kivi_status ki_make_set(const bench_kind &kind, uint32_t set, uint8_t *pool, uint8_t *rings,
+                            uint32_t *tables, kivi_error *err);
+    kivi_status ki_plan(uint32_t split_tokens, uint32_t window, bool pdl, kivi_error *err);
 };
 
-inline kivi_status bench_batch::make(const bench_shape &s, const bench_kind &kind,
-                                     uint64_t least_bytes, uint32_t most_sets, kivi_error *err) {
+inline kivi_status bench_batch::ki_make(const bench_shape &s, const bench_kind &kind,
+                                        uint64_t least_bytes, uint32_t most_sets, kivi_error *err) {
     kivi_cache_geometry g = kivi_cache_defaults();
     g.n_layers = 1, g.n_heads = s.n_heads, g.n_kv_heads = s.n_kv_heads, g.head_dim = 128;
     g.kv.k_bits = kind.k_bits, g.kv.v_bits = kind.v_bits, g.kv.group = 32;
@@ -142,7 +147,8 @@ inline kivi_status bench_batch::make(const bench_shape &s, const bench_kind &kin
     table_stride = s.tokens / KI_PAGE_TOKENS + 1;
     set_pages = s.batch * table_stride;
     uint64_t set_bytes = set_pages * l.id_bytes;
-    n_sets = (uint32_t)std::min<uint64_t>(std::max<uint64_t>(least_bytes / set_bytes, 2), most_sets);
+    n_sets =
+        (uint32_t)std::min<uint64_t>(std::max<uint64_t>(least_bytes / set_bytes, 2), most_sets);
     uint8_t *pool, *rings;
     uint32_t *tables;
     KI_TRY(take(&pool, n_sets * set_bytes, err));
@@ -156,12 +162,12 @@ inline kivi_status bench_batch::make(const bench_shape &s, const bench_kind &kin
     KI_TRY(take(&out, n_q, err));
     ki_bench_halves_kernel<<<2048, 256>>>((uint32_t *)q, n_q / 2, 7);
     caches.resize(n_sets), calls.resize(n_sets);
-    for (uint32_t i = 0; i < n_sets; i++) KI_TRY(make_set(kind, i, pool, rings, tables, err));
+    for (uint32_t i = 0; i < n_sets; i++) KI_TRY(ki_make_set(kind, i, pool, rings, tables, err));
     return ki_cuda_check(cudaDeviceSynchronize(), "random pages", err);
 }
 
-inline kivi_status bench_batch::make_set(const bench_kind &kind, uint32_t set, uint8_t *pool,
-                                         uint8_t *rings, uint32_t *tables, kivi_error *err) {
+inline kivi_status bench_batch::ki_make_set(const bench_kind &kind, uint32_t set, uint8_t *pool,
+                                            uint8_t *rings, uint32_t *tables, kivi_error *err) {
     std::vector<uint32_t> ids(set_pages);
     std::vector<ki_cuda_seq> seqs(shape.batch);
     uint64_t seed = 0x1234567 + set, slot_bytes = l.ring_bytes + l.sink_bytes;
@@ -189,13 +195,13 @@ inline kivi_status bench_batch::make_set(const bench_kind &kind, uint32_t set, u
     KI_TRY(ki_cuda_check(cudaMemcpy(device_seqs, seqs.data(), shape.batch * sizeof(ki_cuda_seq),
                                     cudaMemcpyHostToDevice),
                          "sequences", err));
-    caches[set] = {l,           pool,        tables + (uint64_t)set * set_pages, table_stride,
-                   device_seqs, shape.batch, NULL};
+    caches[set] = {l,           pool, tables + (uint64_t)set * set_pages, table_stride, device_seqs,
+                   shape.batch, NULL};
     return KIVI_OK;
 }
 
-inline kivi_status bench_batch::plan(uint32_t split_tokens, uint32_t window, bool pdl,
-                                     kivi_error *err) {
+inline kivi_status bench_batch::ki_plan(uint32_t split_tokens, uint32_t window, bool pdl,
+                                        kivi_error *err) {
     for (uint32_t i = 0; i < n_sets; i++) {
         ki_cuda_attend_call &c = calls[i];
         void *workspace = c.workspace;
@@ -219,7 +225,7 @@ inline kivi_status bench_batch::plan(uint32_t split_tokens, uint32_t window, boo
 }
 
 /* Launches in a graph: about five milliseconds, every set as often. */
-inline uint32_t bench_launches(const bench_batch &b, double us) {
+static inline uint32_t bench_launches(const bench_batch &b, double us) {
     uint32_t n = (uint32_t)(5000 / us) + 1;
     n = std::min(std::max(n, 8u), 200u);
     return (n + b.n_sets - 1) / b.n_sets * b.n_sets;

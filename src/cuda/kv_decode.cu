@@ -85,7 +85,12 @@ struct merge_args {
 };
 
 /* BATCH: splits whose states a warp loads at once, before it uses the first. */
-enum { MERGE_THREADS = 128, MERGE_WARPS = MERGE_THREADS / 32, MERGE_BATCH = 8, MERGE_MAX_DIM = 256 };
+enum {
+    MERGE_THREADS = 128,
+    MERGE_WARPS = MERGE_THREADS / 32,
+    MERGE_BATCH = 8,
+    MERGE_MAX_DIM = 256
+};
 
 /* A lane's part of a row: four channels, and four more above 128. */
 struct merge_state {
@@ -157,7 +162,9 @@ static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const me
     wait_for_previous();
     bool is_here = n > 1; /* else there is nothing to do, or it was written already */
     merge_state state = {};
-    if (is_here) state = merge_splits(a, first, head, IS_WIDE ? warp : 0, IS_WIDE ? MERGE_WARPS : 1, n, lane);
+    if (is_here)
+        state =
+            merge_splits(a, first, head, IS_WIDE ? warp : 0, IS_WIDE ? MERGE_WARPS : 1, n, lane);
     if (IS_WIDE) {
         parts[warp][lane] = state;
         __syncthreads();
@@ -252,9 +259,17 @@ static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w
     const ki_cuda_layout *l = &c->cache->layout;
     uint32_t n_rows = c->cache->n_seqs * l->n_heads;
     bool is_wide = w.max_splits > NARROW_SPLITS;
-    merge_args a = {w.slots,       w.items,      (const float2 *)w.states, (const float4 *)w.acc,
-                    c->out,        n_rows,       l->n_heads,               l->head_dim,
-                    c->out_stride, c->out_type, l->is_plus != 0};
+    merge_args a = {w.slots,
+                    w.items,
+                    (const float2 *)w.states,
+                    (const float4 *)w.acc,
+                    c->out,
+                    n_rows,
+                    l->n_heads,
+                    l->head_dim,
+                    c->out_stride,
+                    c->out_type,
+                    l->is_plus != 0};
     cudaError_t e =
         is_wide ? ki_launch(ki_merge_kernel<true>, n_rows, MERGE_THREADS, 0, c->pdl, stream, a)
                 : ki_launch(ki_merge_kernel<false>, (n_rows + MERGE_WARPS - 1) / MERGE_WARPS,

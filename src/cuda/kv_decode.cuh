@@ -1,11 +1,11 @@
-/* kv_decode.cuh: fused decode attention, one thread block for each work item (a split of a sequence)
- * and KV head (eight query heads of it at a time).
+/* kv_decode.cuh: fused decode attention, one thread block for each work item (a split of a
+ * sequence) and KV head (eight query heads of it at a time).
  *
  * Each warp streams every WARPS-th fast unit of the item through its own ring of stages in shared
  * memory, keeps its own online softmax, and takes every WARPS-th slow block straight from global
  * memory, in float16 or codes, token by token as the visibility rule says. The warps' states are
- * merged in their order; an item of several splits writes its state, and merge_kernel merges these in
- * order. No atomics: bits repeat. */
+ * merged in their order; an item of several splits writes its state, and merge_kernel merges these
+ * in order. No atomics: bits repeat. */
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_rows.cuh"
@@ -27,9 +27,10 @@ struct decode_args {
     float factor; /* scale log2(e) */
 };
 
-/* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus kinds,
- * and no others. */
-template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_, bool PLUS_>
+/* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus
+ * kinds, and no others. */
+template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_,
+          bool PLUS_>
 struct decode_shape {
     static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
     static constexpr int NB = NB_;
@@ -69,7 +70,7 @@ KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, 
 
 /* ---- keys of one block ---- */
 
-template <class S> struct scaled_queries { /* b operands for one key group */
+template <class S> struct scaled_queries {            /* b operands for one key group */
     static constexpr int WIDE = (S::D / 4 + 15) / 16; /* steps of wide channels */
     uint32_t b[2 * S::NJ], wide[S::PLUS ? 2 * WIDE : 1];
 };
@@ -86,7 +87,8 @@ KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const u
         uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
         bool is_wide = w < S::D / 4;
         uint32_t two = is_wide ? list[k * 4] : 0;
-        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ), c1 = ki_order_key_scale(two >> 8, S::NJ);
+        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ),
+                 c1 = ki_order_key_scale(two >> 8, S::NJ);
         uint32_t x = mul2(q[c0] | (uint32_t)q[c1] << 16, scales[c0] | (uint32_t)scales[c1] << 16);
         /* columns 8 to 15 of a tile have a factor 4 already */
         out.wide[k] = is_wide ? mul2(x, k % 2 ? TWO_ONES : TWO_FOURS) : 0;
@@ -111,12 +113,11 @@ KI_DEV void scale_group(scaled_queries<S> &out, const ki_cuda_layout &l, const u
 template <class S>
 KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *sub,
                         const scaled_queries<S> &q, uint32_t which, uint32_t lane) {
-    for_frags_of<S::NJ, S::KB>(S::k_bits(l), sub + l.k_at, lane,
-                               [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                   uint32_t a3) {
-                                   if (which >> i & 1)
-                                       mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
-                               });
+    for_frags_of<S::NJ, S::KB>(
+        S::k_bits(l), sub + l.k_at, lane,
+        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+            if (which >> i & 1) mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
+        });
     if constexpr (S::PLUS)
         if (S::k_bits(l) == 2)
             for_frags<scaled_queries<S>::WIDE, 2>(
@@ -138,8 +139,8 @@ KI_DEV void unit_scores(float (&s)[2 * NB][4], const ki_cuda_layout &l, const ui
         uint32_t token = token_in_page + lane / 4 % n * group;
         const uint8_t *sub = subs + (token - token_in_page) / KI_SUB_TOKENS * l.sub_bytes;
         const uint16_t *scales = key_scales<S>(l, head, sub, token);
-        zero_terms<S::NJ>(zero, st.q.q, S::quartered(l),
-                          scales + (l.k_zero_at - l.k_scale_at) / 2, lane);
+        zero_terms<S::NJ>(zero, st.q.q, S::quartered(l), scales + (l.k_zero_at - l.k_scale_at) / 2,
+                          lane);
     }
     float u0 = st.q.unit[0], u1 = st.q.unit[1];
     float low = row_unit(bits), high = row8_unit(bits);
@@ -189,8 +190,7 @@ template <class S> KI_DEV void rescale(warp_state<S> &st, float m0, float m1) {
 
 /* Scores become probabilities about the largest so far. Rows 8 to 15 of a tile are divided by 4
  * where quarter is 2 (2-bit values want their second operand so), not where it is 0. */
-template <class S, int N>
-KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
+template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
     float m0 = -INFINITY, m1 = -INFINITY;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -228,8 +228,7 @@ KI_DEV void block_sums(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t
         return;
     }
     uint32_t n = S::D / S::v_group(l);
-    const uint16_t *zeros =
-        (const uint16_t *)(sub + (S::PLUS ? l.v_scale_at : l.v_zero_at));
+    const uint16_t *zeros = (const uint16_t *)(sub + (S::PLUS ? l.v_scale_at : l.v_zero_at));
     uint32_t g = lane / 4;
     zero_sums(st.z, p, zeros + (g < n ? g : 0) * KI_SUB_TOKENS, true, lane);
     if constexpr (S::D > 128) {
@@ -349,22 +348,23 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
         probability_operands(p, coded[0], coded[1]);
         block_sums<S>(st, l, sub, p, lane);
         if (bits == 2) p[1] = mul2(p[1], TWO_QUARTERS), p[3] = mul2(p[3], TWO_QUARTERS);
-        code_values<S>(l, sub, p, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                            uint32_t a3, uint32_t b0, uint32_t b1) {
-            if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
-            mma(t, a0, a1, a2, a3, b0, b1);
-            if (i == 0) return;
-            st.acc[j][0] += t[0] * low, st.acc[j][1] += t[1] * low;
-            st.acc[j][2] += t[2] * high, st.acc[j][3] += t[3] * high;
-        });
+        code_values<S>(l, sub, p, lane,
+                       [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+                           if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
+                           mma(t, a0, a1, a2, a3, b0, b1);
+                           if (i == 0) return;
+                           st.acc[j][0] += t[0] * low, st.acc[j][1] += t[1] * low;
+                           st.acc[j][2] += t[2] * high, st.acc[j][3] += t[3] * high;
+                       });
     }
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        for_frags<S::NJ, 16>(at.v16, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                               uint32_t a3) {
-            mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
-        });
+        for_frags<S::NJ, 16>(at.v16, lane,
+                             [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                                 mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+                             });
     }
 }
 
@@ -385,15 +385,15 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
                        const ki_cuda_seq &seq, uint32_t head, uint32_t block, uint32_t lane) {
     const ki_cuda_layout &l = a.l;
     uint32_t base = block * KI_SUB_TOKENS;
-    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens, v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
+    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
+             v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
     bool k_codes = reads_codes(item, base, item.k_exact, k_sinks);
     bool v_codes = reads_codes(item, base, item.v_exact, v_sinks);
     slow_place at = {};
     const uint8_t *page = nullptr;
     if (k_codes || v_codes) {
         uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
-        page = a.pool + id * l.id_bytes +
-               ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
+        page = a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
     }
     if (reads_exact(item, base, item.k_exact, k_sinks))
         at.k16 = exact_block(l, seq, a.layer, head, block, 0);
@@ -458,7 +458,8 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
             continue;
         }
         value = sum > 0 ? value / sum : 0;
-        if (turned) states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
+        if (turned)
+            states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
         else
             store_out(a.out, a.out_type,
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
@@ -550,7 +551,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if (item.part.slow_begin < item.part.slow_end) {
         const ki_cuda_seq seq = a.seqs[item.slot];
         for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::WARPS) {
-            uint32_t block = k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
+            uint32_t block =
+                k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
             slow_block<S>(st, a, item, seq, head, block, lane);
         }
     }
@@ -574,8 +576,9 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
 
 /* ---- launching ---- */
 
-/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the states. */
-template <class S> uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
+/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the
+ * states. */
+template <class S> static uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
     uint32_t stages = S::WARPS * S::STAGES * (unit_bytes + 8) + (S::PLUS ? 8 * S::D * 2 : 0);
     uint32_t states = S::WARPS * n_heads * (S::D + 2) * 4;
     return stages > states ? stages : states;
@@ -591,7 +594,7 @@ struct decode_kernel {
 };
 
 /* As much shared memory as a thread block can have. */
-template <class S> cudaError_t decode_prepare(void) {
+template <class S> static cudaError_t decode_prepare(void) {
     int device = 0, bytes = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess)
@@ -605,8 +608,8 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const deco
                                      void *stream, kivi_error *err);
 
 template <class S>
-cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
-                          cudaStream_t stream) {
+static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
+                                 cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     config.gridDim = n_blocks;
@@ -621,9 +624,8 @@ cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
     return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, *args);
 }
 
-template <class S> constexpr decode_kernel decode_entry() {
-    return {S::D,    S::KB,  S::VB, S::KG, S::VG,
-            S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
+template <class S> static constexpr decode_kernel decode_entry() {
+    return {S::D, S::KB, S::VB, S::KG, S::VG, S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
 }
 
 #endif

@@ -1,5 +1,5 @@
-/* kv_quant.cuh: the quantizers of quant.h and plus.h on the device, one thread block at a time, to the
- * CPU's bytes: true division, every operation rounded by itself.
+/* kv_quant.cuh: the quantizers of quant.h and plus.h on the device, one thread block at a time, to
+ * the CPU's bytes: true division, every operation rounded by itself.
  *
  * Rows come as float16 in shared memory, raw [tokens][D] from the first token of a block of 32 on;
  * codes go through shared memory [32][D] and into words from there. */
@@ -331,7 +331,8 @@ KI_DEV void close_plus_page(uint8_t *page, const ki_cuda_layout &l, const uint16
         __syncthreads();
         pack_block((uint32_t *)(sub + l.k_at), codes, d, steps, bits, true, 0, 32, 0);
         if (bits == 2) {
-            /* wide codes, numbered: a token's first D/4 bytes from its own row, read before written */
+            /* wide codes, numbered: a token's first D/4 bytes from its own row, read before written
+             * */
             uint8_t *wide = codes + KI_SUB_TOKENS * d;
             for (uint32_t k = threadIdx.x; k < KI_SUB_TOKENS * d; k += blockDim.x)
                 if (p.is_wide[k % d]) wide[k / d * 64 + p.number[k % d]] = codes[k];

@@ -10,10 +10,28 @@
 
 static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upload + offset; }
 
+/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
+static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t stride,
+                              const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
+                              bool add, kivi_error *err) {
+    ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
+    ki_gemv_call few = {.out = out,
+                        .out_stride = stride,
+                        .weight = weight->tiles,
+                        .x = x,
+                        .n = n,
+                        .k = shape.k,
+                        .m = m,
+                        .type = b->type,
+                        .add = add};
+    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
+        return ki_gemv_run(&few, b->memory.stream, err);
+    return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
+}
+
 static kivi_status product(const ki_cuda_backend *b, float *out, const ki_matrix *weight,
                            uint32_t n, const void *x, uint32_t m, bool add, kivi_error *err) {
-    ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = n};
-    return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
+    return product_to(b, out, n, weight, n, x, m, add, err);
 }
 
 /* ---- attention ---- */
@@ -42,7 +60,8 @@ static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
                              .max_rows = c->shape->max_rows,
                              .split_tokens = c->shape->split_tokens,
                              .max_tokens = b->sizes.max_tokens,
-                             .workspace = b->buffers.plan[local]};
+                             .workspace = b->buffers.plan[local],
+                             .pdl = true};
     if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
     return a;
 }
@@ -66,7 +85,8 @@ static ki_cuda_append_call append_of(const layer_call *c) {
                              .v_stride = stride,
                              .type = KI_CUDA_F32,
                              .rope = b->buffers.rope + (size_t)which * c->shape->n_rows * d,
-                             .q_out = b->buffers.q16};
+                             .q_out = b->buffers.q16,
+                             .pdl = true};
     a.row_flags = (uint32_t *)(void *)(b->buffers.result + b->result_at.row_flags);
     if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
     return a;
@@ -85,6 +105,7 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
         KI_TRY(k->append(&append, stream, err));
         return k->attend(&attend, stream, err);
     }
+    append.pdl = attend.pdl = false;
     KI_TRY(k->prompt_append(&append, stream, err));
     KI_TRY(k->prompt_attend(&attend, stream, err));
     return k->prompt_window(&append, stream, err);
@@ -173,6 +194,7 @@ static kivi_status make_plans(const layer_call *c, kivi_error *err) {
     kinds_of(has, &b->model->config);
     for (int local = 0; local < 2 && c->shape->decode && b->kernels->plan; local++) {
         ki_cuda_attend_call a = attend_of(c, local);
+        a.pdl = false; /* kernels of the attention begin to read plans early */
         if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
     }
     return KIVI_OK;
@@ -183,14 +205,14 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
     const ki_cuda_buffers *r = &b->buffers;
     uint8_t *result = r->result;
     cudaStream_t stream = b->memory.stream;
-    ki_gemm_shape shape = {.n = c->n_vocab, .k = c->n_embd, .out_stride = ki_logits_stride(c)};
+    size_t stride = ki_logits_stride(c);
     ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
                         at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
                         b->type, stream);
-    KI_TRY(ki_gemm_run(b->gemm, r->logits, b->model->output.tiles, r->last, &shape, s->n_logits,
-                       false, stream, err));
+    KI_TRY(product_to(b, r->logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
+                      false, err));
     ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), r->logits, s->n_logits,
-                   c->n_vocab, shape.out_stride, stream);
+                   c->n_vocab, stride, stream);
     return KIVI_OK;
 }
 

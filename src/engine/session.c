@@ -306,12 +306,71 @@ static void session_stream(ki_stream *s, kivi_session *session) {
             ki_stream_fail(s, KIVI_FORMAT, "a saved token lies outside the vocabulary");
 }
 
+/* A sequence in this process's form beside one on a device, for the way to and from a file. */
+typedef struct mirror {
+    kivi_cache *cache;
+    kivi_seq *seq;
+} mirror;
+
+static void mirror_close(mirror *m) {
+    kivi_seq_destroy(&m->seq);
+    kivi_cache_destroy(&m->cache);
+}
+
+static kivi_status mirror_open(mirror *m, kivi_engine *e, uint32_t n_pages, kivi_error *err) {
+    const ki_layout *l = &e->cache->layout;
+    ki_cache_options o = {.geometry = {.n_layers = l->n_layers,
+                                       .n_heads = l->n_heads,
+                                       .n_kv_heads = l->n_kv_heads,
+                                       .head_dim = l->head_dim,
+                                       .kv = l->kv,
+                                       .n_pages = KI_MAX(n_pages, 1u),
+                                       .max_step_rows = 1,
+                                       .window_tokens = l->window},
+                          .mem = &e->mem,
+                          .workers = e->workers,
+                          .isa = e->cache->kernels->isa,
+                          .max_sequences = 1,
+                          .max_tokens = e->options.ctx_tokens};
+    *m = (mirror){0};
+    KI_TRY(ki_cache_create(&m->cache, &o, err));
+    kivi_status status = kivi_seq_create(&m->seq, m->cache, err);
+    if (status != KIVI_OK) mirror_close(m);
+    return status;
+}
+
+/* The sequence to or from the stream, by way of this process's form when it is elsewhere. */
+static void stream_sequence(ki_stream *s, kivi_session *session) {
+    kivi_engine *e = session->engine;
+    ki_backend *b = e->backend;
+    mirror m;
+    if (!b->device) {
+        ki_seq_stream(s, session->seq);
+        return;
+    }
+    uint32_t n_pages = s->writing ? session->seq->n_pages : e->cache->max_seq_pages;
+    s->status = mirror_open(&m, e, KI_MIN(n_pages, e->cache->pool.n_pages), s->err);
+    if (s->status != KIVI_OK) return;
+    if (s->writing) {
+        s->status = ki_seq_take_shape(m.seq, session->seq, s->err);
+        if (s->status == KIVI_OK)
+            s->status = b->api->exchange(b, m.seq, session->seq, true, s->err);
+    }
+    if (s->status == KIVI_OK) ki_seq_stream(s, m.seq);
+    if (!s->writing && s->status == KIVI_OK) {
+        s->status = ki_seq_take_shape(session->seq, m.seq, s->err);
+        if (s->status == KIVI_OK)
+            s->status = b->api->exchange(b, m.seq, session->seq, false, s->err);
+    }
+    mirror_close(&m);
+}
+
 kivi_status kivi_session_save(const kivi_session *session, const char *path, kivi_error *err) {
     ki_stream s;
     if (session->seq->run_left) return KI_FAIL(err, ARG, "session: no saving within a prompt");
     KI_TRY(ki_stream_open(&s, path, true, err));
     session_stream(&s, (kivi_session *)session); /* writing changes nothing in it */
-    if (s.status == KIVI_OK) ki_seq_stream(&s, session->seq);
+    if (s.status == KIVI_OK) stream_sequence(&s, (kivi_session *)session);
     return ki_stream_finish(&s);
 }
 
@@ -322,7 +381,7 @@ kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const cha
     kivi_status status = ki_stream_open(&s, path, false, err);
     if (status == KIVI_OK) {
         session_stream(&s, *out);
-        if (s.status == KIVI_OK) ki_seq_stream(&s, (*out)->seq);
+        if (s.status == KIVI_OK) stream_sequence(&s, *out);
         status = ki_stream_finish(&s);
     }
     if (status != KIVI_OK) kivi_session_destroy(out);

@@ -570,7 +570,7 @@ KI_INLINE vs vs_dot(vs acc, vp u, vp s) { return vi_dot_u7(acc, u, s); }
 KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, vi_add(acc, a); }
 #endif
 /* Where bytes of 8 bits times bytes overflow 16 bit: vi_dot16(acc, a, b) adds the two products of
- * signed 16-bit numbers of each lane; activations meet it as 16-bit numbers in the order 0 2 1 3. */
+ * signed 16-bit numbers of each lane; activations meet it as 16-bit numbers, in order 0 2 1 3. */
 #ifdef KI_DOT16
 KI_INLINE void store_pairs16(int16_t *out, const int8_t *high, const int8_t *low) {
     __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)high));

@@ -38,6 +38,10 @@ typedef struct ki_backend_api {
     /* float32 [V] of a row of the last pass, in this process's memory, lent until the next one;
      * NULL: the device failed. */
     const float *(*logits)(ki_backend *b, uint32_t row);
+    /* The bytes of a whole sequence between the device's and one of the same kind and state in this
+     * process's form (ki_seq_take_shape): for files. NULL where they are here already. */
+    kivi_status (*exchange)(ki_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
+                            kivi_error *err);
 } ki_backend_api;
 
 struct ki_backend {

@@ -1,5 +1,5 @@
-/* bench-cuda [--plain] [--short]: the report of `kivi bench attention --device cuda` in a program of its
- * own, to be carried to a machine that has a GPU and nothing else. */
+/* bench-cuda [--plain] [--short]: the report of `kivi bench attention --device cuda` in a program
+ * of its own, to be carried to a machine that has a GPU and nothing else. */
 #include "kv_bench.h"
 
 #include <stdio.h>

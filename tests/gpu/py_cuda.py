@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """py_cuda.py: the CUDA engine from outside, on a machine with a GPU (`make test-gpu`).
 
-Products are float16 with float32 sums, so a logit differs from the CPU engine's by the rounding of activations: each
-of the n inputs of a product is off by at most 2^-12 of itself, and a layer's errors add up like a random walk. SHARE
-says how much of the logits' spread that is after the golden models' three layers; the page's own bounds (issue 6) hold
-against the golden files on top of it. A float16 key or value that falls on the other side of a rounding may get
-another code, which the share of the case's own distance from a 16-bit cache covers.
+With --compute f32 products are float32, so what is left between the CPU engine or a golden file and the device is the
+order of sums, and in the fused kernels the rounding of q * scale and p * scale to float16: those cases are held to the
+bounds of the CPU's own tests (issue 6), the fused ones to FUSED more. With float16 products, the default, each input
+of a product is off by up to 2^-12 of itself and the errors of three layers add up like a random walk: SHARE of the
+logits' spread. Then many float16 keys and values differ in their last bit, and where a 2-bit code falls on the other
+side of a rounding the logits of these small random models move by a part of what quantization moves them: FLIPS.
 """
 import concurrent.futures
 import itertools
@@ -21,9 +22,9 @@ from blackbox import GOLDEN, bad, case, finish, good, kivi, needs_model, scratch
 
 F16_MEAN, F16_MAX = 2e-3, 5e-2
 KIVI_MEAN, KIVI_SHARE = 4e-3, 0.10
-SHARE = 1e-3  # of the spread (standard deviation) of the logits, mean difference; measured 2e-4 to 5e-4
+FUSED, SHARE = 1e-3, 2e-3  # mean difference in units of the logits' standard deviation
+FLIPS = 0.4  # of a case's mean distance from a 16-bit cache
 BUILT = (64, 80, 96, 128, 256)  # head sizes of the fused kernels
-PLAIN = {'env': {'KIVI_DISABLE': 'fused'}}
 
 
 def load(name):
@@ -36,13 +37,22 @@ def head_dim(family):
     return c.get('head_dim') or c['hidden_size'] // c['num_attention_heads']
 
 
-def check(difference, to_f16, spread, share=KIVI_SHARE):
+def check(difference, to_f16, extra, share=KIVI_SHARE):
+    """extra: what is allowed on top, in logits."""
     mean, worst = np.abs(difference).mean(), np.abs(difference).max()
     assert np.isfinite(worst), 'not finite'
-    limit = (KIVI_MEAN + share * to_f16 if to_f16 else F16_MEAN) + SHARE * spread
+    limit = (KIVI_MEAN + share * to_f16 if to_f16 else F16_MEAN) + extra
     assert mean <= limit, f'mean |difference| {mean:.5f}, expected at most {limit:.5f} (max {worst:.4f})'
-    assert to_f16 or worst <= F16_MAX + 10 * SHARE * spread, f'max |difference| {worst:.5f} (mean {mean:.5f})'
-    return f'mean {mean:.6f} max {worst:.5f} spread {spread:.3f} to_f16 {to_f16:.4f}'
+    assert to_f16 or worst <= F16_MAX + 10 * extra, f'max |difference| {worst:.5f} (mean {mean:.5f})'
+    return f'mean {mean:.6f} max {worst:.5f} limit {limit:.5f} to_f16 {to_f16:.4f}'
+
+
+# name, options, environment, what is allowed on top in spreads, share of the distance from a 16-bit cache (None: the
+# case's own)
+def ways(dim):
+    f32, plain = ['--compute', 'f32'], {'env': {'KIVI_DISABLE': 'fused'}}
+    found = [('plain', f32, plain, 0, None), ('f16', [], {}, SHARE, FLIPS)]
+    return found + ([('fused', f32, {}, FUSED, None)] if dim in BUILT else [])
 
 
 numbers = itertools.count()
@@ -82,22 +92,22 @@ def say(name, what):
 # ---- golden files ----
 
 def golden(family, *options):
-    ways = [('', {})] + ([('-plain', PLAIN)] if head_dim(family) in BUILT else [])
     for name, c in load(f'{family}/cases.json')['cases'].items():
         if not isinstance(c, dict):
             continue
-        for suffix, more in ways:
-            later(golden_case, family, name, c, suffix, options, more)
+        for way in ways(head_dim(family)):
+            later(golden_case, family, name, c, way, options)
 
 
-def golden_case(family, name, c, suffix, options, more):
+def golden_case(family, name, c, way, options):
     folder, tokens = os.path.join(GOLDEN, family), load(f'{family}/tokens.json')
-    with case(f'golden/{family}/{name}{suffix}'):
+    suffix, compute, more, extra, share = way
+    with case(f'golden/{family}/{name}/{suffix}'):
         ours = cuda(folder, tokens, '--prompt', c['n_prompt'], '--k-bits', c['k_bits'], '--v-bits', c['v_bits'],
-                    '--group', c['group'], '--residual', c['residual'], *options, **more)
+                    '--group', c['group'], '--residual', c['residual'], *options, *compute, **more)
         theirs = np.load(os.path.join(folder, name + '.npy'))
-        say(name=f'golden/{family}/{name}{suffix}',
-            what=check(ours[c['positions']] - theirs, c['mean_abs_diff_to_f16'], theirs.std()))
+        say(f'golden/{family}/{name}/{suffix}', check(ours[c['positions']] - theirs, c['mean_abs_diff_to_f16'],
+                                                      extra * theirs.std(), share or KIVI_SHARE))
 
 
 # ---- the CPU engine ----
@@ -130,16 +140,15 @@ CPU_CASES = [
 
 def against_cpu(name, family, n, options):
     folder, tokens = os.path.join(GOLDEN, family), load(f'{family}/tokens.json')[:n]
-    ways = [('', {})] + ([('-plain', PLAIN)] if head_dim(family) in BUILT else [])
     theirs = exact = None
-    for suffix, more in ways:
-        with case(f'cpu/{name}{suffix}'):
+    for suffix, compute, more, extra, share in ways(head_dim(family)):
+        with case(f'cpu/{name}/{suffix}'):
             if theirs is None:
                 theirs = logits(folder, tokens, '--device', 'cpu', *options)
-                exact = logits(folder, tokens, '--device', 'cpu', '--kv', 'f16', '--prompt', 0)
+                exact = logits(folder, tokens, '--device', 'cpu', '--kv', 'f16', '--prompt', 0, '--ctx', 512)
             to_f16 = 0 if name == 'f16' else np.abs(theirs - exact).mean()
-            say(name=f'cpu/{name}{suffix}',
-                what=check(cuda(folder, tokens, *options, **more) - theirs, to_f16, theirs.std(), 0.05))
+            ours = cuda(folder, tokens, *options, *compute, **more)
+            say(f'cpu/{name}/{suffix}', check(ours - theirs, to_f16, extra * theirs.std(), share or 0.05))
 
 
 def repeats():
@@ -157,7 +166,8 @@ def repeats():
 def fields(dtype, rng, n):
     """n random blocks of a type with scales that keep a product's result near 1."""
     spec = {'Q4_0': (2, 18, 32, [0]), 'Q4_1': (3, 20, 32, [0, 2]), 'Q5_0': (6, 22, 32, [0]),
-            'Q5_1': (7, 24, 32, [0, 2]), 'Q8_0': (8, 34, 32, [0]), 'Q2_K': (10, 84, 256, [80, 82]), 'Q3_K': (11, 110, 256, [108]),
+            'Q5_1': (7, 24, 32, [0, 2]), 'Q8_0': (8, 34, 32, [0]),
+            'Q2_K': (10, 84, 256, [80, 82]), 'Q3_K': (11, 110, 256, [108]),
             'Q4_K': (12, 144, 256, [0, 2]), 'Q5_K': (13, 176, 256, [0, 2]), 'Q6_K': (14, 210, 256, [208])}
     number, n_bytes, cols, halves = spec[dtype]
     peak = {'Q4_0': 8, 'Q4_1': 15, 'Q5_0': 16, 'Q5_1': 31, 'Q8_0': 128, 'Q2_K': 45, 'Q3_K': 128, 'Q4_K': 945,
@@ -208,7 +218,8 @@ def weight_types():
             random_gguf(path, dtype)
             theirs = logits(path, tokens, '--device', 'cpu', '--kv', 'f16')
             assert theirs.std() > 0.05, f'the model says nothing: spread {theirs.std():.4f}'
-            say(name=f'weights/{dtype}', what=check(cuda(path, tokens, '--kv', 'f16') - theirs, 0, theirs.std()))
+            ours = cuda(path, tokens, '--kv', 'f16')
+            say(f'weights/{dtype}', check(ours - theirs, 0, SHARE * theirs.std()))
 
 
 # ---- the command ----
@@ -236,7 +247,7 @@ def command():
         full = logits(model, load('llama-gqa/tokens.json')[:60], '--device', 'cpu', '--kv', 'f16')
         ours = cuda(model, load('llama-gqa/tokens.json')[:60], '--kv', 'f16', '--compute', 'bf16')
         mean = np.abs(ours - full).mean()
-        assert 1e-4 < mean < 16 * SHARE * full.std(), f'mean |difference| {mean:.5f}'  # 3 bits fewer
+        assert 1e-4 < mean < 8 * SHARE * full.std(), f'mean |difference| {mean:.5f}'  # 3 bits fewer
     with case('command/compute-that-is-not-there'):
         bad(2, 'info', model, '--device', 'cuda', '--compute', 'f8', says='f8')
 
