@@ -110,6 +110,15 @@ def scores(s):
         assert one['logprobs']['token_logprobs'][:-1] == nothing['logprobs']['token_logprobs']
         assert nothing['logprobs']['text_offset'] == [0, 0, 5], nothing  # <s> is no text
         assert s.complete(prompt='hello', max_tokens=0)['choices'][0]['text'] == ''
+        for body in (dict(echo=True), dict(echo=True, logprobs=2, n=2, seed=4, temperature=1)):
+            body = {'prompt': 'hello the', 'max_tokens': 5, 'temperature': 0, 'ignore_eos': True, **body}
+            events, whole = s.events(TEXT, body), s.complete(**body)
+            for c in whole['choices']:
+                mine = [x for e in events for x in e['choices'] if x['index'] == c['index']]
+                assert ''.join(x['text'] for x in mine) == c['text'], (c, mine)
+                for key in ('tokens', 'token_logprobs', 'text_offset') if c['logprobs'] else ():
+                    assert [v for x in mine if x['logprobs'] for v in x['logprobs'][key]] == c['logprobs'][key]
+        assert s.complete(prompt=[5] * 8190)['usage']['completion_tokens'] == 2  # the default gives way to the context
         usage = s.complete(prompt='hello', max_tokens=0)['usage']
         assert usage['prompt_tokens'] == 2 and usage['completion_tokens'] == 0
 
@@ -320,6 +329,30 @@ def refusals(s):
         piece = b'100000\r\n' + b'x' * 0x100000 + b'\r\n'
         got = s.raw(chunked + piece * 17 + b'0\r\n\r\n')
         assert b' 413 ' in got[:20], got[:100]
+
+
+def large(s):
+    with case('large bodies are prepared beside the streams'):
+        long = 'hello the 123 ' * 30000
+        status, t = s.post('/tokenize', {'prompt': long, 'add_special_tokens': False})
+        assert status == 200 and s.post('/detokenize', {'tokens': t['tokens']})[1]['prompt'] == long
+        want = s.complete(prompt='hello', max_tokens=9)['choices'][0]['text']
+        assert s.complete(prompt='hello', max_tokens=9, user='x' * 200000)['choices'][0]['text'] == want
+        text = ''.join(c['text'] for e in s.events(TEXT, {'prompt': 'hello', 'max_tokens': 9, 'temperature': 0,
+                                                          'user': 'x' * 200000}) for c in e['choices'])
+        assert text == want
+        status, answer = s.post(TEXT, {'prompt': long})
+        assert status == 400 and answer['error']['param'] == 'prompt', answer
+        assert s.post(TEXT, {'prompt': 'x', 'user': 'x' * 200000, 'n': 0})[0] == 400
+        assert s.post(TEXT, b'{"prompt": "' + b'x' * 200000)[0] == 400
+    with case('clients that leave while their body is prepared'):
+        body = json.dumps({'prompt': 'x' * 4000, 'user': 'y' * 3000000, 'max_tokens': 3000}).encode()
+        for _ in range(20):
+            with socket.create_connection(('127.0.0.1', s.port)) as link:
+                link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
+                             b'Content-Length: %d\r\n\r\n' % len(body) + body)
+        s.until(s.idle, 'all are cancelled', 5)
+        assert s.complete(prompt='x', max_tokens=2)
 
 
 def malformed(s):
@@ -703,7 +736,7 @@ def bench(s):
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, malformed, leavers, many, check_metrics, bench):
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, check_metrics, bench):
         try:
             part(server)
         except Exception as e:
