@@ -3,9 +3,9 @@
 
   tools/eval_rules.py [--texts FOLDER] [--threads N] [--kv KIND] [--rules LIST] [--no-speed]
 
-Quality: of the texts of tools/eval_quality.py the first 12; of each the first 1,024 tokens: 768 as a prompt under the
-rule, then 256 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
-distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 257 positions that generate, which is
+Quality: of the texts of tools/eval_quality.py the first 12; of each the first 640 tokens: 512 as a prompt under the
+rule, then 128 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
+distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 129 positions that generate, which is
 what a client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees.
 The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
 KIVI_BIN is the kivi to use (build/kivi). Needs numpy.
@@ -22,13 +22,18 @@ import numpy as np
 from compare_llama import KIVI, cpu_name, find_model
 from eval_quality import fetch, texts_in
 
-CTX, N_PROMPT, SKIP, STRIDE = 1024, 768, 128, 8
-RULES = 'paper,span:512,span:256,stream'
-PROMPTS = '512,2048,4096'
+CTX, N_PROMPT, SKIP, STRIDE = 640, 512, 128, 8
+RULES = 'paper,span:256,stream,stream+4'  # +4: with four sinks
+PROMPTS, REPETITIONS = '512,2048', 2
 
 
 def run(command):
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def spelled(rule):
+    name, _, sinks = rule.partition('+')
+    return ['--rule', name] + (['--sinks', sinks] if sinks else [])
 
 
 def logits(model, tokens, options, folder, threads):
@@ -66,7 +71,7 @@ def quality(model, files, kind, rules, threads):
                 json.dump([int(i) for i in ids], f)
             base = logits(model, tokens, ['--kv', 'f16'], folder, threads)
             for rule in rules:
-                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, '--rule', rule], folder, threads))
+                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, *spelled(rule)], folder, threads))
                 border = len(kl) - (CTX - N_PROMPT + 1)
                 found[rule][0].append(kl[border:].mean())
                 found[rule][1].append(same[border:].mean())
@@ -85,7 +90,7 @@ def speed(model, kind, rules, threads):
     lengths = PROMPTS.split(',')
     print('\n| rule | ' + ' | '.join(f'{n} tokens, t/s' for n in lengths) + ' |\n|' + '---|' * (len(lengths) + 1))
     for rule in rules:
-        made = json.loads(run([KIVI, 'bench', model, '-p', PROMPTS, '-n', '0', '-r', '2', '--kv', kind, '--rule', rule,
+        made = json.loads(run([KIVI, 'bench', model, '-p', PROMPTS, '-n', '0', '-r', str(REPETITIONS), '--kv', kind, *spelled(rule),
                                '-t', str(threads), '-o', 'json']))
         by_length = {m['n_prompt']: m['avg_ts'] for m in made if m['n_prompt']}
         print(f'| {rule} | ' + ' | '.join(f'{by_length[int(n)]:.0f}' for n in lengths) + ' |', flush=True)
