@@ -26,6 +26,7 @@ typedef struct fake {
     uint64_t now_us, n_checked;
     uint64_t
         fail_one_in; /* a row whose history's hash is a multiple of it is not finite; 0: none */
+    uint32_t window; /* only so many tokens count; 0: all */
     int32_t ends[1];
     ki_machine machine;
 } fake;
@@ -48,7 +49,8 @@ static inline uint32_t *fake_slot(const kivi_seq *seq, uint32_t pos) {
 
 static inline void fake_check_rows(fake *f, const kivi_seq *seq, uint32_t pos, uint64_t hash) {
     const ki_layout *l = &f->cache->layout;
-    uint32_t k = ki_k_exact(seq, pos), v = ki_v_exact(seq, pos);
+    uint32_t first = f->window && pos + 1 > f->window ? pos + 1 - f->window : 0;
+    uint32_t k = KI_MAX(ki_k_exact(seq, pos), first), v = KI_MAX(ki_v_exact(seq, pos), first);
     uint32_t at[] = {v, v + (uint32_t)(hash % (pos - v + 1)), k,
                      k + (uint32_t)(hash % (pos - k + 1))};
     for (int i = 0; i < 4; i++) {
@@ -74,15 +76,23 @@ static inline void fake_put(fake *f, const kivi_seq *seq, uint32_t pos, int32_t 
     if (l->kv.k_bits < 16) ki_seq_put_row(seq, 0, 0, pos, row, row);
 }
 
+/* The hash of the first n tokens, or of the last ones of them, as the cache has them. */
+static inline uint64_t fake_history(const fake *f, const kivi_seq *seq, uint32_t n) {
+    uint64_t hash = 0;
+    for (uint32_t pos = f->window && n > f->window ? n - f->window : 0; pos < n; pos++)
+        hash = fake_mix(hash, *fake_slot(seq, pos));
+    return hash;
+}
+
 static inline void fake_item(fake *f, ki_batch_item *item, float **logits) {
     const kivi_seq *seq = item->seq;
-    uint64_t hash = 0;
-    for (uint32_t pos = 0; pos < seq->n_tokens; pos++) hash = fake_mix(hash, *fake_slot(seq, pos));
+    uint64_t hash = f->window ? 0 : fake_history(f, seq, seq->n_tokens);
     item->logits = *logits;
     for (uint32_t r = 0; r < item->n_rows; r++) {
         uint32_t pos = seq->n_tokens + r;
         fake_put(f, seq, pos, item->tokens[r]);
-        hash = fake_mix(hash, (uint64_t)item->tokens[r]);
+        if (f->window) hash = fake_history(f, seq, pos + 1);
+        else hash = fake_mix(hash, (uint64_t)item->tokens[r]);
         fake_check_rows(f, seq, pos, hash);
         if (fake_fails(f, hash) && item->status == KIVI_OK)
             item->status = KI_FAIL(item->err, NUMERIC, "fake: row %u is not finite", pos);
@@ -108,7 +118,7 @@ static inline uint64_t fake_now(void *self) { return ++((fake *)self)->now_us; }
 
 typedef struct fake_options {
     kivi_kv_options kv;
-    uint32_t n_pages, ctx_tokens, step_rows, logit_rows, max_items;
+    uint32_t n_pages, ctx_tokens, step_rows, logit_rows, max_items, window;
 } fake_options;
 
 static inline void fake_create(fake *f, const fake_options *o) {
@@ -121,8 +131,9 @@ static inline void fake_create(fake *f, const fake_options *o) {
                                         .kv = o->kv,
                                         .n_pages = o->n_pages,
                                         .max_step_rows = o->step_rows,
+                                        .window_tokens = o->window,
                                         .n_threads = 1};
-    *f = (fake){.ends = {FAKE_END}};
+    *f = (fake){.ends = {FAKE_END}, .window = o->window};
     if (ki_cache_create(&f->cache, &co, &err) != KIVI_OK) fail_msg("%s", err.text);
     f->logits = malloc((size_t)o->logit_rows * FAKE_VOCAB * sizeof(float));
     assert_non_null(f->logits);
@@ -158,6 +169,16 @@ typedef struct answer {
     bool is_end; /* the last one ends the choice */
 } answer;
 
+/* The hash of n tokens of prompt and answer, from that of one less. */
+static inline uint64_t fake_next(const fake *f, uint64_t hash, const kivi_request *r,
+                                 const int32_t *ids, uint32_t n) {
+    uint32_t n_prompt = (uint32_t)r->n_prompt, first = n - 1;
+    if (f->window) first = n > f->window ? n - f->window : 0, hash = 0;
+    for (uint32_t i = first; i < n; i++)
+        hash = fake_mix(hash, (uint64_t)(i < n_prompt ? r->prompt[i] : ids[i - n_prompt]));
+    return hash;
+}
+
 /* prompt_logprobs: [n_prompt][1 + n_top], NULL: not wanted. False: a row of the prompt fails. */
 static inline bool fake_prompt(uint64_t *hash, const fake *f, const kivi_request *r,
                                kivi_logprob *prompt_logprobs) {
@@ -170,7 +191,7 @@ static inline bool fake_prompt(uint64_t *hash, const fake *f, const kivi_request
             ki_logprobs(prompt_logprobs + i * row, logits, FAKE_VOCAB, r->prompt[i],
                         (uint32_t)row - 1);
         }
-        *hash = fake_mix(*hash, (uint64_t)r->prompt[i]);
+        *hash = fake_next(f, *hash, r, NULL, (uint32_t)i + 1);
         if (fake_fails(f, *hash)) return false;
     }
     return true;
@@ -193,7 +214,7 @@ static inline answer fake_answer(const fake *f, ki_chooser *ch, const kivi_reque
         a.tokens[a.n++] = token;
         c.generated.n_bytes = a.n * sizeof(int32_t);
         a.is_end = ki_is_end(&f->machine, &q, token);
-        hash = fake_mix(hash, (uint64_t)token);
+        hash = fake_next(f, hash, r, a.tokens, (uint32_t)r->n_prompt + a.n);
         /* the last token is never evaluated */
         if (!a.is_end && a.n < r->max_tokens && fake_fails(f, hash)) {
             a.fails = true;

@@ -307,6 +307,7 @@ static void make_world(uint64_t seed) {
                              .span_tokens = 128,
                              .sink_tokens = one_in(2) ? 4 : 0,
                              .rewind_tokens = one_in(2) ? 16 : 0};
+    if (seed % 8 >= 5) o.window = 50u << below(3); /* pages behind it are given back */
     if (seed % 8 == 3) o.kv.k_bits = o.kv.v_bits = 16;
     o.n_pages = between(5, 20);
     o.max_items = between(2, 8);
@@ -321,9 +322,9 @@ static void make_world(uint64_t seed) {
     assert_int_equal(ki_chooser_init(&w->chooser, w->f.cache->mem, &w->f.machine, &err), KIVI_OK);
     for (int t = 0; t < N_TOPICS; t++)
         for (int i = 0; i < CTX; i++) w->topics[t][i] = (int32_t)below(FAKE_VOCAB);
-    print_message("seed %llu: rule %d, R %u, %u pages, %u sequences, %u rows a step\n",
-                  (unsigned long long)seed, o.kv.rule, o.kv.residual_tokens, o.n_pages, o.max_items,
-                  o.step_rows);
+    print_message("seed %llu: rule %d, R %u, window %u, %u pages, %u sequences, %u rows a step\n",
+                  (unsigned long long)seed, o.kv.rule, o.kv.residual_tokens, o.window, o.n_pages,
+                  o.max_items, o.step_rows);
 }
 
 static void end_world(void) {
@@ -379,7 +380,7 @@ static void run_seed(uint64_t seed, uint32_t n_steps) {
 /* KIVI_TEST_SEEDS=FIRST:COUNT runs others. */
 static void test_random(void **state) {
     (void)state;
-    unsigned first = 1, n = 4;
+    unsigned first = 1, n = 5;
     const char *seeds = getenv("KIVI_TEST_SEEDS");
     if (seeds && sscanf(seeds, "%u:%u", &first, &n) != 2) fail_msg("KIVI_TEST_SEEDS=FIRST:COUNT");
     for (unsigned i = 0; i < n; i++) run_seed(first + i, is_slow() ? 20000 : 1000000);

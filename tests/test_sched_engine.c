@@ -6,7 +6,7 @@
 
 #include <pthread.h>
 
-enum { CTX = 384, MAX_PROMPT = 300, MAX_NEW = 24, MAX_N = 3, N_TOP = 3, MAX_JOBS = 96 };
+enum { CTX = 384, MAX_PROMPT = 210, MAX_NEW = 170, MAX_N = 3, N_TOP = 3, MAX_JOBS = 96 };
 
 static uint64_t rng;
 static uint32_t below(uint32_t n) {
@@ -47,7 +47,7 @@ static kivi_engine *make_engine(const kind *k, uint32_t n_sessions, uint32_t n_p
     o.n_threads = n_threads;
     o.ctx_tokens = CTX;
     o.max_sessions = n_sessions;
-    o.step_rows = 96;
+    o.step_rows = 150;
     o.logit_rows = n_sessions + 30;
     kivi_engine *e = open_engine(&o);
     if (!n_pages) return e;
@@ -168,20 +168,20 @@ static int32_t topics[3][MAX_PROMPT];
 static void write_job(job *j, uint32_t n_vocab) {
     memset(j, 0, sizeof *j);
     j->r = kivi_request_defaults();
-    uint32_t n = between(1, 60) + below(MAX_PROMPT - 60);
+    uint32_t n = one_in(2) ? between(1, 140) : between(140, MAX_PROMPT);
     uint32_t own = one_in(5) ? n : between(0, KI_MIN(n, 40u));
     const int32_t *topic = topics[below(3)];
     for (uint32_t i = 0; i < n; i++)
         j->prompt[i] = i + own < n ? topic[i] : (int32_t)below(n_vocab);
     j->r.prompt = j->prompt, j->r.n_prompt = n;
     j->r.n = one_in(4) ? between(2, MAX_N) : 1;
-    j->r.max_tokens = between(1, MAX_NEW);
+    j->r.max_tokens = one_in(4) ? between(130, MAX_NEW) : between(1, 20);
     j->r.temperature = one_in(2) ? 0 : 0.9f;
     j->r.seed = below(1000);
     j->r.logprobs = N_TOP;
     if (one_in(6)) j->r.prompt_logprobs = N_TOP;
     if (one_in(4)) j->r.repetition_penalty = 1.1f;
-    if (one_in(4)) j->r.ignore_eos = true;
+    if (j->r.max_tokens > 20 || one_in(4)) j->r.ignore_eos = true;
     j->r.on_event = on_event, j->r.user = j;
 }
 
@@ -221,7 +221,7 @@ static kivi_scheduler *make_scheduler(kivi_engine *e) {
     kivi_scheduler_options o = kivi_scheduler_defaults();
     kivi_scheduler *s;
     o.max_queued = MAX_JOBS;
-    o.prefix_bytes = 1 << 22; /* the pool is small, its share would be nothing */
+    o.prefix_bytes = 1 << 26; /* the pool is small, its share would be nothing */
     MUST(kivi_scheduler_create(&s, e, &o, &err));
     return s;
 }
@@ -234,11 +234,12 @@ static void submit(kivi_scheduler *s, job *j) {
     if (status != KIVI_OK) fail_msg("submit: %s", e.text);
 }
 
-static void check_random(const kind *k, uint64_t seed) {
+/* In few pages choices are preempted, in many prefixes stay to be found. */
+static void check_random(const kind *k, bool is_tight, uint64_t seed) {
     rng = seed;
-    uint32_t n = is_slow() ? 14 : 60, next = 0;
+    uint32_t n = is_slow() ? 10 : 40, next = 0;
     job *jobs = make_jobs(k, n);
-    kivi_engine *e = make_engine(k, 6, between(7, 9), 2);
+    kivi_engine *e = make_engine(k, 6, is_tight ? 5 : 24, 2);
     uint64_t before = n_blocks(e);
     kivi_scheduler *s = make_scheduler(e);
     kivi_scheduler_stats st;
@@ -250,6 +251,9 @@ static void check_random(const kind *k, uint64_t seed) {
             j->may_end = true;
             kivi_scheduler_cancel(s, j->id);
         }
+        if (next && one_in(30)) kivi_scheduler_pause(s, jobs[below(next)].id);
+        for (uint32_t i = 0; i < next; i++)
+            if (one_in(20)) kivi_scheduler_resume(s, jobs[i].id);
         MUST(kivi_scheduler_step(&worked, s, &err));
         kivi_scheduler_stats_get(&st, s);
         if (next == n && st.n_ended + st.n_cancelled == n) break;
@@ -258,7 +262,8 @@ static void check_random(const kind *k, uint64_t seed) {
                   (unsigned long long)st.n_preemptions, (unsigned long long)st.prefix_hits,
                   (unsigned long long)st.prefix_queries, (unsigned long long)st.n_evictions);
     assert_int_equal(st.n_failed, 0);
-    if (!is_slow()) assert_true(st.n_preemptions > 0 && (st.prefix_hits > 0) == k->shares);
+    if (is_tight && !is_slow()) assert_true(st.n_preemptions > 0);
+    if (!is_tight && !is_slow()) assert_int_equal(st.prefix_hits > 0, k->shares);
     assert_int_equal(st.pages_used, st.pages_cached);
     kivi_scheduler_destroy(&s);
     assert_int_equal(n_blocks(e), before);
@@ -269,7 +274,10 @@ static void check_random(const kind *k, uint64_t seed) {
 static void test_random(void **state) {
     (void)state;
     for (int i = 0; i < N_KINDS; i++)
-        if (!is_slow() || i % 2 == 0) check_random(&kinds[i], 11 + (uint64_t)i);
+        if (!is_slow() || i % 2 == 0) {
+            check_random(&kinds[i], true, 11 + (uint64_t)i);
+            check_random(&kinds[i], false, 31 + (uint64_t)i);
+        }
 }
 
 /* ---- threads ---- */

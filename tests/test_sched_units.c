@@ -1,152 +1,5 @@
 /* The scheduler, one promise at a time, over a model without weights (sched_fake.h). */
-#include "sched_fake.h"
-
-static kivi_error err;
-
-enum { CTX = 1024, MAX_TOLD = 512 };
-
-#define MUST(call) must((call), __FILE__, __LINE__)
-static void must(kivi_status status, const char *file, int line) {
-    if (status != KIVI_OK)
-        fail_msg("%s:%d: %s: %s", file, line, kivi_status_name(status), err.text);
-}
-
-/* ---- a scheduler and what a request of it was told ---- */
-
-static fake f;
-static kivi_scheduler *s;
-static kivi_scheduler_options so;
-static fake_options fo;
-
-static int set_defaults(void **state) {
-    (void)state;
-    so = kivi_scheduler_defaults();
-    fo = (fake_options){.kv = {.group = 16, .residual_tokens = 128, .rule = KIVI_RULE_STREAM},
-                        .n_pages = 32,
-                        .ctx_tokens = CTX,
-                        .step_rows = 256,
-                        .logit_rows = 64,
-                        .max_items = 8};
-    so.prefix_bytes = 1 << 20;
-    return 0;
-}
-static void begin(void) {
-    fake_create(&f, &fo);
-    MUST(ki_scheduler_create(&s, &f.machine, &so, &err));
-}
-static void end(void) {
-    kivi_scheduler_destroy(&s);
-    fake_destroy(&f);
-}
-static kivi_scheduler_stats stats(void) {
-    kivi_scheduler_stats st;
-    kivi_scheduler_stats_get(&st, s);
-    return st;
-}
-
-typedef struct tale {
-    kivi_request r;
-    int32_t prompt[CTX];
-    kivi_request_id id;
-    int32_t tokens[KIVI_MAX_CHOICES][MAX_TOLD];
-    uint32_t n_told[KIVI_MAX_CHOICES];
-    uint32_t n_prompts, n_choices, n_ends;
-    uint64_t ended_at; /* counts ends of all */
-    kivi_finish finish[KIVI_MAX_CHOICES];
-    kivi_status status;
-    char error[256];
-    kivi_timings timings;
-    kivi_verdict (*then)(struct tale *t, const kivi_event *e);
-} tale;
-
-static uint64_t n_ends_of_all;
-
-static kivi_verdict on_event(void *user, const kivi_event *e) {
-    tale *t = user;
-    assert_int_equal(t->n_ends, 0);
-    if (e->timings) t->timings = *e->timings;
-    if (e->kind == KIVI_EVENT_PROMPT) t->n_prompts++;
-    if (e->kind == KIVI_EVENT_TOKEN)
-        t->tokens[e->choice][t->n_told[e->choice]++ % MAX_TOLD] = e->token;
-    if (e->kind == KIVI_EVENT_CHOICE) t->finish[e->choice] = e->finish, t->n_choices++;
-    if (e->kind == KIVI_EVENT_END) {
-        t->n_ends++;
-        t->ended_at = ++n_ends_of_all;
-        t->status = e->status;
-        snprintf(t->error, sizeof t->error, "%s", e->error);
-    }
-    return t->then ? t->then(t, e) : KIVI_GO_ON;
-}
-
-/* A prompt of n tokens that are a function of the topic and the position; ends never come. */
-static tale *make(uint32_t topic, uint32_t n_prompt, uint32_t max_tokens) {
-    tale *t = calloc(1, sizeof *t);
-    assert_non_null(t);
-    t->r = kivi_request_defaults();
-    for (uint32_t i = 0; i < n_prompt; i++)
-        t->prompt[i] = (int32_t)(fake_mix(topic, i + 1) % FAKE_VOCAB);
-    t->r.prompt = t->prompt, t->r.n_prompt = n_prompt;
-    t->r.max_tokens = max_tokens;
-    t->r.temperature = 0;
-    t->r.ignore_eos = true;
-    t->r.on_event = on_event, t->r.user = t;
-    return t;
-}
-static tale *send(tale *t) {
-    const char *param;
-    MUST(kivi_scheduler_submit(&t->id, &param, s, &t->r, &err));
-    assert_null(param);
-    return t;
-}
-static bool step(void) {
-    bool worked;
-    MUST(kivi_scheduler_step(&worked, s, &err));
-    assert_true(ki_pool_check(&f.cache->pool));
-    return worked;
-}
-static void run(void) {
-    for (uint32_t n = 0; step(); n++)
-        if (n > 100000) fail_msg("it does not end");
-}
-/* Ended well, with the answer of the request alone. */
-static void check_answer(tale *t) {
-    ki_chooser ch;
-    uint64_t hash;
-    assert_int_equal(t->n_ends, 1);
-    if (t->status != KIVI_OK) fail_msg("%s", t->error);
-    assert_int_equal(t->n_choices, t->r.n);
-    MUST(ki_chooser_init(&ch, f.cache->mem, &f.machine, &err));
-    assert_true(fake_prompt(&hash, &f, &t->r, NULL));
-    for (uint32_t i = 0; i < t->r.n; i++) {
-        answer a = fake_answer(&f, &ch, &t->r, i, hash);
-        assert_int_equal(t->n_told[i], a.n);
-        assert_memory_equal(t->tokens[i], a.tokens, KI_MIN(a.n, MAX_TOLD) * sizeof *a.tokens);
-        free(a.tokens);
-    }
-    ki_chooser_deinit(&ch);
-}
-
-/* ---- SHA-256: the standard's own examples ---- */
-
-static void check_sha(const char *text, size_t n_times, const char *hex) {
-    ki_sha256 h;
-    uint8_t digest[KI_SHA256_BYTES];
-    char got[65];
-    ki_sha256_init(&h);
-    for (size_t i = 0; i < n_times; i++) ki_sha256_add(&h, text, strlen(text));
-    ki_sha256_end(digest, &h);
-    for (int i = 0; i < 32; i++) snprintf(got + 2 * i, 3, "%02x", digest[i]);
-    assert_string_equal(got, hex);
-}
-
-static void test_sha256(void **state) {
-    (void)state;
-    check_sha("", 1, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
-    check_sha("abc", 1, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-    check_sha("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq", 1,
-              "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
-    check_sha("a", 1000000, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
-}
+#include "sched_tale.h"
 
 /* ---- refusals ---- */
 
@@ -333,104 +186,6 @@ static void test_many_choices(void **state) {
     run();
     check_answer(t);
     free(t);
-    end();
-}
-
-/* ---- prefixes ---- */
-
-static uint32_t cached_of(tale *t) {
-    send(t);
-    run();
-    check_answer(t);
-    uint32_t n = t->timings.n_cached;
-    free(t);
-    return n;
-}
-
-static tale *salted(tale *t, const char *salt) {
-    t->r.salt = salt, t->r.n_salt_bytes = strlen(salt);
-    return t;
-}
-
-static void test_prefix_stream(void **state) {
-    (void)state;
-    begin();
-    assert_int_equal(cached_of(make(1, 600, 5)), 0);
-    assert_int_equal(cached_of(make(1, 600, 5)), 512);
-    assert_int_equal(cached_of(make(1, 500, 5)), 384); /* shorter, on the same pages */
-    assert_int_equal(cached_of(make(1, 100, 5)), 0);
-    assert_int_equal(cached_of(make(2, 600, 5)), 0);
-    tale *t = make(1, 700, 5);
-    t->prompt[300] = (t->prompt[300] + 1) % FAKE_VOCAB; /* only the pages before it are the same */
-    assert_int_equal(cached_of(t), 256);
-    assert_int_equal(cached_of(salted(make(1, 600, 5), "key")), 0);
-    assert_int_equal(cached_of(salted(make(1, 600, 5), "key")), 512);
-    assert_int_equal(cached_of(salted(make(1, 600, 5), "other")), 0);
-    t = make(1, 600, 5);
-    t->r.prompt_logprobs = 0; /* each row of the prompt is wanted */
-    assert_int_equal(cached_of(t), 0);
-    kivi_scheduler_stats st = stats();
-    assert_int_equal(st.prefix_hits, 512 + 384 + 256 + 512);
-    assert_true(st.pages_cached == st.pages_used && st.n_prefixes > 0);
-    end();
-}
-
-/* The next turn of a conversation begins with all of the one before it. */
-static void test_prefix_turns(void **state) {
-    (void)state;
-    begin();
-    tale *a = send(make(1, 333, 40));
-    run();
-    check_answer(a);
-    tale *b = make(1, 333, 5);
-    memcpy(b->prompt + 333, a->tokens[0], 40 * sizeof(int32_t));
-    for (int i = 0; i < 27; i++) b->prompt[373 + i] = i % FAKE_VOCAB;
-    b->r.n_prompt = 400;
-    assert_int_equal(cached_of(b), 333 + 39); /* the last token was told, and not evaluated */
-    free(a);
-    end();
-}
-
-static void test_prefix_span(void **state) {
-    (void)state;
-    fo.kv.rule = KIVI_RULE_SPAN, fo.kv.span_tokens = 256;
-    begin();
-    assert_int_equal(cached_of(make(1, 700, 5)), 0);
-    assert_int_equal(cached_of(make(1, 700, 5)), 512);
-    assert_int_equal(cached_of(make(1, 500, 5)), 256);
-    end();
-}
-
-static void test_prefix_paper(void **state) {
-    (void)state;
-    fo.kv.rule = KIVI_RULE_PAPER;
-    begin();
-    assert_int_equal(cached_of(make(1, 600, 5)), 0);
-    assert_int_equal(cached_of(make(1, 600, 5)), 0);
-    assert_int_equal(stats().n_prefixes, 0);
-    assert_int_equal(stats().prefix_queries, 0);
-    end();
-    fo.kv.k_bits = fo.kv.v_bits = 16; /* nothing is read from codes: all rules are one */
-    begin();
-    assert_int_equal(cached_of(make(1, 600, 5)), 0);
-    assert_int_equal(cached_of(make(1, 600, 5)), 512);
-    end();
-}
-
-/* Pages of prefixes go when they are needed, the least recently used first; those that are in use
- * stay. */
-static void test_eviction(void **state) {
-    (void)state;
-    fo.n_pages = 12;
-    begin();
-    assert_int_equal(cached_of(make(1, 300, 1)), 0);
-    assert_int_equal(cached_of(make(2, 300, 1)), 0);
-    assert_int_equal(cached_of(make(1, 300, 1)), 256); /* 2 is now the older one */
-    assert_int_equal(cached_of(make(3, 900, 1)), 0);
-    assert_true(stats().n_evictions > 0);
-    assert_int_equal(cached_of(make(1, 300, 1)), 256);
-    assert_int_equal(cached_of(make(2, 300, 1)), 0);
-    assert_int_equal(cached_of(make(4, 1000, 24)), 0); /* takes nearly all */
     end();
 }
 
@@ -721,14 +476,14 @@ static void test_options(void **state) {
 
 /* Each allocation fails once, and all after it: nothing is lost, every request that was taken ends,
  * and afterwards the next one succeeds. */
-static void test_allocations(void **state) {
-    (void)state;
+static void sweep_allocations(uint32_t n_pages, uint32_t max_tokens, int64_t expected) {
+    fo.n_pages = n_pages;
     fake_create(&f, &fo);
     uint64_t before = atomic_load(&f.cache->mem->n_blocks);
     bool went_through = false;
     int64_t n = 0;
     while (!went_through) {
-        tale *a = make(1, 400, 20), *b = make(1, 300, 5);
+        tale *a = make(1, 400, max_tokens), *b = make(1, 300, 5);
         a->r.n = 3, b->r.prompt_logprobs = 1;
         atomic_store(&f.cache->mem->fail_countdown, ++n);
         bool made = ki_scheduler_create(&s, &f.machine, &so, &err) == KIVI_OK;
@@ -752,22 +507,53 @@ static void test_allocations(void **state) {
         free(a), free(b);
     }
     print_message("%lld allocations\n", (long long)n);
-    assert_true(n > 50);
+    assert_true(n > expected);
     fake_destroy(&f);
 }
 
-#define UNIT(name) cmocka_unit_test_setup(name, set_defaults)
+/* A choice fails while another one of its request has rows in the step that is planned. */
+static void test_sibling_fails(void **state) {
+    (void)state;
+    bool failed = false, went_through = false;
+    so.no_prefix_cache = true;
+    for (int64_t n = 1; !went_through; n++) {
+        begin();
+        tale *t = make(1, 400, 300), *other = send(make(2, 30, 40));
+        t->r.n = 2;
+        send(t);
+        while (t->n_told[1] < 3) step();
+        ki_choice *second = s->running[s->n_running - 1];
+        assert_int_equal(second->index, 1);
+        ki_preempt(s, second);
+        atomic_store(&f.cache->mem->fail_countdown, n);
+        step();
+        went_through = atomic_load(&f.cache->mem->fail_countdown) > 0;
+        atomic_store(&f.cache->mem->fail_countdown, -1);
+        failed = failed || t->status == KIVI_NOMEM;
+        run();
+        if (t->status != KIVI_NOMEM) check_answer(t);
+        check_answer(other);
+        free(t), free(other);
+        end();
+    }
+    assert_true(failed);
+}
+
+static void test_allocations(void **state) {
+    (void)state;
+    sweep_allocations(32, 20, 50);
+    sweep_allocations(8, 200, 70); /* choices are preempted, too */
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        UNIT(test_sha256),       UNIT(test_refusals),     UNIT(test_queue_full),
-        UNIT(test_long_prompt),  UNIT(test_order),        UNIT(test_preempts_newest),
-        UNIT(test_forks),        UNIT(test_many_choices), UNIT(test_prefix_stream),
-        UNIT(test_prefix_turns), UNIT(test_prefix_span),  UNIT(test_prefix_paper),
-        UNIT(test_eviction),     UNIT(test_cancel),       UNIT(test_timeout),
-        UNIT(test_verdicts),     UNIT(test_reentry),      UNIT(test_destroy_midway),
-        UNIT(test_prompt_only),  UNIT(test_pause),        UNIT(test_exact_rows),
-        UNIT(test_constraint),   UNIT(test_min_tokens),   UNIT(test_health),
-        UNIT(test_options),      UNIT(test_allocations),
+        UNIT(test_refusals),     UNIT(test_queue_full),      UNIT(test_long_prompt),
+        UNIT(test_order),        UNIT(test_preempts_newest), UNIT(test_forks),
+        UNIT(test_many_choices), UNIT(test_cancel),          UNIT(test_timeout),
+        UNIT(test_verdicts),     UNIT(test_reentry),         UNIT(test_destroy_midway),
+        UNIT(test_prompt_only),  UNIT(test_pause),           UNIT(test_exact_rows),
+        UNIT(test_constraint),   UNIT(test_min_tokens),      UNIT(test_health),
+        UNIT(test_options),      UNIT(test_sibling_fails),   UNIT(test_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

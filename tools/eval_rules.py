@@ -3,11 +3,11 @@
 
   tools/eval_rules.py [--texts FOLDER] [--threads N] [--kv KIND] [--rules LIST] [--no-speed]
 
-Quality: of the texts of tools/eval_quality.py the first 12; of each the first 1,024 tokens: 768 as a prompt under the
-rule, then 256 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
-distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 256 generated positions, which is what a
-client sees, and over the prompt's positions from 128 on, which is what scoring a prompt (echo) sees. The standard error
-is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
+Quality: of the texts of tools/eval_quality.py the first 12; of each the first 640 tokens: 512 as a prompt under the
+rule, then 128 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
+distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 129 positions that generate, which is
+what a client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees.
+The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
 KIVI_BIN is the kivi to use (build/kivi). Needs numpy.
 """
 import argparse
@@ -22,22 +22,28 @@ import numpy as np
 from compare_llama import KIVI, cpu_name, find_model
 from eval_quality import fetch, texts_in
 
-CTX, N_PROMPT, SKIP = 1024, 768, 128
-RULES = 'paper,span:1024,span:512,span:256,stream'
-PROMPTS = '512,2048,4096'
+CTX, N_PROMPT, SKIP, STRIDE = 640, 512, 128, 8
+RULES = 'paper,span:256,stream,stream+4'  # +4: with four sinks
+PROMPTS, REPETITIONS = '512,2048', 2
 
 
 def run(command):
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def spelled(rule):
+    name, _, sinks = rule.partition('+')
+    return ['--rule', name] + (['--sinks', sinks] if sinks else [])
+
+
 def logits(model, tokens, options, folder, threads):
     out = os.path.join(folder, 'logits.npy')
     run([KIVI, 'logits', model, '--tokens', tokens, '--prompt', str(N_PROMPT), '--ctx', str(CTX), '-t', str(threads),
          '-o', out, *options])
-    x = np.load(out)[SKIP:]
+    x = np.load(out, mmap_mode='r')
     os.remove(out)
-    return x
+    # the prompt's last row speaks about the first generated token
+    return np.concatenate([x[SKIP:N_PROMPT - 1:STRIDE], x[N_PROMPT - 1:]])
 
 
 def log_softmax(x):
@@ -65,12 +71,13 @@ def quality(model, files, kind, rules, threads):
                 json.dump([int(i) for i in ids], f)
             base = logits(model, tokens, ['--kv', 'f16'], folder, threads)
             for rule in rules:
-                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, '--rule', rule], folder, threads))
-                border = N_PROMPT - SKIP - 1  # the prompt's last row speaks about the first generated token
+                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, *spelled(rule)], folder, threads))
+                border = len(kl) - (CTX - N_PROMPT + 1)
                 found[rule][0].append(kl[border:].mean())
                 found[rule][1].append(same[border:].mean())
                 found[rule][2].append(kl[:border].mean())
-            print(f'{os.path.basename(file)} done', file=sys.stderr, flush=True)
+            row = (f'{r} {x[0][-1]:.6f} {x[1][-1]:.4f} {x[2][-1]:.6f}' for r, x in found.items())
+            print(os.path.basename(file), *row, sep=', ', file=sys.stderr, flush=True)
     print(f'| rule | KLD of generated tokens +- standard error | top-1 agrees | KLD of the prompt |\n|---|---|---|---|')
     for rule in rules:
         kl, same, prompt = (np.array(x) for x in found[rule])
@@ -83,7 +90,7 @@ def speed(model, kind, rules, threads):
     lengths = PROMPTS.split(',')
     print('\n| rule | ' + ' | '.join(f'{n} tokens, t/s' for n in lengths) + ' |\n|' + '---|' * (len(lengths) + 1))
     for rule in rules:
-        made = json.loads(run([KIVI, 'bench', model, '-p', PROMPTS, '-n', '0', '-r', '2', '--kv', kind, '--rule', rule,
+        made = json.loads(run([KIVI, 'bench', model, '-p', PROMPTS, '-n', '0', '-r', str(REPETITIONS), '--kv', kind, *spelled(rule),
                                '-t', str(threads), '-o', 'json']))
         by_length = {m['n_prompt']: m['avg_ts'] for m in made if m['n_prompt']}
         print(f'| {rule} | ' + ' | '.join(f'{by_length[int(n)]:.0f}' for n in lengths) + ' |', flush=True)
@@ -96,6 +103,7 @@ def main():
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--kv', default='kivi2')
     p.add_argument('--rules', default=RULES)
+    p.add_argument('--first', type=int, default=0, help='leave out so many texts')
     p.add_argument('--n-texts', type=int, default=12)
     p.add_argument('--no-speed', action='store_true')
     p.add_argument('--no-quality', action='store_true')
@@ -105,7 +113,7 @@ def main():
         if not o.no_quality:
             if not o.texts:
                 fetch(folder)
-            quality(model, texts_in(o.texts or folder)[:o.n_texts], o.kv, rules, o.threads)
+            quality(model, texts_in(o.texts or folder)[o.first:o.first + o.n_texts], o.kv, rules, o.threads)
     if not o.no_speed:
         speed(model, o.kv, rules, o.threads)
     print(f'\n{cpu_name()}, {o.threads} threads.')

@@ -74,7 +74,7 @@ static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
     size_t page_bytes = (size_t)layout.n_layers * layout.n_kv_heads * layout.page_bytes;
     uint64_t n_pages =
         (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
-    if (o->kv_bytes) n_pages = KI_MIN(n_pages, o->kv_bytes / page_bytes);
+    if (o->kv_bytes) n_pages = o->kv_bytes / page_bytes;
     if (n_pages == 0)
         return KI_FAIL(err, ARG, "engine: kv_bytes %llu, expected at least those of a page, %zu",
                        (unsigned long long)o->kv_bytes, page_bytes);

@@ -3,7 +3,6 @@
 #include "engine.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 struct kivi_sampler {
     ki_mem *mem;
@@ -67,11 +66,20 @@ void kivi_sampler_destroy(kivi_sampler **sampler) {
     *sampler = NULL;
 }
 
+/* Sixteen maxima side by side, which compilers know how to keep in registers; then where it is. A
+ * comparison with what is not a number is false, so it counts only as the first of all. */
 int32_t kivi_logits_argmax(const float *logits, uint32_t n_vocab) {
-    uint32_t best = 0;
-    for (uint32_t i = 1; i < n_vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return (int32_t)best;
+    float best[16], most = logits[0];
+    uint32_t n_whole = n_vocab / 16 * 16;
+    for (uint32_t j = 0; j < 16; j++) best[j] = most;
+    for (uint32_t i = 0; i < n_whole; i += 16)
+        for (uint32_t j = 0; j < 16; j++)
+            best[j] = logits[i + j] > best[j] ? logits[i + j] : best[j];
+    for (uint32_t j = 0; j < 16; j++) most = best[j] > most ? best[j] : most;
+    for (uint32_t i = n_whole; i < n_vocab; i++) most = logits[i] > most ? logits[i] : most;
+    for (uint32_t i = 0; i < n_vocab; i++)
+        if (logits[i] == most) return (int32_t)i;
+    return 0;
 }
 
 double ki_sample_draw(uint64_t seed, uint64_t index) {
@@ -95,29 +103,48 @@ static void penalize(kivi_sampler *s, const kivi_session *session) {
     }
 }
 
-static int by_logit(const void *a, const void *b) {
-    const ki_candidate *x = a, *y = b;
+/* A total order, best first, so that there is one outcome. */
+static int by_logit(const ki_candidate *x, const ki_candidate *y) {
     if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
-    return x->id < y->id ? -1 : 1; /* a total order, so that sorting has one outcome */
+    return x->id < y->id ? -1 : 1;
 }
 
-static int by_logit_reversed(const void *a, const void *b) { return by_logit(b, a); }
-
-static void sift_down(ki_candidate *heap, uint32_t n, ki_candidate c) {
-    uint32_t i = 0;
+/* Heaps: sign 1 has the worst on top, -1 the best. */
+static void sift_down(ki_candidate *heap, uint32_t n, uint32_t i, ki_candidate c, int sign) {
     for (uint32_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && by_logit(&heap[child + 1], &heap[child]) > 0) child++;
-        if (by_logit(&c, &heap[child]) >= 0) break;
+        if (child + 1 < n && sign * by_logit(&heap[child + 1], &heap[child]) > 0) child++;
+        if (sign * by_logit(&c, &heap[child]) >= 0) break;
         heap[i] = heap[child];
     }
     heap[i] = c;
 }
 
-/* The candidates worth sorting, best first: the top-k (a heap with the worst on top), or all whose
- * weight is not zero in float32 anyway. Sorting a whole vocabulary would take longer than a small
- * model's step. */
-static uint32_t gather(ki_candidate *all, const float *logits, uint32_t n_vocab,
-                       const kivi_sampler_options *o) {
+static void make_heap(ki_candidate *all, uint32_t n, int sign) {
+    for (uint32_t i = n / 2; i-- > 0;) sift_down(all, n, i, all[i], sign);
+}
+
+/* Candidates best first, as far as they are asked for: a heap whose best moves behind it. Sorting a
+ * whole vocabulary would take longer than a small model's step. */
+typedef struct ranking {
+    ki_candidate *all;
+    uint32_t n, n_heap;
+    double sum; /* of all weights */
+} ranking;
+
+static const ki_candidate *ranked(ranking *r, uint32_t index) {
+    while (r->n - r->n_heap <= index) {
+        ki_candidate best = r->all[0];
+        r->n_heap--;
+        sift_down(r->all, r->n_heap, 0, r->all[r->n_heap], -1);
+        r->all[r->n_heap] = best;
+    }
+    return &r->all[r->n - 1 - index];
+}
+
+/* The top-k, or all whose weight is not zero in float32 anyway, with weights relative to the best
+ * one's. */
+static ranking gather(ki_candidate *all, const float *logits, uint32_t n_vocab,
+                      const kivi_sampler_options *o) {
     uint32_t k = o->top_k ? KI_MIN(o->top_k, n_vocab) : n_vocab, n = 0;
     float best = logits[kivi_logits_argmax(logits, n_vocab)];
     float floor = best - 104.0f * o->temperature; /* e^-104 is below the smallest float32 */
@@ -125,28 +152,32 @@ static uint32_t gather(ki_candidate *all, const float *logits, uint32_t n_vocab,
         ki_candidate c = {.logit = logits[i], .id = (int32_t)i};
         if (!(c.logit >= floor)) continue;
         if (n == k) {
-            if (by_logit(&c, &all[0]) < 0) sift_down(all, n, c);
+            if (by_logit(&c, &all[0]) < 0) sift_down(all, n, 0, c, 1);
             continue;
         }
         all[n++] = c;
-        if (n == k) qsort(all, n, sizeof c, by_logit_reversed); /* sorted: a heap */
+        if (n == k && k < n_vocab) make_heap(all, n, 1);
     }
-    qsort(all, n, sizeof *all, by_logit);
-    return n;
+    ranking r = {.all = all, .n = n, .n_heap = n};
+    for (uint32_t i = 0; i < n; i++) {
+        all[i].p = expf((all[i].logit - best) / o->temperature);
+        r.sum += (double)all[i].p;
+    }
+    make_heap(all, n, -1);
+    return r;
 }
 
-/* Weights relative to the best one; returns how many candidates stay. */
-static uint32_t cut(ki_candidate *all, uint32_t n, const kivi_sampler_options *o) {
-    double sum = 0, kept = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        all[i].p = expf((all[i].logit - all[0].logit) / o->temperature);
-        sum += (double)all[i].p;
+/* How many candidates stay; their weights in *kept. */
+static uint32_t cut(double *kept, ranking *r, const kivi_sampler_options *o) {
+    *kept = r->sum;
+    if (o->top_p >= 1 && o->min_p == 0) return r->n;
+    *kept = 0;
+    for (uint32_t i = 0; i < r->n; i++) {
+        float p = ranked(r, i)->p;
+        if (i && (*kept >= (double)o->top_p * r->sum || p < o->min_p)) return i;
+        *kept += (double)p;
     }
-    for (uint32_t i = 0; i < n; i++) {
-        if (i && (kept >= (double)o->top_p * sum || all[i].p < o->min_p)) return i;
-        kept += (double)all[i].p;
-    }
-    return n;
+    return r->n;
 }
 
 int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
@@ -155,15 +186,16 @@ int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
         int32_t id = kivi_logits_argmax(logits, n_vocab);
         return isnan(logits[id]) ? -1 : id;
     }
-    uint32_t n = gather(all, logits, n_vocab, o);
-    if (n == 0) return -1;
-    n = cut(all, n, o);
-    double sum = 0;
-    for (uint32_t i = 0; i < n; i++) sum += (double)all[i].p;
-    double left = u * sum;
-    for (uint32_t i = 0; i < n; i++)
-        if ((left -= (double)all[i].p) < 0) return all[i].id;
-    return all[n - 1].id;
+    ranking r = gather(all, logits, n_vocab, o);
+    if (r.n == 0) return -1;
+    double kept;
+    uint32_t n = cut(&kept, &r, o);
+    double left = u * kept;
+    for (uint32_t i = 0; i + 1 < n; i++) {
+        const ki_candidate *c = ranked(&r, i);
+        if ((left -= (double)c->p) < 0) return c->id;
+    }
+    return ranked(&r, n - 1)->id;
 }
 
 kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *session,

@@ -246,13 +246,22 @@ static uint32_t forks_of(const kivi_scheduler *s, const ki_choice *c) {
     return KI_MIN(q->r.n, s->o.max_running) - 1;
 }
 
-/* Pages for all that is known, and to generate for a while: a choice that was preempted asks for
- * more each time, so that it does not come and go. */
+/* Tokens to generate for a while: a choice that was preempted asks for more each time, so that it
+ * does not come and go. */
+static uint32_t growth_of(const ki_choice *c) {
+    uint32_t left = c->request->r.max_tokens - ki_generated(c);
+    return KI_MIN(left, (uint32_t)KI_PAGE_TOKENS << KI_MIN(c->n_preempted, 6u));
+}
+
+void ki_promise_growth(const kivi_scheduler *s, ki_choice *c) {
+    c->n_promised = ki_pages(&s->machine, ki_known(c) + growth_of(c));
+}
+
+/* Pages for all that is known, and to go on, of its forks too; less those of the prefix. */
 static uint32_t pages_wanted(const kivi_scheduler *s, const ki_choice *c, const ki_prefix *from) {
     const ki_machine *m = &s->machine;
-    uint32_t known = ki_known(c), left = c->request->r.max_tokens - ki_generated(c);
-    uint32_t growth = KI_MIN(left, (uint32_t)KI_PAGE_TOKENS << KI_MIN(c->n_preempted, 6u));
-    uint32_t n = ki_pages(m, known + growth), n_prompt = (uint32_t)c->request->r.n_prompt;
+    uint32_t growth = growth_of(c), n_prompt = (uint32_t)c->request->r.n_prompt;
+    uint32_t n = ki_pages(m, ki_known(c) + growth);
     uint32_t open = ki_first_unwritten(&m->cache->layout, n_prompt) / KI_PAGE_TOKENS;
     uint32_t own = (n_prompt + growth + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS - open;
     n = KI_MIN(n + forks_of(s, c) * own, m->cache->pool.n_pages);

@@ -177,15 +177,17 @@ void ki_prefix_release(ki_prefix *prefix) {
 
 /* ---- keeping ---- */
 
-/* Whether n_tokens of the choice may be kept without giving up what a running one uses. */
+/* Room for a prefix of n_tokens, at the cost of those used less recently; false: all are in use. */
 static bool make_space(ki_prefixes *p, const ki_choice *c, uint32_t n_tokens, bool is_last) {
     uint64_t n_bytes = ki_mark_bytes(&p->machine->cache->layout, n_tokens);
     if (n_bytes > p->limit_bytes) return false;
     while (p->n_bytes + n_bytes > p->limit_bytes)
         if (!ki_prefix_evict(p)) return false;
-    uint32_t n_free, n_all;
-    kivi_cache_pages(p->machine->cache, &n_free, &n_all);
-    return ki_mark_create_pages(c->seq, n_tokens, is_last) <= n_free;
+    const ki_pool *pool = &p->machine->cache->pool;
+    uint32_t n_copies = ki_mark_create_pages(c->seq, n_tokens, is_last);
+    while (pool->n_free < n_copies)
+        if (!ki_prefix_evict(p)) return false;
+    return true;
 }
 
 static void keep(ki_prefixes *p, ki_choice *c, uint32_t n_tokens, bool is_last) {

@@ -13,6 +13,7 @@ enum {
     DEFAULT_AGEING_MS = 1000,
     DEFAULT_STALL_MS = 10000,
     PREFIX_SHARE = 4, /* of the pool's bytes */
+    MAX_AGEING_MS = 3600 * 1000, /* times any priority it fits 64 bits of microseconds */
     MAX_WAIT_US = 3600u * 1000000u,
 };
 
@@ -35,6 +36,9 @@ static kivi_status resolve(kivi_scheduler *s, kivi_error *err) {
                        "scheduler: %u sequences at once, the engine takes %u and a step has %u "
                        "rows",
                        o->max_running, m->max_items, o->step_tokens);
+    if (o->ageing_ms > MAX_AGEING_MS)
+        return KI_FAIL(err, ARG, "scheduler: ageing of %u ms, expected at most %d", o->ageing_ms,
+                       MAX_AGEING_MS);
     if (!o->max_queued) o->max_queued = DEFAULT_QUEUED;
     if (!o->max_queued_tokens) o->max_queued_tokens = DEFAULT_QUEUED_TOKENS;
     if (!o->ageing_ms) o->ageing_ms = DEFAULT_AGEING_MS;

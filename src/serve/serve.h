@@ -60,7 +60,7 @@ typedef struct ki_choice {
     kivi_seq *seq;        /* RUNNING only */
     ki_prefix *from;      /* the prefix seq began with */
     ki_buf generated;     /* of int32_t */
-    uint32_t n_promised;  /* pages it was admitted with, until it generates */
+    uint32_t n_promised;  /* pages that nobody else is admitted with */
     uint64_t exact_bytes; /* 16-bit rows of its prompt it was admitted with, until it generates */
     uint32_t n_offered;   /* prefixes up to here were offered to the cache */
     uint32_t n_preempted;
@@ -211,6 +211,8 @@ void ki_unwait(kivi_scheduler *s, ki_choice *c);              /* out of it */
 void ki_leave(kivi_scheduler *s, ki_choice *c);               /* running: gives everything back */
 void ki_join(kivi_scheduler *s, ki_choice *c, kivi_seq *seq); /* running from now on */
 void ki_preempt(kivi_scheduler *s, ki_choice *c);
+/* Pages to generate for a while are its own from now on. */
+void ki_promise_growth(const kivi_scheduler *s, ki_choice *c);
 /* By giving up prefixes, none if that is not enough. */
 bool ki_free_pages(kivi_scheduler *s, uint32_t n_pages);
 uint32_t ki_cached_pages(kivi_scheduler *s);

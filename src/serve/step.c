@@ -146,6 +146,7 @@ static bool try_fork(kivi_scheduler *s, ki_choice *c, const ki_choice *from) {
         return false;
     if (kivi_seq_fork(&seq, from->seq, NULL) != KIVI_OK) return false;
     ki_join(s, c, seq);
+    ki_promise_growth(s, c);
     c->n_offered = from->n_offered;
     if ((c->from = from->from)) c->from->n_in_use++;
     return true;
@@ -226,7 +227,7 @@ static void use_result(kivi_scheduler *s, ki_choice *c, const ki_batch_item *ite
     if (length < ki_known(c)) return;
     s->exact_bytes -= c->exact_bytes; /* the prompt's 16-bit rows are gone, and it has begun */
     c->exact_bytes = 0;
-    c->n_promised = 0;
+    if (!q->is_told) ki_promise_growth(s, c); /* its forks have promises of their own */
     const float *logits = item->logits;
     if (item->all_logits) logits += (item->n_rows - 1) * s->machine.logits_stride;
     if (q->is_told) advance(s, c, logits);
