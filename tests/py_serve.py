@@ -309,7 +309,7 @@ def refusals(s):
             begun = time.monotonic()
             status, answer = s.post(TEXT, body)
             assert status == 400 and answer['error']['message'], (body[:40], status)
-            assert time.monotonic() - begun < 1, body[:40]
+            assert time.monotonic() - begun < 3, body[:40]
     with case('odd prompts have answers'):
         for prompt in ('\0\0\0', 'ü' * 500, ' ' * 4000, 'a\r\n\t', '\U0001f600'):
             assert s.complete(prompt=prompt, max_tokens=1)['usage']['completion_tokens'] == 1
@@ -351,7 +351,7 @@ def large(s):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
                              b'Content-Length: %d\r\n\r\n' % len(body) + body)
-        s.until(s.idle, 'all are cancelled', 5)
+        s.until(s.idle, 'all are cancelled', 20)
         assert s.complete(prompt='x', max_tokens=2)
 
 
@@ -415,9 +415,9 @@ def leavers(s):
         begun = time.monotonic()
         s.until(s.idle, 'they are cancelled')
         took = time.monotonic() - begun
-        s.until(lambda: pages(s) == 0, 'the pages are free', 1)
+        s.until(lambda: pages(s) == 0, 'the pages are free', 5)
         after = s.metrics()
-        assert took < 2, f'{took} s'
+        assert took < 5, f'{took} s'  # milliseconds, but on a machine that is busy
         assert after['clients_left_total'] == before['clients_left_total'] + 3
         assert after['request_success_total{finished_reason="abort"}'] == \
             before['request_success_total{finished_reason="abort"}'] + 3
@@ -429,7 +429,7 @@ def leavers(s):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(head % len(body) + body)
                 s.until(lambda: s.metrics()['num_requests_running'] == 1, 'it runs')
-            s.until(s.idle, 'it is cancelled', 3)
+            s.until(s.idle, 'it is cancelled', 10)
         assert pages(s) == 0
     with case('what others get does not change when one leaves'):
         alone = s.complete(prompt='hello', max_tokens=200, ignore_eos=True)['choices'][0]['text']
@@ -519,8 +519,8 @@ def slow_readers():
         made = s.metrics()['generation_tokens_total']
         assert made < 6000, made
         assert len(s.complete(prompt='hello', max_tokens=50, ignore_eos=True)['choices'][0]['text']) > 0
-        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped', 10)
-        s.until(lambda: s.idle() and pages(s) == 0, 'its pages are free', 3)
+        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped', 20)
+        s.until(lambda: s.idle() and pages(s) == 0, 'its pages are free', 10)
         link.close()
     with case('a slow reader that wakes gets everything'), \
             Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', '30') as s:
@@ -566,16 +566,16 @@ def drains():
         s.process.send_signal(signal.SIGTERM)
         events = read_events(answer.read())
         assert events[-1] == '[DONE]' and 'going down' not in str(events[-3:]) and 'error' in events[-2], events[-2:]
-        assert s.process.wait(20) == 0 and time.monotonic() - begun < 8
+        assert s.process.wait(20) == 0 and time.monotonic() - begun < 20
     with case('a second SIGTERM ends at once'), Server(KIVI, MODEL, *COMMON) as s:
         link, answer = long_stream(s, 8000)
         s.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         s.process.send_signal(signal.SIGTERM)
-        assert s.process.wait(2) == -signal.SIGTERM
+        assert s.process.wait(10) == -signal.SIGTERM
     with case('an idle server ends at once, and the port is free again'), Server(KIVI, MODEL, *COMMON) as s:
         begun = time.monotonic()
-        assert s.stop() == 0 and time.monotonic() - begun < 3
+        assert s.stop() == 0 and time.monotonic() - begun < 10
         probe = socket.socket()
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(('127.0.0.1', s.port))
@@ -597,7 +597,7 @@ def limits():
         status, headers, data = s.ask('POST', TEXT, {'prompt': 'x', 'max_tokens': 1})
         took = time.monotonic() - begun
         assert status == 429 and 1 <= int(headers['Retry-After']) <= 60, (status, headers)
-        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 0.5, took
+        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 2, took
         assert s.metrics()['admission_rejections_total'] == 1
         links[0][1].close()
         links[0][0].close()

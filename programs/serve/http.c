@@ -15,6 +15,7 @@
 enum {
     BLOCK_BYTES = 32768,       /* of a stream, handed over at once */
     SOCKET_BYTES = 65536,      /* what the system keeps of a stream nobody reads */
+    IDLE_MS = 75000,           /* longer than clients keep their own: they close first */
     SLACK_CONNECTIONS = 64,    /* beyond the limit: to be told so */
     INLINE_BYTES = 65536,      /* a body up to here is prepared at once: some milliseconds */
     BODIES_AT_ONCE = 16,       /* so many of the longest bodies are held in all */
@@ -593,8 +594,7 @@ static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
     static const char late[] = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
                                "Content-Length: 0\r\n\r\n";
     bool idle = p->used && !p->reading;
-    uint64_t limit_ms =
-        idle ? s->o.keep_alive_ms : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
+    uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
     if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
     /* Nothing else is written to a connection whose request is not whole. */
     if (!idle && !s->o.tls_cert)

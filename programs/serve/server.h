@@ -47,7 +47,7 @@ typedef struct server_options {
     unsigned stall_ms;      /* a reader that takes nothing for so long is dropped */
     unsigned header_ms;     /* a request's head and body must be there after so long */
     unsigned drain_ms;      /* SIGTERM: what runs may take so long to end */
-    unsigned keep_alive_ms; /* an idle stream gets a comment line, a connection is closed */
+    unsigned keep_alive_ms; /* a stream without news gets a comment line */
     unsigned max_connections;
     unsigned request_ms; /* longest life of a request; 0: no limit */
 } server_options;
