@@ -461,6 +461,25 @@ def many(s):
         assert got == alone
 
 
+def prefixes(s):
+    with case('a prefix is found again, and changes nothing'):
+        rng = random.Random(5)
+        ids = [1] + [rng.randrange(5, 280) for _ in range(700)]
+
+        def ask(**more):
+            a = s.complete(prompt=ids, max_tokens=20, ignore_eos=True, **more)
+            return a['choices'][0]['text'], a['usage']['prompt_tokens_details']['cached_tokens']
+        text, cached = ask(cache_salt='a')
+        again, found = ask(cache_salt='a')
+        other, none = ask(cache_salt='b')
+        assert cached == none == 0 and found >= 256, (cached, found, none)
+        assert text == again == other
+        first = s.chat('hello ' * 100, max_tokens=150, ignore_eos=True)
+        talk = [{'role': 'user', 'content': 'hello ' * 100}, {'role': 'assistant',
+                'content': first['choices'][0]['message']['content']}, {'role': 'user', 'content': 'the'}]
+        assert s.chat(talk, max_tokens=2)['usage']['prompt_tokens_details']['cached_tokens'] >= 128
+
+
 def check_metrics(s):
     with case('metrics: form, names, sums'):
         text = s.get('/metrics')[1].decode()
@@ -617,6 +636,17 @@ def limits():
         s.until(lambda: s.ask('GET', '/health')[0] == 200, 'it is served again', 5)
 
 
+    with case('few descriptors: fewer connections, and it lives'):
+        few = ('bash', '-c', 'ulimit -n 48; exec "$0" "$@"', KIVI)
+        with Server(few, MODEL, *COMMON) as s:
+            idle = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(60)]
+            s.until(lambda: any('48 descriptors' in x for x in s.lines), 'it says so', 5)
+            for link in idle:
+                link.close()
+            s.until(lambda: s.ask('GET', '/health')[0] == 200, 'it is served again', 10)
+            assert s.complete(prompt='x', max_tokens=2)
+
+
 def keys():
     path = write('keys.txt', '# our keys\nfirst-key\n\nsecond-key \n')
     with case('API keys'), Server(KIVI, MODEL, *COMMON, '--api-key', 'third', '--api-key-file', path) as s:
@@ -736,7 +766,8 @@ def bench(s):
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, check_metrics, bench):
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
+                 bench):
         try:
             part(server)
         except Exception as e:

@@ -16,7 +16,7 @@ enum {
     BLOCK_BYTES = 32768,       /* of a stream, handed over at once */
     SOCKET_BYTES = 65536,      /* what the system keeps of a stream nobody reads */
     IDLE_MS = 75000,           /* longer than clients keep their own: they close first */
-    SLACK_CONNECTIONS = 64,    /* beyond the limit: to be told so */
+    SLACK_CONNECTIONS = 16,    /* beyond the limit: to be told so */
     INLINE_BYTES = 65536,      /* a body up to here is prepared at once: some milliseconds */
     BODIES_AT_ONCE = 16,       /* so many of the longest bodies are held in all */
     SWALLOW_BYTES = 128 << 20, /* of a body that is too large, so that its sender hears why */
