@@ -34,7 +34,8 @@ def write_tokenizer(folder, model):
         return x.decode() if isinstance(x, bytes) else x
     vocab = {text(t): i for i, t in enumerate(keys['tokenizer.ggml.tokens'])}
     tokenizer = {'version': '1.0', 'added_tokens': [], 'normalizer': None,
-                 'pre_tokenizer': convert_files.CUTS['smollm'], 'post_processor': None, 'decoder': convert_files.byte_level(True),
+                 'pre_tokenizer': convert_files.CUTS['smollm'], 'post_processor': None,
+                 'decoder': convert_files.byte_level(True),
                  'model': {'type': 'BPE', 'vocab': vocab,
                            'merges': [text(m).split(' ') for m in keys['tokenizer.ggml.merges']]}}
     for name, value in (('tokenizer.json', tokenizer), ('config.json', {'model_type': 'llama'}),
@@ -60,7 +61,8 @@ def aiperf(o, url, folder):
 
 def bench(o, url, _):
     done = subprocess.run([KIVI, 'bench', 'serve', url, '-n', str(o.requests), '-c', str(o.at_once),
-                           '--input-len', '64', '--output-len', '48', '-o', 'json'], capture_output=True, text=True, timeout=280, check=True)
+                           '--input-len', '64', '--output-len', '48', '-o', 'json'],
+                          capture_output=True, text=True, timeout=280, check=True)
     figures = json.loads(done.stdout)
     return [figures[f'mean_{name}_ms'] for _, _, name in FIGURES]
 
