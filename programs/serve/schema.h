@@ -2,7 +2,7 @@
  *
  * Understood: type (one or several), properties, required, additionalProperties, items,
  * prefixItems, minItems, maxItems, minLength, maxLength, minimum, maximum and the exclusive ones
- * (of integers), enum, const, anyOf, allOf of one schema, $ref within the document, $defs and
+ * (of integers), format (date, time, date-time, uuid), enum, const, anyOf, allOf of one schema, $ref within the document, $defs and
  * definitions, true, and annotations (title, description, default, ...). Any other keyword is
  * refused by name.
  *
