@@ -20,8 +20,8 @@ CFLAGS_BASE += -DKI_DEBUG=1
 else
 CFLAGS_BASE += -DNDEBUG
 endif
-INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model -Isrc/engine \
-       -Isrc/serve
+INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model \
+       -Isrc/engine -Isrc/serve -Isrc/cuda
 PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
@@ -37,8 +37,11 @@ ISAS := scalar $(if $(filter x86_64-%,$(TARGET)),avx2 avx512 avx512vnni) \
 OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/isa_*.c))
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
-LIB_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/*/*.c))
-CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c))
+# What needs CUDA's headers is in a library of its own.
+CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
+LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
+CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
+            src/cuda/kv_layout.c
 PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
@@ -62,9 +65,10 @@ $(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512VNNI)
 # Every aarch64 has NEON. GCC's dot product intrinsics want Armv8.2; src/device/cpu.c asks for what that brings.
 $(BUILD)/src/kernel/isa_neon.o: ISA := $(KERNEL_OPT)
 $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
-$(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
+# The definition, not the fast way: at -O3 it takes the compiler four minutes.
+$(BUILD)/src/kernel/isa_scalar.o: ISA := -O1
 
-.PHONY: all run test lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
+.PHONY: all run test test-gpu lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -95,9 +99,51 @@ $(BUILD)/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libkivi.a
 # Not a test itself: the rows of a GGUF file as the kernels see them, for tests/py_gguf_rows.py.
 $(BUILD)/gguf_rows: $(BUILD)/tests/gguf_rows.o $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
+# The engine on a GPU through kivi.h, for `make test-gpu`: no library but the engine's own.
+$(BUILD)/gpu_engine: $(BUILD)/tests/gpu/check_engine.o $(BUILD)/libkivi.a
+	$(CC) $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi.pc: tools/kivi.pc.in Makefile include/kivi.h FORCE
 	@mkdir -p $(@D)
 	@sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' -e 's|@PKGS@|$(PKGS)|' $< > $@
+
+# ---- CUDA: where nvcc is ----
+# sm_80 and sm_90a are what the kernels are written for (cp.async and mma.sync; bulk copies on sm_90).
+NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+CUDA_ARCHS ?= 80 90a
+CUDA_SRC := $(wildcard src/cuda/*.cu)
+CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
+KV_HEADERS := $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh) include/kivi.h include/kivi_cache.h src/load/load.h
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
+              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
+# The kernels of the cache take minutes: only their own headers count for them.
+$(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+$(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+# The backend: its own objects, the little of libkivi.a that it calls, CUDA's runtime inside; cuBLASLt alone is
+# loaded with it. Its one symbol is ki_backend_library.
+CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+CUDA_C_OBJ := $(CUDA_C:%.c=$(BUILD)/%.o)
+$(CUDA_C_OBJ): PKG_CFLAGS += -isystem $(CUDA_HOME)/include
+$(BUILD)/libkivi-cuda.so: $(CUDA_C_OBJ) $(CUDA_OBJ) $(BUILD)/libkivi.a
+	$(CC) -shared -Wl,--no-undefined -Wl,--exclude-libs,ALL $(LDFLAGS) $^ -o $@ -L$(CUDA_HOME)/lib64 \
+	    -lcudart_static -lcublasLt -lstdc++ -lm -ldl -lrt -pthread
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+	@rm -f $@
+	$(AR) rcs $@ $^
+# Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
+$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+ifneq ($(NVCC),)
+all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda $(BUILD)/bench-cuda
+endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.
 FLAGS_LINE = $(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS) | $(KERNEL_OPT) | $(AVX2) | $(AVX512) | $(AVX512VNNI)
@@ -107,8 +153,13 @@ $(BUILD)/flags: FORCE
 
 run: ; @tools/run.sh
 test: ; @tools/test.sh
+test-gpu: all $(BUILD)/gpu_engine ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
+# Twenty minutes and more: measures every kind, builds llama-cpp-python once. python3-matplotlib is the system's python.
+pareto: $(BUILD)/kivi
+	@tools/deps.sh model plots
+	@KIVI_BIN=$(abspath $(BUILD))/kivi /usr/bin/python3 tools/pareto.py $(PARETO)
 
 MAN := $(PREFIX)/share/man/man1
 COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
@@ -140,8 +191,11 @@ clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'
 	@echo 'make test     everything; one closing line'
+	@echo 'make test-gpu what needs an NVIDIA GPU; one closing line'
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
+	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d

@@ -79,6 +79,12 @@ int model_path(char *path, size_t n_bytes, const char *model) {
     return run_script(path, n_bytes, script, (char *)model);
 }
 
+/* What the engine has to say, such as which device it chose. */
+static void log_line(void *user, const char *line) {
+    (void)user;
+    fprintf(stderr, "kivi: %s\n", line);
+}
+
 int open_engine(kivi_engine **engine, const options *o, const char *kv,
                 void (*adjust)(kivi_engine_options *, void *), void *user) {
     char path[PATH_MAX];
@@ -90,6 +96,10 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     eo.model_path = path;
     eo.n_threads = o->threads;
     eo.ctx_tokens = o->ctx;
+    eo.device = o->device;
+    eo.compute_type = o->compute;
+    eo.gpu_memory_bytes = (uint64_t)o->gpu_memory << 20;
+    eo.log = log_line;
     eo.rope_type = o->rope_type;
     eo.dummy_weights = o->dummy;
     eo.dummy_seed = o->dummy_seed;

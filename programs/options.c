@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include "kivi_cache.h"
+
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -139,11 +141,11 @@ static const option table[] = {
      "and at most so much for each further one (0: no matter)", 0, 1e9},
     {"output", "-o", TEXT, CMD_BENCH_SERVE, AT(format), 0, "FORM", "text or json (text)", 0, 0},
     {"kv", "--kv-cache-dtype", TEXT, CMD_ALL, AT(kv), 0, "KIND",
-     "cache: f16 kivi8 kivi4 k4v2 kivi2 (kivi2)", 0, 0},
+     "cache: f16 kivi8 kivi4 k4v2 kivi2 kivi2+ k4v2+ k4v3+ (" DEFAULT_KIND ")", 0, 0},
     {"k-bits", "--kv-bits-k", UINT, CMD_ALL, AT(k_bits), 0, "B", "bits of keys: 2, 4, 8, 16", 2,
      16},
-    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B", "bits of values: 2, 4, 8, 16", 2,
-     16},
+    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B",
+     "bits of values: 2, 4, 8, 16; 3 in a + kind", 2, 16},
     {"cache-type-k", "-ctk", TEXT, CMD_ALL, AT(type_k), 0, "TYPE",
      "keys as in llama.cpp: f16 q8_0 q4_0 q4_1", 0, 0},
     {"cache-type-v", "-ctv", TEXT, CMD_ALL, AT(type_v), 0, "TYPE", "values as in llama.cpp", 0, 0},
@@ -151,8 +153,10 @@ static const option table[] = {
      4096},
     {"residual", "--kv-residual", UINT, CMD_ALL, AT(residual), 0, "R",
      "newest tokens kept in 16 bit (128)", 1, 1e6},
-    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S", "first tokens kept in 16 bit (0)",
-     0, 1e6},
+    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S",
+     "first tokens kept in 16 bit (0; + kinds 4)", 0, 1e6},
+    {"parts", "", TEXT, CMD_ALL, AT(parts), 0, "LIST",
+     "of a + kind, to measure each: wide fit turn step, all or none (all)", 0, 0},
     {"rule", "", TEXT, CMD_ALL, AT(rule), 0, "RULE", "paper, stream or span:N (paper)", 0, 0},
     {"threads", "-t", UINT, CMD_ALL, AT(threads), 0, "N", "threads (one for each core)", 1, 1024},
     {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N",
@@ -163,7 +167,12 @@ static const option table[] = {
      "random weights; MODEL needs only config.json", 0, 1.8e19},
     {"dummy-type", "", TEXT, CMD_ALL, AT(dummy_type), 0, "TYPE",
      "of random weights: f16, q8_0 or q4_0 (config.json's)", 0, 0},
-    {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV", "auto or cpu (auto)", 0, 0},
+    {"device", "", TEXT, CMD_ALL, AT(device), 0, "DEV",
+     "auto, cpu, cuda or cuda:N (auto: CUDA where there is one)", 0, 0},
+    {"compute", "", TEXT, CMD_ALL, AT(compute), 0, "TYPE",
+     "of products on a CUDA device: f16, bf16 or f32 (f16)", 0, 0},
+    {"gpu-memory", "", UINT, CMD_ALL, AT(gpu_memory), 0, "MIB",
+     "most memory to take of a CUDA device (all)", 1, 1e8},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
@@ -449,7 +458,7 @@ static void forget(options *o, const bool *on_line, const char *name) {
  * environment; and so is one side's type. */
 static void hide_environment(options *o, const bool *on_line) {
     static const char *const of_a_kind[] = {"k-bits", "v-bits",   "cache-type-k", "cache-type-v",
-                                            "group",  "residual", "sinks"};
+                                            "group",  "residual", "sinks",        "parts"};
     for (size_t i = 0; i < sizeof of_a_kind / sizeof *of_a_kind; i++)
         if (is_there(on_line, "kv")) forget(o, on_line, of_a_kind[i]);
     if (is_there(on_line, "cache-type-k")) forget(o, on_line, "k-bits");
@@ -476,11 +485,6 @@ static int check(const options *o) {
         return usage_error("batch needs MODEL, a file of requests and the file of answers");
     if (!o->model)
         return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
-    if (o->device && strcmp(o->device, "auto") && strcmp(o->device, "cpu")) {
-        fprintf(stderr, "kivi: error: device '%s' is not there: this build has only cpu\n",
-                o->device);
-        return EXIT_MEMORY;
-    }
     if (o->stats && strcmp(o->stats, "text") && strcmp(o->stats, "json") &&
         strcmp(o->stats, "none"))
         return usage_error("--stats: '%s', expected text, json or none", o->stats);
@@ -558,21 +562,31 @@ bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i)
     return true;
 }
 
-static int kind_by_name(kivi_kv_options *out, const char *name) {
+static int parts_by_name(uint32_t *parts, const char *text) {
     static const struct {
         const char *name;
-        uint32_t k, v;
-    } kinds[] = {
-        {"f16", 16, 16}, {"kivi8", 8, 8}, {"kivi4", 4, 4}, {"k4v2", 4, 2}, {"kivi2", 2, 2}};
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        if (!strcmp(kinds[i].name, name)) {
-            out->k_bits = kinds[i].k;
-            out->v_bits = kinds[i].v;
-            return EXIT_OK;
-        }
-    if (!strcmp(name, "kivi2+") || !strcmp(name, "k4v2+") || !strcmp(name, "k4v3+"))
-        return usage_error("--kv: '%s' is not built yet", name);
-    return usage_error("--kv: '%s', expected f16, kivi8, kivi4, k4v2 or kivi2", name);
+        uint32_t part;
+    } all[] = {{"wide", KIVI_PLUS_WIDE}, {"fit", KIVI_PLUS_FIT}, {"turn", KIVI_PLUS_TURN},
+               {"step", KIVI_PLUS_STEP}, {"all", KIVI_PLUS_ALL}, {"none", 0}};
+    enum { N = sizeof all / sizeof *all };
+    char name[16];
+    *parts = KIVI_PLUS;
+    for (uint32_t k = 0; options_list_item(name, sizeof name, text, k); k++) {
+        uint32_t i = 0;
+        while (i < N && strcmp(all[i].name, name) != 0) i++;
+        if (i == N)
+            return usage_error("--parts: '%s', expected wide, fit, turn, step, all or none", name);
+        *parts |= all[i].part;
+    }
+    return EXIT_OK;
+}
+
+bool options_shape_kind(const options *o) {
+    return o->k_bits || o->v_bits || o->type_k || o->type_v || o->group || o->residual;
+}
+
+const char *options_kind(const options *o) {
+    return o->kv ? o->kv : options_shape_kind(o) ? "kivi2" : DEFAULT_KIND;
 }
 
 static int bits_by_type(uint32_t *bits, const char *name, const char *where) {
@@ -603,14 +617,19 @@ static int rule_by_name(kivi_kv_options *out, const char *text) {
 
 int options_kv(kivi_kv_options *out, const options *o, const char *name) {
     *out = kivi_engine_defaults().kv;
-    int code = kind_by_name(out, name);
+    kivi_error err = {0};
+    int code = EXIT_OK;
+    if (kivi_kv_by_name(out, name, &err)) code = usage_error("--%s", err.text);
     if (!code && o->type_k) code = bits_by_type(&out->k_bits, o->type_k, "-ctk");
     if (!code && o->type_v) code = bits_by_type(&out->v_bits, o->type_v, "-ctv");
     if (o->k_bits) out->k_bits = o->k_bits;
     if (o->v_bits) out->v_bits = o->v_bits;
     out->group = o->group;
     out->residual_tokens = o->residual;
-    out->sink_tokens = o->sinks;
+    if (o->sinks_given) out->sink_tokens = o->sinks;
+    if (!code && o->parts && !out->plus)
+        code = usage_error("--parts: %s is no + kind, it has none", name);
+    if (!code && o->parts) code = parts_by_name(&out->plus, o->parts);
     if (!code && o->rule) code = rule_by_name(out, o->rule);
     return code;
 }

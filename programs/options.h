@@ -7,6 +7,7 @@
 #include <stdio.h>
 
 enum { MAX_LIST = 16, MAX_FILES = 64 };
+#define DEFAULT_KIND "kivi2"
 
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
@@ -39,7 +40,7 @@ typedef struct options {
     const char *source; /* batch: the requests */
     const char *target,
         *type; /* convert: the file to make, and its matrices'; batch: the answers */
-    const char *prompt, *file, *tokens, *out, *stats, *device, *format;
+    const char *prompt, *file, *tokens, *out, *stats, *device, *compute, *format;
     const char *system, *chat_template, *load;
     /* serve and batch */
     const char *host, *api_key, *api_key_file, *served_name, *tls_cert, *tls_key, *cors,
@@ -51,10 +52,11 @@ typedef struct options {
     /* bench-serve */
     uint32_t n_requests, concurrency, input_len, output_len;
     double request_rate, goodput_ttft_ms, goodput_tpot_ms;
-    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
+    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type, *parts;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
-    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, repeats, top_k, repeat_tokens;
+    uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, gpu_memory, repeats, top_k;
+    uint32_t repeat_tokens;
     bool n_prompt_given, n_predict_given;
     double temp, top_p, min_p, repeat_penalty;
     uint64_t seed, dummy_seed;
@@ -92,6 +94,10 @@ int manual_completion(FILE *out, const char *shell);
 
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);
+/* The kind a command uses: --kv's; without it the default, or kivi2 where bits, group or residual
+ * are given, which not every kind takes. */
+const char *options_kind(const options *o);
+bool options_shape_kind(const options *o); /* bits, group or residual are given */
 /* The i-th name of a comma-separated list into name; false past its end. */
 bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i);
 

@@ -48,7 +48,9 @@ def needs_model():
 
 def _report(kind, name, why=''):
     _count[kind] += 1
-    print(f'{kind} {name}' + (': ' + ' '.join(str(why).split())[:600] if why else ''), flush=True)
+    line = f'{kind} {name}' + (': ' + ' '.join(str(why).split())[:600] if why else '')
+    sys.stdout.write(line + '\n')  # at once: tests/gpu has cases on several threads
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,8 +17,8 @@ import time
 
 import numpy as np
 
-from blackbox import (GOLDEN, KIVI, SCRATCH, UNDER, bad, case, describe, finish, good, kivi, needs_model, scratch,
-                      start, write)
+from blackbox import (CLEAN, GOLDEN, KIVI, SCRATCH, UNDER, bad, case, describe, finish, good, kivi, needs_model,
+                      scratch, start, write)
 
 GQA = os.path.join(GOLDEN, 'llama-gqa')  # a Hugging Face folder without a vocabulary
 IDS = json.load(open(os.path.join(GQA, 'tokens.json')))[:150]
@@ -87,24 +88,45 @@ def usage():
         ('seed-junk', 2, '--seed', ['run', GQA, '--seed', '1x']),
         ('n-2^32', 2, '-n', ['run', GQA, '-n', '4294967296']),
         ('stats', 2, '--stats', ['run', GQA, '--stats', 'yaml']),
-        ('device-cuda', 4, 'cuda', ['info', GQA, '--device', 'cuda']),
-        ('device-cuda-1', 4, 'cuda:1', ['info', GQA, '--device', 'cuda:1']),
+        ('device-cuda-255', 4, 'cuda:255', ['info', GQA, '--device', 'cuda:255']),
+        *[('device-' + name, 2, 'cuda:N', ['info', GQA, '--device', name])
+          for name in ('gpu', 'cuda:', 'cuda:x', 'cuda:-1', 'cuda:256', 'cuda:1234', 'CUDA', 'cpu:0')],
+        ('gpu-memory-0', 2, '--gpu-memory', ['info', GQA, '--gpu-memory', '0']),
         ('prompt-chunk-0', 2, '--prompt-chunk', [*logits_args(), '--prompt-chunk', '0']),
         ('prompt-over-tokens', 2, '151', [*logits_args(), '--prompt', '151']),
         ('rope-freq', 2, 'f8', [*logits_args(), '--rope-freq', 'f8']),
     )
     with case('usage/both-spellings-of-a-value'):
         assert good('info', GQA, '--ctx=256', '--json').out == good('info', '--json', '-c', 256, '-m', GQA).out
+    with case('usage/device-library-that-is-none'):
+        folder = scratch('own')
+        os.mkdir(folder)
+        shutil.copy(KIVI, folder)
+        with open(os.path.join(folder, 'libkivi-cuda.so'), 'w') as f:
+            f.write('no library')
+        own = os.path.join(folder, os.path.basename(KIVI))
+        run = [subprocess.run([own, 'info', GQA, '--device', d], capture_output=True, text=True, env=CLEAN)
+               for d in ('cuda', 'auto')]
+        assert run[0].returncode == 4 and 'libkivi-cuda.so' in run[0].stderr and run[0].stdout == '', run[0]
+        assert run[0].stderr.count('\n') == 1, run[0]
+        assert run[1].returncode == 0 and 'device cpu (' in run[1].stderr and run[1].stderr.count('\n') == 1, run[1]
     with case('usage/device-cpu-and-auto'):
         assert good('info', GQA, '--device', 'cpu').out == good('info', GQA, '--device=auto').out
 
 
 def cache_kinds():
-    for name in ('kivi2+', 'k4v2+', 'k4v3+'):
-        refused('kv', (name, 2, 'not built yet', ['info', GQA, '--kv', name]))
     refused(
         'kv',
         ('unknown', 2, "'kivi3'", ['info', GQA, '--kv', 'kivi3']),
+        ('unknown-plus', 2, 'kivi2+, k4v2+ or k4v3+', ['info', GQA, '--kv', 'kivi4+']),
+        ('plus-group', 2, 'key groups of a page (128)', ['info', GQA, '--kv', 'kivi2+', '--group', '32']),
+        ('plus-residual', 2, 'multiple of the group (128)', ['info', GQA, '--kv', 'k4v3+', '--residual', '64']),
+        ('plus-k-bits', 2, 'expected 2, 4 or 16', ['info', GQA, '--kv', 'kivi2+', '--k-bits', '8']),
+        ('plus-v-bits', 2, 'expected 2, 3 or 16', ['info', GQA, '--kv', 'kivi2+', '--v-bits', '4']),
+        ('plus-in-a-list', 2, 'key groups of a page', ['info', GQA, '--kv', 'f16,kivi2+', '--group', '32']),
+        ('parts', 2, "'wild', expected wide", ['info', GQA, '--kv', 'kivi2+', '--parts', 'fit,wild']),
+        ('parts-empty', 2, '--parts', ['info', GQA, '--kv', 'kivi2+', '--parts=']),
+        ('parts-of-a-plain-kind', 2, 'kivi2 is no + kind', ['info', GQA, '--kv', 'kivi2', '--parts', 'all']),
         ('unknown-in-run', 2, "'q4'", ['run', GQA, '-p', 'a', '--kv', 'q4']),
         ('empty', 2, '--kv', ['info', GQA, '--kv=']),
         ('empty-in-list', 2, '--kv', ['info', GQA, '--kv', 'f16,,kivi2']),
@@ -256,17 +278,34 @@ def bytes_of_f16(layers, kv_heads, dim):
     return layers * kv_heads * dim * 2 * 2
 
 
+def check_plus_plan(p, k, v, heads, dim, token):
+    """ARCHITECTURE.md 5: codes, then scales, zeros and the list of wide channels, up to whole lines of 64 bytes."""
+    wide, group = dim // 4 if k == 2 else 0, min(dim & -dim, 64)
+    codes = 128 * (dim * k + wide * 2 + dim * v) // 8
+    scales = 2 * dim + 2 * dim + 2 * 128 * dim // group + wide
+    page = -(-(codes + scales) // 64) * 64
+    b = p['bytes']
+    assert abs(p['bits'] - page * 8 / (256 * dim)) < 1e-3 * p['bits'], p
+    assert p['bytes_per_token'] * 128 == page * heads, p
+    assert b['kv_codes'] == 8 * heads * codes and b['kv_scales'] == 8 * heads * (page - codes), p
+    rows = b['kv_residual'] / token
+    assert 128 <= rows <= 128 + 64, p
+
+
 def info():
     for name, layers, kv_heads, dim in (('llama', 3, 4, 32), ('llama-gqa', 3, 1, 64), ('smollm2', 30, 3, 64)):
         with case(f'info/{name}'):
             model = needs_model() if name == 'smollm2' else os.path.join(GOLDEN, name)
             kinds = {'f16': (16, 16), 'kivi8': (8, 8), 'kivi4': (4, 4), 'k4v2': (4, 2), 'kivi2': (2, 2)}
+            plus = {'k4v3+': (4, 3), 'k4v2+': (4, 2), 'kivi2+': (2, 2)}
             answer = json.loads(good('info', model, '--json', '--ctx', 1024).out)
             m, plans = answer['model'], answer['memory_plan']
             assert (m['n_layers'], m['n_kv_heads'], m['head_dim']) == (layers, kv_heads, dim), m
-            assert [p['kv'] for p in plans] == list(kinds), plans
+            assert [p['kv'] for p in plans] == [*kinds, *plus], plans
             token = bytes_of_f16(layers, kv_heads, dim)
-            for p in plans:
+            for p in plans[len(kinds):]:
+                check_plus_plan(p, *plus[p['kv']], layers * kv_heads, dim, token)
+            for p in plans[:len(kinds)]:
                 (k, v), b = kinds[p['kv']], p['bytes']
                 overhead = 32 / 32 if p['kv'] != 'f16' else 0  # a scale and a zero of 16 bit for 32 values
                 assert list(b) == TAGS and all(isinstance(n, int) and n >= 0 for n in b.values()), p

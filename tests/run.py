@@ -70,6 +70,11 @@ def valgrind(build):
     return [('logits', ['sh', '-c', '"$@" && echo "ok logits"; code=$?; rm -f "$0"; exit $code', out, *check, *run])]
 
 
+def gpu(build):
+    found = [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/gpu/py_*.py'))]
+    return [('check_engine', [f'{build}/gpu_engine', GOLDEN, tempfile.gettempdir()])] + found
+
+
 TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared library: sanitizers are in programs
 # name, what to run, folder of the binaries, `make` arguments that build them, whether KIVI_TEST_QUICK leaves it out.
 # At least one program must be found for each entry: a stage that has nothing to run has failed.
@@ -83,6 +88,8 @@ STAGES = [
     ('tsan', [unit, kernels], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),
 ]
+# Stages that are run only when they are asked for: they need a machine of their own.
+ASKED = [('gpu', [gpu], BUILD, None, False)]
 
 CASE = re.compile(r'\s*(ok|not ok|skip(?:ped)?)\b(?::|\s+(\d+)(?=\s|$))?\s*(?:-\s+)?(.*)', re.I)
 PLAN = re.compile(r'\s*1\.\.(\d+)\s*$')
@@ -210,14 +217,15 @@ def run_stage(report, name, sources, build, make, env):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--stage', action='append', choices=[s[0] for s in STAGES], help='only this one (repeatable)')
+    parser.add_argument('--stage', action='append', choices=[s[0] for s in STAGES + ASKED],
+                        help='only this one (repeatable)')
     parser.add_argument('--list', action='store_true', help='stages and their programs')
     parser.add_argument('-v', '--verbose', action='store_true', help='show cases that passed, too')
     options = parser.parse_args()
     os.chdir(ROOT)
     quick = os.environ.get('KIVI_TEST_QUICK', '0') not in ('', '0')
     report = Report(options.verbose)
-    for name, sources, build, make, slow in STAGES:
+    for name, sources, build, make, slow in STAGES + (ASKED if options.stage else []):
         if options.stage and name not in options.stage:
             continue
         if options.list:

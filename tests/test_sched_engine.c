@@ -27,6 +27,9 @@ typedef struct kind {
 #define KV(k, v, r, s, rule_, n)                                                                   \
     {.k_bits = (k), .v_bits = (v), .group = 32, .residual_tokens = (r), .sink_tokens = (s),        \
      .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16}
+#define PLUS(k, v, s, rule_, n)                                                                    \
+    {.k_bits = (k), .v_bits = (v), .plus = KIVI_PLUS_ALL, .sink_tokens = (s),                      \
+     .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16}
 static const kind kinds[] = {
     {"kivi2 stream", "llama-gqa", KV(2, 2, 32, 0, STREAM, 0), true},
     {"kivi2 stream R 128 4 sinks", "llama", KV(2, 2, 128, 4, STREAM, 0), true},
@@ -35,6 +38,8 @@ static const kind kinds[] = {
     {"kivi2 paper", "llama-gqa", KV(2, 2, 32, 0, PAPER, 0), false},
     {"k16v2 stream", "llama", KV(16, 2, 64, 0, STREAM, 0), true},
     {"f16 paper", "llama-gqa", KV(16, 16, 32, 0, PAPER, 0), true},
+    {"kivi2+ stream", "llama-gqa", PLUS(2, 2, 4, STREAM, 0), true},
+    {"k4v3+ span", "llama", PLUS(4, 3, 4, SPAN, 256), true},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 

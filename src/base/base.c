@@ -88,7 +88,7 @@ void ki_mem_count(ki_mem *mem, ki_tag tag, int64_t n_bytes) {
     atomic_fetch_add(&mem->bytes[tag], (uint64_t)n_bytes);
 }
 
-static bool must_fail(ki_mem *mem) {
+bool ki_mem_must_fail(ki_mem *mem) {
     int64_t left = atomic_load(&mem->fail_countdown);
     if (left < 0) return false;
     if (left > 0) atomic_store(&mem->fail_countdown, left - 1);
@@ -100,7 +100,7 @@ kivi_status ki_alloc(void **out, ki_mem *mem, ki_tag tag, size_t n_bytes, kivi_e
     size_t total;
     bool fits =
         ki_add(&total, n_bytes, HEADER_BYTES + SLACK_BYTES) && ki_round_up(&total, total, 64);
-    char *base = fits && !must_fail(mem) ? raw_alloc(total) : NULL;
+    char *base = fits && !ki_mem_must_fail(mem) ? raw_alloc(total) : NULL;
     if (!base)
         return KI_FAIL(err, NOMEM, "memory: %zu bytes for %s could not be had", n_bytes,
                        ki_tag_names[tag]);

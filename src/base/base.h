@@ -64,6 +64,9 @@ kivi_status ki_alloc(void **out, ki_mem *mem, ki_tag tag, size_t n_bytes, kivi_e
 kivi_status ki_alloc_array(void **out, ki_mem *mem, ki_tag tag, size_t count, size_t item_bytes,
                            kivi_error *err);
 void ki_free(ki_mem *mem, void *block); /* NULL allowed */
+/* One allocation for another allocator that is swept together with this one: whether it is to fail
+ * (fail_countdown). */
+bool ki_mem_must_fail(ki_mem *mem);
 /* Files that are mapped rather than allocated are counted too, so that `weights` is what the
  * process really holds. */
 void ki_mem_count(ki_mem *mem, ki_tag tag, int64_t n_bytes);

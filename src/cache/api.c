@@ -11,7 +11,9 @@ kivi_cache_geometry kivi_cache_defaults(void) {
 static kivi_status cache_init(kivi_cache *c, const ki_cache_options *o, kivi_error *err) {
     c->kernels = ki_kernels_get(o->isa);
     c->max_step_rows = o->geometry.max_step_rows ? o->geometry.max_step_rows : 512;
+    c->device = o->device;
     KI_TRY(ki_layout_init(&c->layout, &o->geometry, err));
+    if (o->adapt) o->adapt(&c->layout);
     c->workers = o->workers;
     if (!c->workers) {
         unsigned n = o->geometry.n_threads ? o->geometry.n_threads : ki_cpu_count();
@@ -20,7 +22,8 @@ static kivi_status cache_init(kivi_cache *c, const ki_cache_options *o, kivi_err
     }
     c->max_seq_pages = (o->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
     if (!c->layout.window) c->max_seq_pages = o->geometry.n_pages;
-    KI_TRY(ki_pool_init(&c->pool, c->mem, &c->layout, o->geometry.n_pages, err));
+    KI_TRY(ki_pool_init(&c->pool, c->mem, c->device, &c->layout, o->geometry.n_pages, err));
+    if (c->device) return KIVI_OK; /* its own kernels have their own workspace */
     return ki_attn_work_create(&c->work, c->mem, o, &c->layout, ki_workers_count(c->workers), err);
 }
 

@@ -31,11 +31,25 @@ typedef struct ki_layout {
     uint32_t window; /* no query reads further back; 0: all is read */
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, head_group; /* head_group = H / Hk */
     kivi_kv_options kv;                                           /* resolved */
-    size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
+    uint32_t k_group, v_group; /* of a key channel, of a value row */
+    /* Byte offsets of the planes, in this order; one that the kind has not takes no bytes. */
+    size_t k_codes_at, k_wide_at, v_codes_at, v_third_at, k_scale_at, k_zero_at, v_scale_at,
+        v_zero_at, k_list_at;
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
+    uint32_t block_tokens; /* of a block of 16-bit rows: 16, on a device what its kernels want */
     uint32_t k_ring_blocks, v_ring_blocks,
-        sink_blocks; /* 16-token blocks of the window, and of the sinks (rounded up) */
+        sink_blocks; /* such blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
+
+/* What a kind's pages have. Keys: wide codes and the list of their channels. Values: a third bit, a
+ * zero point; turned rows, here and in the 16-bit store. */
+static inline bool ki_has_wide(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_WIDE; }
+static inline bool ki_has_third(const ki_layout *l) { return l->kv.v_bits == 3; }
+static inline bool ki_has_v_zero(const ki_layout *l) { return !l->kv.plus; }
+static inline bool ki_is_turned(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_TURN; }
+
+/* The planes of a + kind's keys in a page. */
+void ki_layout_keys(ki_plus_keys *out, const ki_layout *layout, uint8_t *page);
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
 /* The most pages a sequence of n_tokens holds at once, fed in steps of at most step_rows: with a
@@ -49,6 +63,7 @@ bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages,
 /* ---- pages.c: the pool ---- */
 typedef struct ki_pool {
     ki_mem *mem;
+    const ki_device *device; /* where data is; NULL: here */
     uint8_t *data; /* [n_pages][L][Hk][page_bytes] */
     uint32_t *counts, *free_list;
     uint32_t n_pages, n_free, n_shared; /* shared: a count above 1 */
@@ -56,14 +71,15 @@ typedef struct ki_pool {
     size_t scale_bytes;
 } ki_pool;
 
-kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_layout *layout, uint32_t n_pages,
-                         kivi_error *err);
+kivi_status ki_pool_init(ki_pool *pool, ki_mem *mem, const ki_device *device,
+                         const ki_layout *layout, uint32_t n_pages, kivi_error *err);
 void ki_pool_deinit(ki_pool *pool);
 bool ki_pool_take(ki_pool *pool, uint32_t *id); /* count 1, zeroed; false when none is free */
 void ki_pool_pin(ki_pool *pool, uint32_t id);
 void ki_pool_unpin(ki_pool *pool, uint32_t id);
 /* free + referenced = all, counts and free list agree; called after each step in debug builds. */
 bool ki_pool_check(const ki_pool *pool);
+void ki_pool_copy(ki_pool *pool, uint32_t to, uint32_t from); /* the bytes of a page */
 
 /* ---- the cache and its sequences ---- */
 enum { KI_NO_PAGE = -1 }; /* as uint32_t: stands in a block table where a page was given back */
@@ -71,7 +87,8 @@ enum { KI_NO_PAGE = -1 }; /* as uint32_t: stands in a block table where a page w
 typedef struct ki_attn_work ki_attn_work;
 
 struct kivi_cache {
-    ki_mem own_mem, *mem; /* the engine passes its own */
+    ki_mem own_mem, *mem;    /* the engine passes its own */
+    const ki_device *device; /* pages and 16-bit rows are there; NULL: here */
     ki_layout layout;
     ki_pool pool;
     const ki_kernels *kernels;
@@ -84,6 +101,9 @@ struct kivi_cache {
 
 typedef struct ki_store {
     uint16_t *k, *v; /* [L][Hk][blocks][16 D] f16; NULL where the kind keeps that side in pages */
+    /* On a device both sides are one block of memory, [L][Hk][k_blocks + v_blocks][block], its
+     * own address, and k and v are NULL; a side in pages has 0 blocks. */
+    void *there;
     uint32_t k_blocks, v_blocks; /* ring sizes */
 } ki_store;
 
@@ -106,10 +126,17 @@ typedef struct ki_cache_options {
     ki_mem *mem;         /* NULL: the cache counts for itself */
     ki_workers *workers; /* NULL: made here */
     ki_isa isa;
+    /* Another device holds pages and 16-bit rows, and appends and attends by kernels of its own:
+     * this cache is then the policy alone. NULL: all is done here. */
+    const ki_device *device;
+    void (*adapt)(ki_layout *layout); /* the device's own order of a page's planes; NULL: ours */
     uint32_t max_sequences; /* most sequences in one ki_attend_batch */
     uint32_t max_tokens;    /* longest sequence, for the split states */
 } ki_cache_options;
 kivi_status ki_cache_create(kivi_cache **out, const ki_cache_options *options, kivi_error *err);
+
+/* Where the 16-bit rows of a sequence are now: its window, or the larger ring of a prompt. */
+const ki_store *ki_seq_store(const kivi_seq *seq);
 
 /* Lines behind which codes exist after n tokens. */
 uint32_t ki_k_packed(const ki_layout *layout, uint32_t n_tokens);
@@ -137,12 +164,13 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
  */
 kivi_status ki_store_init(ki_store *store, const kivi_cache *cache, uint32_t k_blocks,
                           uint32_t v_blocks, kivi_error *err);
-void ki_store_deinit(ki_store *store, ki_mem *mem);
+/* On a device a sequence's sinks have blocks for both sides, whichever are in pages. */
+kivi_status ki_sinks_init(ki_store *store, const kivi_cache *cache, kivi_error *err);
+void ki_store_deinit(ki_store *store, const kivi_cache *cache);
 /* The newest rows of n_tokens, as many as both rings hold. */
-void ki_store_copy(const ki_layout *layout, const ki_store *to, const ki_store *from,
+void ki_store_copy(const kivi_cache *cache, const ki_store *to, const ki_store *from,
                    uint32_t n_tokens);
-void ki_store_copy_whole(const ki_layout *layout, const ki_store *to, const ki_store *from);
-const ki_store *ki_seq_store(const kivi_seq *seq); /* the ring in use */
+void ki_store_copy_whole(const kivi_cache *cache, const ki_store *to, const ki_store *from);
 /* The first position whose bytes in a page may still change at length n. */
 uint32_t ki_first_unwritten(const ki_layout *layout, uint32_t n_tokens);
 /* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */

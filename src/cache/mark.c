@@ -15,9 +15,9 @@ typedef struct tail_size {
 static tail_size tail_of(const ki_layout *l, uint32_t n) {
     tail_size t = {.k_line = KI_MAX(ki_k_packed(l, n), KI_MIN(l->kv.sink_tokens, n)),
                    .v_line = KI_MAX(ki_v_packed(l, n), KI_MIN(l->kv.sink_tokens, n))};
-    uint32_t end = (n + KI_LANES - 1) / KI_LANES;
-    if (l->kv.k_bits < 16 && t.k_line < n) t.k_blocks = end - t.k_line / KI_LANES;
-    if (l->kv.v_bits < 16 && t.v_line < n) t.v_blocks = end - t.v_line / KI_LANES;
+    uint32_t unit = l->block_tokens, end = (n + unit - 1) / unit;
+    if (l->kv.k_bits < 16 && t.k_line < n) t.k_blocks = end - t.k_line / unit;
+    if (l->kv.v_bits < 16 && t.v_line < n) t.v_blocks = end - t.v_line / unit;
     return t;
 }
 
@@ -26,7 +26,7 @@ uint64_t ki_mark_bytes(const ki_layout *l, uint32_t n_tokens) {
     uint64_t blocks = (uint64_t)t.k_blocks + t.v_blocks;
     if (l->kv.k_bits < 16) blocks += l->sink_blocks;
     if (l->kv.v_bits < 16) blocks += l->sink_blocks;
-    return blocks * l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
+    return blocks * l->n_layers * l->n_kv_heads * l->block_tokens * l->head_dim * 2;
 }
 
 /* The first page that a sequence of n_tokens may still write. */
@@ -49,8 +49,8 @@ void ki_mark_destroy(ki_mark **out) {
     if (!m) return;
     ki_mem *mem = m->cache->mem;
     for (uint32_t i = m->n_gone; i < m->n_pages; i++) ki_pool_unpin(&m->cache->pool, m->pages[i]);
-    ki_store_deinit(&m->tail, mem);
-    ki_store_deinit(&m->sinks, mem);
+    ki_store_deinit(&m->tail, m->cache);
+    ki_store_deinit(&m->sinks, m->cache);
     ki_free(mem, m->pages);
     ki_free(mem, m);
     *out = NULL;
@@ -69,8 +69,7 @@ static kivi_status take_pages(ki_mark *m, const kivi_seq *seq, uint32_t n_pages,
         else {
             if (!ki_pool_take(pool, &id))
                 return KI_FAIL(err, FULL, "cache: no free page of %u for a mark", pool->n_pages);
-            memcpy(pool->data + id * pool->id_bytes, pool->data + seq->pages[i] * pool->id_bytes,
-                   pool->id_bytes);
+            ki_pool_copy(pool, id, seq->pages[i]);
         }
         m->pages[m->n_pages++] = id;
     }
@@ -87,9 +86,9 @@ static kivi_status fill(ki_mark *m, const kivi_seq *seq, bool is_last, kivi_erro
     m->pages = p;
     m->n_gone = KI_MIN(seq->n_gone, n_pages);
     KI_TRY(ki_store_init(&m->tail, m->cache, t.k_blocks, t.v_blocks, err));
-    KI_TRY(ki_store_init(&m->sinks, m->cache, l->sink_blocks, l->sink_blocks, err));
-    ki_store_copy(l, &m->tail, ki_seq_store(seq), m->n_tokens);
-    ki_store_copy_whole(l, &m->sinks, &seq->sinks);
+    KI_TRY(ki_sinks_init(&m->sinks, m->cache, err));
+    ki_store_copy(m->cache, &m->tail, ki_seq_store(seq), m->n_tokens);
+    ki_store_copy_whole(m->cache, &m->sinks, &seq->sinks);
     return take_pages(m, seq, n_pages, is_last, err);
 }
 
@@ -117,8 +116,8 @@ kivi_status ki_mark_open(kivi_seq **out, const ki_mark *mark, kivi_error *err) {
     seq->n_tokens = seq->run_start = mark->n_tokens;
     seq->k_valid_from = t.k_line;
     seq->v_valid_from = t.v_line;
-    ki_store_copy(l, &seq->window, &mark->tail, mark->n_tokens);
-    ki_store_copy_whole(l, &seq->sinks, &mark->sinks);
+    ki_store_copy(mark->cache, &seq->window, &mark->tail, mark->n_tokens);
+    ki_store_copy_whole(mark->cache, &seq->sinks, &mark->sinks);
     for (uint32_t i = 0; i < mark->n_pages; i++) {
         seq->pages[seq->n_pages++] = mark->pages[i];
         if (i >= mark->n_gone) ki_pool_pin(&mark->cache->pool, mark->pages[i]);

@@ -10,8 +10,10 @@ uint8_t *ki_seq_page(const kivi_seq *seq, uint32_t index, uint32_t layer, uint32
     return pool->data + seq->pages[index] * pool->id_bytes + slot * l->page_bytes;
 }
 
+static bool is_made(const ki_store *s) { return s->k || s->v || s->there; }
+
 const ki_store *ki_seq_store(const kivi_seq *seq) {
-    return seq->large.k || seq->large.v ? &seq->large : &seq->window;
+    return is_made(&seq->large) ? &seq->large : &seq->window;
 }
 
 static size_t block_at(const ki_layout *l, uint32_t layer, uint32_t head, uint32_t n_blocks,
@@ -87,26 +89,53 @@ uint32_t ki_v_exact(const kivi_seq *seq, uint32_t pos) {
 
 /* ---- stores ---- */
 
+/* Bytes of one block of one layer and head. */
+static size_t block_bytes(const ki_layout *l) { return (size_t)l->block_tokens * l->head_dim * 2; }
+
+static size_t n_slots(const ki_layout *l) { return (size_t)l->n_layers * l->n_kv_heads; }
+
+/* n_blocks of every layer and head. */
+static kivi_status ring_init(void **out, const kivi_cache *cache, uint32_t n_blocks,
+                             kivi_error *err) {
+    const ki_device *d = cache->device;
+    size_t all = n_slots(&cache->layout) * block_bytes(&cache->layout), n_bytes;
+    if (!ki_mul(&n_bytes, n_blocks, all))
+        return KI_FAIL(err, NOMEM, "cache: %u blocks of %zu bytes overflow", n_blocks, all);
+    if (d) return d->alloc(out, d->context, KI_TAG_kv_residual, n_bytes, err);
+    return ki_alloc(out, cache->mem, KI_TAG_kv_residual, n_bytes, err);
+}
+
 kivi_status ki_store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
                           uint32_t v_blocks, kivi_error *err) {
     const ki_layout *l = &cache->layout;
-    size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
     void *p;
-    *s = (ki_store){.k_blocks = k_blocks, .v_blocks = v_blocks};
-    if (l->kv.k_bits < 16 && k_blocks) {
-        KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_kv_residual, k_blocks, block_bytes, err));
+    *s = (ki_store){.k_blocks = l->kv.k_bits < 16 ? k_blocks : 0,
+                    .v_blocks = l->kv.v_bits < 16 ? v_blocks : 0};
+    if (cache->device && s->k_blocks + s->v_blocks)
+        return ring_init(&s->there, cache, s->k_blocks + s->v_blocks, err);
+    if (s->k_blocks) {
+        KI_TRY(ring_init(&p, cache, s->k_blocks, err));
         s->k = p;
     }
-    if (l->kv.v_bits < 16 && v_blocks) {
-        KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_kv_residual, v_blocks, block_bytes, err));
+    if (s->v_blocks) {
+        KI_TRY(ring_init(&p, cache, s->v_blocks, err));
         s->v = p;
     }
     return KIVI_OK;
 }
 
-void ki_store_deinit(ki_store *s, ki_mem *mem) {
-    ki_free(mem, s->k);
-    ki_free(mem, s->v);
+/* On a device a sequence's sinks have blocks for both sides, whichever are in pages. */
+kivi_status ki_sinks_init(ki_store *s, const kivi_cache *cache, kivi_error *err) {
+    uint32_t n = cache->layout.sink_blocks;
+    if (!cache->device) return ki_store_init(s, cache, n, n, err);
+    *s = (ki_store){.k_blocks = n, .v_blocks = n};
+    return n ? ring_init(&s->there, cache, 2 * n, err) : KIVI_OK;
+}
+
+void ki_store_deinit(ki_store *s, const kivi_cache *cache) {
+    if (cache->device) cache->device->free(cache->device->context, s->there);
+    ki_free(cache->mem, s->k);
+    ki_free(cache->mem, s->v);
     *s = (ki_store){0};
 }
 
@@ -119,29 +148,49 @@ static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, co
             for (uint32_t b = first; b < end; b++)
                 memcpy(to + block_at(l, layer, head, to_blocks, b % to_blocks),
                        from + block_at(l, layer, head, from_blocks, b % from_blocks),
-                       (size_t)KI_LANES * l->head_dim * 2);
+                       block_bytes(l));
 }
 
-void ki_store_copy(const ki_layout *l, const ki_store *to, const ki_store *from,
+/* The newest rows, as many as both rings hold. */
+void ki_store_copy(const kivi_cache *cache, const ki_store *to, const ki_store *from,
                    uint32_t n_tokens) {
-    uint32_t end = (n_tokens + KI_LANES - 1) / KI_LANES, kn = KI_MIN(to->k_blocks, from->k_blocks),
-             vn = KI_MIN(to->v_blocks, from->v_blocks);
-    if (to->k && from->k)
-        copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, end > kn ? end - kn : 0, end);
-    if (to->v && from->v)
-        copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, end > vn ? end - vn : 0, end);
+    const ki_layout *l = &cache->layout;
+    const ki_device *d = cache->device;
+    uint32_t end = (n_tokens + l->block_tokens - 1) / l->block_tokens,
+             kn = KI_MIN(to->k_blocks, from->k_blocks), vn = KI_MIN(to->v_blocks, from->v_blocks);
+    uint32_t k_first = end > kn ? end - kn : 0, v_first = end > vn ? end - vn : 0;
+    if (to->k) copy_blocks(l, to->k, to->k_blocks, from->k, from->k_blocks, k_first, end);
+    if (to->v) copy_blocks(l, to->v, to->v_blocks, from->v, from->v_blocks, v_first, end);
+    if (!to->there) return;
+    ki_ring_copy keys = {.to = to->there,
+                         .from = from->there,
+                         .to_blocks = to->k_blocks,
+                         .from_blocks = from->k_blocks,
+                         .to_stride = to->k_blocks + to->v_blocks,
+                         .from_stride = from->k_blocks + from->v_blocks,
+                         .first = k_first,
+                         .end = end,
+                         .n_slots = n_slots(l),
+                         .block_bytes = block_bytes(l)};
+    ki_ring_copy values = keys;
+    values.to_at = to->k_blocks, values.from_at = from->k_blocks;
+    values.to_blocks = to->v_blocks, values.from_blocks = from->v_blocks;
+    values.first = v_first;
+    if (kn) d->copy_ring(d->context, &keys);
+    if (vn) d->copy_ring(d->context, &values);
 }
 
 /* Positions before this are overwritten once n_tokens rows have gone through a ring of n_blocks. */
-static uint32_t ring_floor(uint32_t n_tokens, uint32_t n_blocks) {
-    uint32_t end = (n_tokens + KI_LANES - 1) / KI_LANES;
-    return end > n_blocks ? (end - n_blocks) * KI_LANES : 0;
+static uint32_t ring_floor(const ki_layout *l, uint32_t n_tokens, uint32_t n_blocks) {
+    uint32_t end = (n_tokens + l->block_tokens - 1) / l->block_tokens;
+    return end > n_blocks ? (end - n_blocks) * l->block_tokens : 0;
 }
 
 static void note_valid(kivi_seq *seq, uint32_t n_tokens) {
     const ki_store *s = ki_seq_store(seq);
-    seq->k_valid_from = KI_MAX(seq->k_valid_from, ring_floor(n_tokens, s->k_blocks));
-    seq->v_valid_from = KI_MAX(seq->v_valid_from, ring_floor(n_tokens, s->v_blocks));
+    const ki_layout *l = &seq->cache->layout;
+    seq->k_valid_from = KI_MAX(seq->k_valid_from, ring_floor(l, n_tokens, s->k_blocks));
+    seq->v_valid_from = KI_MAX(seq->v_valid_from, ring_floor(l, n_tokens, s->v_blocks));
 }
 
 /* Makes room for positions [k_line, end) and [v_line, end) in 16 bit: the ring, or a larger one for
@@ -149,27 +198,29 @@ static void note_valid(kivi_seq *seq, uint32_t n_tokens) {
 static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line, uint32_t end,
                                 kivi_error *err) {
     const ki_store *s = ki_seq_store(seq);
-    uint32_t last = (end + KI_LANES - 1) / KI_LANES, k = last - k_line / KI_LANES,
-             v = last - v_line / KI_LANES;
-    bool k_fits = !seq->window.k || k <= s->k_blocks, v_fits = !seq->window.v || v <= s->v_blocks;
+    const ki_layout *l = &seq->cache->layout;
+    uint32_t unit = l->block_tokens, last = (end + unit - 1) / unit;
+    uint32_t k = last - k_line / unit, v = last - v_line / unit;
+    bool k_fits = l->kv.k_bits == 16 || k <= s->k_blocks,
+         v_fits = l->kv.v_bits == 16 || v <= s->v_blocks;
     if (k_fits && v_fits) return KIVI_OK;
     ki_store larger;
     kivi_status status =
         ki_store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
     if (status != KIVI_OK) {
-        ki_store_deinit(&larger, seq->cache->mem);
+        ki_store_deinit(&larger, seq->cache);
         return status;
     }
-    ki_store_copy(&seq->cache->layout, &larger, s, seq->n_tokens);
-    ki_store_deinit(&seq->large, seq->cache->mem);
+    ki_store_copy(seq->cache, &larger, s, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache);
     seq->large = larger;
     return KIVI_OK;
 }
 
 static void drop_large(kivi_seq *seq) {
-    if (!seq->large.k && !seq->large.v) return;
-    ki_store_copy(&seq->cache->layout, &seq->window, &seq->large, seq->n_tokens);
-    ki_store_deinit(&seq->large, seq->cache->mem);
+    if (!is_made(&seq->large)) return;
+    ki_store_copy(seq->cache, &seq->window, &seq->large, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache);
     note_valid(seq, seq->n_tokens);
 }
 
@@ -183,7 +234,7 @@ static kivi_status seq_init(kivi_seq *seq, kivi_cache *cache, kivi_error *err) {
     KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_other, seq->max_pages, sizeof(uint32_t), err));
     seq->pages = p;
     KI_TRY(ki_store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
-    return ki_store_init(&seq->sinks, cache, l->sink_blocks, l->sink_blocks, err);
+    return ki_sinks_init(&seq->sinks, cache, err);
 }
 
 kivi_status kivi_seq_create(kivi_seq **out, kivi_cache *cache, kivi_error *err) {
@@ -210,9 +261,9 @@ void kivi_seq_destroy(kivi_seq **out) {
     if (!seq) return;
     ki_mem *mem = seq->cache->mem;
     release_pages(seq, 0);
-    ki_store_deinit(&seq->window, mem);
-    ki_store_deinit(&seq->large, mem);
-    ki_store_deinit(&seq->sinks, mem);
+    ki_store_deinit(&seq->window, seq->cache);
+    ki_store_deinit(&seq->large, seq->cache);
+    ki_store_deinit(&seq->sinks, seq->cache);
     ki_free(mem, seq->pages);
     ki_free(mem, seq);
     *out = NULL;
@@ -254,7 +305,7 @@ kivi_status ki_seq_own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     if (!ki_pool_take(pool, &fresh))
         return KI_FAIL(err, FULL, "cache: no free page of %u to copy a shared one into",
                        pool->n_pages);
-    memcpy(pool->data + fresh * pool->id_bytes, pool->data + old * pool->id_bytes, pool->id_bytes);
+    ki_pool_copy(pool, fresh, old);
     ki_pool_unpin(pool, old);
     seq->pages[index] = fresh;
     return KIVI_OK;
@@ -295,6 +346,14 @@ static kivi_status make_room(kivi_seq *seq, uint32_t end, kivi_error *err) {
     return ensure_store(seq, k, v, end, err);
 }
 
+/* A device's kernels read the rows of a step from where the step put them, and only then write the
+ * newest into the ring: a whole prompt in one step needs no larger one. With tokens before it the
+ * ring is needed still, so that giving the step up brings nothing but the step to its end. */
+static bool is_one_step(const kivi_seq *seq, uint32_t n_rows) {
+    return seq->cache->device && seq->n_tokens == 0 && n_rows == seq->run_left &&
+           n_rows <= seq->cache->max_step_rows;
+}
+
 kivi_status kivi_seq_begin_prompt(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
     if (seq->step_rows || seq->run_left)
         return KI_FAIL(err, ARG, "sequence: a prompt cannot begin within %s",
@@ -304,7 +363,7 @@ kivi_status kivi_seq_begin_prompt(kivi_seq *seq, uint32_t n_tokens, kivi_error *
                        seq->n_tokens);
     seq->run_start = seq->n_tokens;
     seq->run_left = n_tokens;
-    if (seq->cache->layout.kv.rule != KIVI_RULE_PAPER)
+    if (seq->cache->layout.kv.rule != KIVI_RULE_PAPER || is_one_step(seq, n_tokens))
         return KIVI_OK; /* the others make room step by step */
     kivi_status status = make_room(seq, seq->run_start + n_tokens, err);
     if (status != KIVI_OK) seq->run_left = 0;
@@ -320,7 +379,9 @@ kivi_status kivi_seq_begin(kivi_seq *seq, uint32_t n_rows, kivi_error *err) {
         return KI_FAIL(err, ARG, "sequence: %u rows, but only %u are left of the prompt", n_rows,
                        seq->run_left);
     uint32_t end = seq->n_tokens + n_rows;
-    KI_TRY(make_room(seq, end, err));
+    bool is_paper = seq->cache->layout.kv.rule == KIVI_RULE_PAPER;
+    if (!is_one_step(seq, n_rows))
+        KI_TRY(make_room(seq, is_paper ? seq->n_tokens + KI_MAX(n_rows, seq->run_left) : end, err));
     kivi_status status = ki_seq_reserve(seq, end, err);
     if (status != KIVI_OK) {
         if (!seq->run_left) drop_large(seq);
@@ -356,10 +417,13 @@ void kivi_seq_abort(kivi_seq *seq) {
 
 /* ---- forks and steps back ---- */
 
-void ki_store_copy_whole(const ki_layout *l, const ki_store *to, const ki_store *from) {
-    size_t block_bytes = (size_t)l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
-    if (to->k) memcpy(to->k, from->k, to->k_blocks * block_bytes);
-    if (to->v) memcpy(to->v, from->v, to->v_blocks * block_bytes);
+void ki_store_copy_whole(const kivi_cache *cache, const ki_store *to, const ki_store *from) {
+    const ki_device *d = cache->device;
+    size_t unit = n_slots(&cache->layout) * block_bytes(&cache->layout);
+    if (to->k) memcpy(to->k, from->k, to->k_blocks * unit);
+    if (to->v) memcpy(to->v, from->v, to->v_blocks * unit);
+    if (to->there)
+        d->copy(d->context, to->there, from->there, (to->k_blocks + to->v_blocks) * unit);
 }
 
 static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *err) {
@@ -386,8 +450,8 @@ kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err)
     seq->run_start = from->run_start;
     seq->k_valid_from = from->k_valid_from;
     seq->v_valid_from = from->v_valid_from;
-    ki_store_copy_whole(&from->cache->layout, &seq->window, &from->window);
-    ki_store_copy_whole(&from->cache->layout, &seq->sinks, &from->sinks);
+    ki_store_copy_whole(from->cache, &seq->window, &from->window);
+    ki_store_copy_whole(from->cache, &seq->sinks, &from->sinks);
     kivi_status status = fork_pages(seq, from, err);
     if (status != KIVI_OK) kivi_seq_destroy(&seq);
     *out = seq;

@@ -79,7 +79,7 @@ kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err) {
     bool off[KI_ISA_COUNT] = {false};
     for (const char *p = disabled; p && *p;) {
         size_t n = strcspn(p, ",");
-        if (n) {
+        if (n && strncmp(p, "fused", KI_MAX(n, (size_t)5))) { /* that one is CUDA's */
             ki_isa isa = KI_ISA_SCALAR;
             KI_TRY(isa_by_name(&isa, p, n, err));
             if (isa == KI_ISA_SCALAR)

@@ -40,6 +40,36 @@ void ki_workers_run(ki_workers *workers, ki_task_fn fn, void *context, size_t n_
 
 unsigned ki_cpu_count(void); /* processors this process may run on, at least 1 */
 
+/* ---- memory of another device ---- */
+
+/* Blocks [first, end) of n_slots rings: block b of slot s goes from block s * from_stride + from_at
+ * + b % from_blocks to block s * to_stride + to_at + b % to_blocks, of block_bytes each. */
+typedef struct ki_ring_copy {
+    void *to;
+    const void *from;
+    uint32_t to_blocks, to_stride, to_at, from_blocks, from_stride, from_at, first, end;
+    size_t n_slots, block_bytes;
+} ki_ring_copy;
+
+/* What holds data on another device asks this table: the cache for its pages and rows of 16 bit,
+ * the loader for weights. NULL in its place: the memory of this process. Calls take effect in the
+ * order they are made; zero and the copies between places of the device may still be under way
+ * when they return. Whoever reads a fault of theirs is the next call with a status. */
+typedef struct ki_device {
+    void *context;
+    ki_mem *mem; /* its blocks by tag; host memory is not in it */
+    /* Zeroed memory, aligned to 256 bytes. NOMEM names what was asked for and what there is. */
+    kivi_status (*alloc)(void **out, void *context, ki_tag tag, size_t n_bytes, kivi_error *err);
+    void (*free)(void *context, void *block); /* NULL allowed */
+    void (*zero)(void *context, void *to, size_t n_bytes);
+    void (*copy)(void *context, void *to, const void *from, size_t n_bytes);
+    void (*copy_ring)(void *context, const ki_ring_copy *copy);
+    kivi_status (*put)(void *context, void *to, const void *from_host, size_t n_bytes,
+                       kivi_error *err);
+    kivi_status (*get)(void *context, void *to_host, const void *from, size_t n_bytes,
+                       kivi_error *err);
+} ki_device;
+
 /* Floating point must round to nearest and keep subnormals whatever the caller has set: bytes
  * depend on it. */
 typedef struct ki_fpu {

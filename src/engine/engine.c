@@ -49,7 +49,8 @@ static void fill_info(kivi_engine *e, const ki_file *file) {
     i->ctx_tokens = e->options.ctx_tokens;
     i->step_rows = e->options.step_rows;
     i->n_threads = ki_workers_count(e->workers);
-    i->isa = ki_isa_names[e->cache->kernels->isa];
+    i->isa = e->backend->device ? "cuda" : ki_isa_names[e->cache->kernels->isa];
+    snprintf(i->device, sizeof i->device, "%s", e->backend->name);
     i->kv = e->cache->layout.kv;
 }
 
@@ -62,15 +63,25 @@ static kivi_cache_geometry geometry_of(const ki_config *c, const kivi_kv_options
                                  .kv = *kv};
 }
 
-static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
+static kivi_status layout_of(ki_layout *out, const kivi_engine *e, const kivi_kv_options *kv,
+                             kivi_error *err) {
+    kivi_cache_geometry g = geometry_of(&e->model->config, kv);
+    KI_TRY(ki_layout_init(out, &g, err));
+    if (e->backend->adapt) e->backend->adapt(out);
+    return KIVI_OK;
+}
+
+static kivi_status make_cache(kivi_engine *e, const ki_backend_sizes *sizes, kivi_error *err) {
     kivi_engine_options *o = &e->options;
     ki_layout layout;
     ki_cache_options co = {.mem = &e->mem,
                            .workers = e->workers,
+                           .device = e->backend->device,
+                           .adapt = e->backend->adapt,
                            .max_sequences = o->max_sessions,
                            .max_tokens = o->ctx_tokens};
     co.geometry = geometry_of(&e->model->config, &o->kv);
-    KI_TRY(ki_layout_init(&layout, &co.geometry, err));
+    KI_TRY(layout_of(&layout, e, &o->kv, err));
     size_t page_bytes = (size_t)layout.n_layers * layout.n_kv_heads * layout.page_bytes;
     uint64_t n_pages =
         (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
@@ -81,6 +92,8 @@ static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
                        o->ctx_tokens);
+    KI_TRY(e->backend->api->check(e->backend, &e->model->config, &layout, err));
+    KI_TRY(ki_engine_check_plan(e, &layout, (uint32_t)n_pages, sizes, err));
     co.geometry.n_pages = (uint32_t)n_pages;
     co.geometry.max_step_rows = o->step_rows;
     KI_TRY(ki_isa_choose(&co.isa, o->disable, err));
@@ -89,10 +102,13 @@ static kivi_status make_cache(kivi_engine *e, kivi_error *err) {
 
 static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
     const kivi_engine_options *o = &e->options;
+    ki_backend_sizes sizes = {.n_rows = o->step_rows,
+                              .n_logit_rows = o->logit_rows,
+                              .max_items = o->max_sessions,
+                              .max_tokens = o->ctx_tokens};
     void *p;
-    KI_TRY(make_cache(e, err));
-    KI_TRY(ki_arena_create(&e->arena, &e->mem, &e->model->config, o->step_rows, o->logit_rows,
-                           o->max_sessions, err));
+    KI_TRY(make_cache(e, &sizes, err));
+    KI_TRY(e->backend->api->start(e->backend, e->model, e->cache, &sizes, err));
     KI_TRY(ki_alloc_array(&p, &e->mem, KI_TAG_other, o->max_sessions, sizeof(ki_batch_item), err));
     e->batch = p;
     KI_TRY(
@@ -122,6 +138,9 @@ static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *
     ki_model_options mo = {.dummy = e->options.dummy_weights,
                            .dummy_seed = e->options.dummy_seed,
                            .dummy_type = e->options.dummy_type};
+    KI_TRY(ki_engine_open_backend(e, err));
+    mo.device = e->backend->device;
+    mo.matrix_device = e->backend->matrix_device;
     KI_TRY(rope_type_of(&mo.rope_type, e->options.rope_type, err));
     KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
     KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, &mo, err));
@@ -129,7 +148,6 @@ static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *
     KI_TRY(ki_engine_load_vocab(e, file, err));
     KI_TRY(make_memory(e, err));
     fill_info(e, file);
-    e->fingerprint = ki_model_fingerprint(e->model);
     return KIVI_OK;
 }
 
@@ -157,6 +175,7 @@ kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_options *opt
     ki_fpu_leave(fpu);
     e->options.model_path = NULL; /* the caller's string need not outlive this call */
     e->options.disable = e->options.rope_type = e->options.dummy_type = NULL;
+    e->options.device = e->options.compute_type = NULL;
     if (status != KIVI_OK) kivi_engine_destroy(&e);
     *out = e;
     return status;
@@ -168,10 +187,11 @@ void kivi_engine_destroy(kivi_engine **engine) {
     if (!e) return;
     ki_free(&e->mem, e->batch);
     ki_free(&e->mem, e->owners);
-    ki_arena_destroy(&e->arena);
+    if (e->backend) e->backend->api->stop(e->backend);
     kivi_cache_destroy(&e->cache);
     kivi_vocab_destroy(&e->vocab);
     ki_model_destroy(&e->model);
+    ki_engine_close_backend(e);
     ki_workers_destroy(&e->workers);
     ki_mem_init(&last); /* the engine's own block cannot be counted out of itself */
     ki_free(&last, e);
@@ -180,7 +200,18 @@ void kivi_engine_destroy(kivi_engine **engine) {
 
 const kivi_engine_info *kivi_engine_info_get(const kivi_engine *engine) { return &engine->info; }
 
-kivi_memory kivi_engine_memory(const kivi_engine *engine) { return ki_mem_report(&engine->mem); }
+kivi_memory kivi_engine_memory(const kivi_engine *engine) {
+    kivi_memory sum = ki_mem_report(&engine->mem), there = kivi_engine_device_memory(engine);
+#define X(name) sum.name += there.name;
+    KIVI_TAG_LIST(X)
+#undef X
+    return sum;
+}
+
+kivi_memory kivi_engine_device_memory(const kivi_engine *engine) {
+    const ki_device *device = engine->backend->device;
+    return device ? ki_mem_report(device->mem) : (kivi_memory){0};
+}
 
 double kivi_engine_bits(const kivi_engine *engine) {
     return kivi_kv_bits(&engine->info.kv, engine->info.head_dim);
@@ -193,9 +224,8 @@ void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite, uint
 
 kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out, const kivi_engine *engine,
                              const kivi_kv_options *kv, uint32_t ctx_tokens, kivi_error *err) {
-    kivi_cache_geometry g = geometry_of(&engine->model->config, kv);
     ki_layout layout;
-    KI_TRY(ki_layout_init(&layout, &g, err));
+    KI_TRY(layout_of(&layout, engine, kv, err));
     uint32_t n_pages = ki_layout_pages(&layout, ctx_tokens, engine->options.step_rows);
     if (!ki_layout_plan(out, &layout, n_pages, 1))
         return KI_FAIL(err, ARG, "plan: %u tokens are too many", ctx_tokens);

@@ -1,6 +1,7 @@
 /* engine.h: kivi.h from the inside. */
 #ifndef KI_ENGINE_H
 #define KI_ENGINE_H
+#include "backend.h"
 #include "cache.h"
 #include "model.h"
 #include "save.h"
@@ -13,12 +14,12 @@ struct kivi_engine {
     kivi_vocab *vocab;     /* NULL: the file has none that is known; token ids still work */
     char vocab_fault[200]; /* why */
     kivi_cache *cache;
-    ki_arena *arena;
+    void *library;       /* libkivi-cuda.so, open as long as the backend; NULL: the CPU's */
+    ki_backend *backend; /* where model and cache have their data and steps run */
     kivi_engine_options options;
     kivi_engine_info info;
     ki_batch_item *batch;    /* [max_sessions] */
     kivi_step_item **owners; /* [max_sessions]: the caller's item of each batch item */
-    uint64_t fingerprint;
     uint64_t n_steps; /* logits are those of the last one */
 };
 
@@ -32,10 +33,18 @@ struct kivi_session {
     kivi_seq *seq;
     int32_t *history;    /* [ctx_tokens] */
     ki_buf runs;         /* of ki_run */
-    const float *logits; /* rows of the last step, NULL when there are none */
-    uint32_t n_logit_rows;
+    uint32_t logit_row, n_logit_rows; /* rows of the last step; none: n_logit_rows 0 */
+    int32_t best;                     /* the largest of the last row, -1: nobody has looked */
     uint64_t logits_step; /* the engine's n_steps when they were made */
 };
+
+/* ---- backend.c ---- */
+kivi_status ki_engine_open_backend(kivi_engine *engine, kivi_error *err);
+void ki_engine_close_backend(kivi_engine *engine);
+kivi_status ki_engine_check_plan(kivi_engine *engine, const ki_layout *layout, uint32_t n_pages,
+                                 const ki_backend_sizes *sizes, kivi_error *err);
+void ki_engine_log(const kivi_engine *engine, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 
 kivi_status ki_engine_load_vocab(kivi_engine *engine, const ki_file *file, kivi_error *err);
 /* A session without a history, for fork and load to fill. */

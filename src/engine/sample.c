@@ -201,6 +201,12 @@ int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
 kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *session,
                               kivi_error *err) {
     uint32_t last = session->n_logit_rows ? session->n_logit_rows - 1 : 0;
+    bool plain = s->options.temperature == 0 && s->options.repeat_penalty == 1;
+    if (plain && session->n_logit_rows && session->best >= 0 &&
+        session->logits_step == session->engine->n_steps) { /* a device has looked already */
+        *id = session->best;
+        return KIVI_OK;
+    }
     const float *logits = kivi_session_logits(session, last);
     if (!logits) return KI_FAIL(err, ARG, "sampler: the session has no logits yet");
     memcpy(s->logits, logits, s->n_vocab * sizeof *logits);

@@ -45,9 +45,10 @@ uint32_t ki_session_runs(const kivi_session *session, const ki_run **runs) {
 }
 
 const float *kivi_session_logits(const kivi_session *session, uint32_t row) {
-    if (!session->logits || row >= session->n_logit_rows) return NULL;
+    ki_backend *b = session->engine->backend;
+    if (row >= session->n_logit_rows) return NULL;
     if (session->logits_step != session->engine->n_steps) return NULL; /* others have them now */
-    return session->logits + row * ki_logits_stride(&session->engine->model->config);
+    return b->api->logits(b, session->logit_row + row);
 }
 
 kivi_status kivi_session_begin_prompt(kivi_session *session, size_t n_tokens, kivi_error *err) {
@@ -160,7 +161,7 @@ static size_t begin_items(kivi_engine *e, kivi_step_item *items, size_t n_items)
     size_t n = 0;
     for (size_t i = 0; i < n_items; i++) {
         kivi_step_item *item = &items[i];
-        item->session->logits = NULL;
+        item->session->n_logit_rows = 0;
         item->error = (kivi_error){0};
         item->status = check_item(e, item, &item->error);
         if (item->status == KIVI_OK)
@@ -186,7 +187,8 @@ static void end_item(kivi_engine *e, kivi_step_item *item, const ki_batch_item *
     }
     item->status = kivi_seq_commit(s->seq, &item->error);
     memmove(s->history + length, item->tokens, item->n_tokens * sizeof *item->tokens);
-    s->logits = result->logits;
+    s->logit_row = result->logit_row;
+    s->best = result->best;
     s->n_logit_rows = keeps_all(e, item) ? item->n_tokens : 1;
     s->logits_step = e->n_steps;
 }
@@ -198,7 +200,7 @@ kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t 
     ki_batch batch = {.items = engine->batch};
     batch.n_items = begin_items(engine, items, n_items);
     ki_fpu fpu = ki_fpu_enter();
-    ki_forward(engine->model, engine->arena, engine->cache, &batch);
+    engine->backend->api->forward(engine->backend, &batch);
     ki_fpu_leave(fpu);
     for (size_t i = 0; i < batch.n_items; i++) end_item(engine, engine->owners[i], &batch.items[i]);
     return KIVI_OK;
@@ -248,7 +250,7 @@ kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_e
     kivi_status status = other_keys ? KIVI_ARG : kivi_seq_rewind(session->seq, n_tokens, NULL);
     if (status == KIVI_ARG) status = replay(session, n_tokens, err);
     if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
-    session->logits = NULL;
+    session->n_logit_rows = 0;
     return status;
 }
 
@@ -261,7 +263,7 @@ kivi_status kivi_session_abandon_prompt(kivi_session *session, kivi_error *err) 
     cut_runs(session, start);
     if (status != KIVI_OK) status = replay(session, start, err);
     if (status != KIVI_OK) give_up_prompt(session); /* the part that could be had stays */
-    session->logits = NULL;
+    session->n_logit_rows = 0;
     return status;
 }
 
@@ -271,14 +273,14 @@ kivi_status kivi_session_abandon_prompt(kivi_session *session, kivi_error *err) 
 
 static void session_stream(ki_stream *s, kivi_session *session) {
     char magic[8] = "KIVISES1";
-    uint64_t fingerprint = session->engine->fingerprint;
+    uint64_t fingerprint = session->engine->model->fingerprint;
     uint32_t n_tokens = session->seq ? kivi_session_length(session) : 0, n_runs = 0;
     ki_stream_bytes(s, magic, sizeof magic);
     ki_stream_bytes(s, &fingerprint, sizeof fingerprint);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
     if (memcmp(magic, "KIVISES1", sizeof magic))
         ki_stream_fail(s, KIVI_FORMAT, "not a saved kivi session, version 1");
-    if (fingerprint != session->engine->fingerprint)
+    if (fingerprint != session->engine->model->fingerprint)
         ki_stream_fail(s, KIVI_ARG, "saved with another model");
     if (n_tokens > session->engine->options.ctx_tokens)
         ki_stream_fail(s, KIVI_ARG, "longer than this context");
@@ -304,12 +306,71 @@ static void session_stream(ki_stream *s, kivi_session *session) {
             ki_stream_fail(s, KIVI_FORMAT, "a saved token lies outside the vocabulary");
 }
 
+/* A sequence in this process's form beside one on a device, for the way to and from a file. */
+typedef struct mirror {
+    kivi_cache *cache;
+    kivi_seq *seq;
+} mirror;
+
+static void mirror_close(mirror *m) {
+    kivi_seq_destroy(&m->seq);
+    kivi_cache_destroy(&m->cache);
+}
+
+static kivi_status mirror_open(mirror *m, kivi_engine *e, uint32_t n_pages, kivi_error *err) {
+    const ki_layout *l = &e->cache->layout;
+    ki_cache_options o = {.geometry = {.n_layers = l->n_layers,
+                                       .n_heads = l->n_heads,
+                                       .n_kv_heads = l->n_kv_heads,
+                                       .head_dim = l->head_dim,
+                                       .kv = l->kv,
+                                       .n_pages = KI_MAX(n_pages, 1u),
+                                       .max_step_rows = 1,
+                                       .window_tokens = l->window},
+                          .mem = &e->mem,
+                          .workers = e->workers,
+                          .isa = e->cache->kernels->isa,
+                          .max_sequences = 1,
+                          .max_tokens = e->options.ctx_tokens};
+    *m = (mirror){0};
+    KI_TRY(ki_cache_create(&m->cache, &o, err));
+    kivi_status status = kivi_seq_create(&m->seq, m->cache, err);
+    if (status != KIVI_OK) mirror_close(m);
+    return status;
+}
+
+/* The sequence to or from the stream, by way of this process's form when it is elsewhere. */
+static void stream_sequence(ki_stream *s, kivi_session *session) {
+    kivi_engine *e = session->engine;
+    ki_backend *b = e->backend;
+    mirror m;
+    if (!b->device) {
+        ki_seq_stream(s, session->seq);
+        return;
+    }
+    uint32_t n_pages = s->writing ? session->seq->n_pages : e->cache->max_seq_pages;
+    s->status = mirror_open(&m, e, KI_MIN(n_pages, e->cache->pool.n_pages), s->err);
+    if (s->status != KIVI_OK) return;
+    if (s->writing) {
+        s->status = ki_seq_take_shape(m.seq, session->seq, s->err);
+        if (s->status == KIVI_OK)
+            s->status = b->api->exchange(b, m.seq, session->seq, true, s->err);
+    }
+    if (s->status == KIVI_OK) ki_seq_stream(s, m.seq);
+    if (!s->writing && s->status == KIVI_OK) {
+        s->status = ki_seq_take_shape(session->seq, m.seq, s->err);
+        if (s->status == KIVI_OK)
+            s->status = b->api->exchange(b, m.seq, session->seq, false, s->err);
+    }
+    mirror_close(&m);
+}
+
 kivi_status kivi_session_save(const kivi_session *session, const char *path, kivi_error *err) {
     ki_stream s;
     if (session->seq->run_left) return KI_FAIL(err, ARG, "session: no saving within a prompt");
     KI_TRY(ki_stream_open(&s, path, true, err));
     session_stream(&s, (kivi_session *)session); /* writing changes nothing in it */
-    if (s.status == KIVI_OK) ki_seq_stream(&s, session->seq);
+    if (s.status == KIVI_OK) stream_sequence(&s, (kivi_session *)session);
     return ki_stream_finish(&s);
 }
 
@@ -320,7 +381,7 @@ kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const cha
     kivi_status status = ki_stream_open(&s, path, false, err);
     if (status == KIVI_OK) {
         session_stream(&s, *out);
-        if (s.status == KIVI_OK) ki_seq_stream(&s, (*out)->seq);
+        if (s.status == KIVI_OK) stream_sequence(&s, *out);
         status = ki_stream_finish(&s);
     }
     if (status != KIVI_OK) kivi_session_destroy(out);

@@ -28,6 +28,10 @@ typedef struct ki_rope {
     bool keep_fractions; /* yarn with "truncate": false */
 } ki_rope;
 
+/* Radians a position, [head_dim / 2], for a sequence of `length` tokens (dynamic NTK alone asks).
+ */
+void ki_rope_frequencies(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
+
 typedef struct ki_config {
     char architecture[32];
     const ki_family *family;
@@ -72,15 +76,31 @@ typedef struct ki_model {
     ki_norm output_norm;
     float *rope_freq; /* [n_ropes][D / 2]: radians a position */
     ki_layer *layers; /* [n_layers] */
-    uint64_t n_params;
+    const ki_device *device; /* tiles of matrices are there, in its form; NULL: here, as dense.h */
+    uint64_t n_params, fingerprint;
     char weight_type[16]; /* the type most bytes have */
 } ki_model;
+
+/* How rows of a matrix get to another device: group says that the matrices placed next, of
+ * n_elements together, are to stand one behind the other; place makes room for out->n_rows rows of
+ * a file type
+ * and sets type (what the elements become) and tiles; put hands over n_rows rows from first_row on,
+ * in the file's form, one after the other. The bytes may be overwritten when put returns. */
+typedef struct ki_matrix_device {
+    void *context;
+    kivi_status (*group)(void *context, size_t n_elements, kivi_error *err);
+    kivi_status (*place)(ki_matrix *out, void *context, ki_dtype dtype, kivi_error *err);
+    kivi_status (*put)(const ki_matrix *matrix, void *context, ki_dtype dtype, const uint8_t *rows,
+                       size_t row_bytes, uint32_t first_row, uint32_t n_rows, kivi_error *err);
+} ki_matrix_device;
 
 typedef struct ki_model_options {
     ki_weight rope_type; /* the rotary frequencies are rounded to it (F32: not at all) */
     bool dummy;          /* random weights in place of the file's, of this seed and type */
     uint64_t dummy_seed;
     const char *dummy_type; /* NULL: what config.json says */
+    const ki_device *device; /* matrices go there, by matrix_device; NULL: they stay here */
+    const ki_matrix_device *matrix_device;
 } ki_model_options;
 
 /* Reads and repacks all weights, spread over the workers. */
@@ -89,6 +109,8 @@ ki_weight ki_weight_of(ki_dtype dtype);
 kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_workers *workers,
                           const ki_model_options *options, kivi_error *err);
 void ki_model_destroy(ki_model **model);
+/* model->fingerprint: a number that two different models do not share in practice, of shapes and a
+ * sample of the weights; the same wherever the matrices went. */
 
 /* Memory of a step of at most n_rows rows and n_logit_rows rows of logits; made once. */
 typedef struct ki_arena ki_arena;
@@ -103,8 +125,8 @@ typedef struct ki_batch_item {
     bool all_logits;    /* of every row, not of the last one */
     kivi_status status; /* in and out: only KIVI_OK items are evaluated */
     kivi_error *err;
-    const float
-        *logits; /* out: [V], or [n_rows][V] with all_logits; lent until the next pass */
+    uint32_t logit_row; /* out: of its logits, [V], or [n_rows][V] with all_logits */
+    int32_t best;       /* out: the largest of its last row, where a device knows it; else -1 */
 } ki_batch_item;
 
 typedef struct ki_batch {
@@ -112,11 +134,12 @@ typedef struct ki_batch {
     size_t n_items;
 } ki_batch;
 
-/* Floats between two rows of logits. */
-size_t ki_logits_stride(const ki_config *config);
-/* A number that two different models do not share in practice: shapes and a sample of the weights.
- */
-uint64_t ki_model_fingerprint(const ki_model *model);
+/* Floats between two rows of logits: whole tiles of the output matrix. */
+static inline size_t ki_logits_stride(const ki_config *config) {
+    return ((size_t)config->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS;
+}
+/* Logits of a row of the last pass, [V]; lent until the next one. */
+const float *ki_arena_logits(const ki_arena *arena, const ki_config *config, uint32_t row);
 /* One pass. An item whose keys or values are not finite gets NUMERIC and drops out; the others do
  * not notice. */
 void ki_forward(const ki_model *model, ki_arena *arena, kivi_cache *cache, ki_batch *batch);

@@ -48,9 +48,6 @@ bool ki_config_layer_types(ki_config *c, ki_reader *r);
 /* hf: the object in config.json ("rope_parameters"), theta: the older key beside it. */
 void ki_rope_read(ki_rope *out, ki_reader *r, const ki_config *c, const char *hf, const char *theta,
                   double default_theta);
-/* Radians a position, [head_dim / 2], for a sequence of `length` tokens (dynamic NTK alone asks).
- */
-void ki_rope_frequencies(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
 
 /* ---- parts and families ---- */
 

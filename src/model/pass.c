@@ -14,12 +14,6 @@ enum { ROWS_WORTH_SHARING = 4 };
 
 /* ---- the arena ---- */
 
-static uint32_t padded_vocab(const ki_config *c) {
-    return (c->n_vocab + KI_TILE_ROWS - 1) / KI_TILE_ROWS * KI_TILE_ROWS;
-}
-
-size_t ki_logits_stride(const ki_config *config) { return padded_vocab(config); }
-
 static kivi_status take(void *out, ki_arena *a, size_t rows, size_t row_bytes, kivi_error *err) {
     void *p;
     KI_TRY(ki_alloc_array(&p, a->mem, KI_TAG_activations, rows, row_bytes, err));
@@ -47,7 +41,7 @@ static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) 
         {&a->low, a->max_rows, widest},
         {&a->scales, a->max_rows, (widest / 32 + 1) * sizeof(float)},
         {&a->sums, a->max_rows, (widest / 16 + 1) * sizeof(int32_t)},
-        {&a->logits, a->max_logit_rows, padded_vocab(c) * sizeof(float)},
+        {&a->logits, a->max_logit_rows, ki_logits_stride(c) * sizeof(float)},
         {&a->row_item, a->max_rows, sizeof(uint32_t)},
         {&a->places, a->max_items, sizeof(ki_place)},
         {&a->attend, a->max_items, sizeof(ki_attend_item)},
@@ -69,6 +63,10 @@ kivi_status ki_arena_create(ki_arena **out, ki_mem *mem, const ki_config *config
     if (status != KIVI_OK) ki_arena_destroy(&a);
     *out = a;
     return status;
+}
+
+const float *ki_arena_logits(const ki_arena *a, const ki_config *config, uint32_t row) {
+    return a->logits + row * ki_logits_stride(config);
 }
 
 void ki_arena_destroy(ki_arena **arena) {
@@ -349,18 +347,19 @@ static void fail_result(ki_pass *p, ki_batch_item *item, uint32_t row) {
 static void make_logits(ki_pass *p) {
     const ki_config *c = &p->m->config;
     ki_arena *a = p->a;
-    uint32_t n = 0, stride = padded_vocab(c);
+    uint32_t n = 0;
     for (size_t i = 0; i < p->batch->n_items; i++) {
         ki_batch_item *item = &p->batch->items[i];
         uint32_t rows = a->places[i].n_rows, first = item->all_logits || !rows ? 0 : rows - 1;
-        item->logits = rows ? a->logits + (size_t)n * stride : NULL;
+        item->logit_row = n;
+        item->best = -1;
         for (uint32_t r = first; r < rows; r++, n++) {
             const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
             memcpy(a->h + (size_t)n * c->n_embd, x, c->n_embd * sizeof(float));
             if (item->status == KIVI_OK && !is_finite_row(x, c->n_embd)) fail_result(p, item, r);
         }
     }
-    ki_product out[] = {{a->logits, stride, &p->m->output}};
+    ki_product out[] = {{a->logits, ki_logits_stride(c), &p->m->output}};
     ki_pass_source(p, a->h, c->n_embd, out, 1);
     ki_pass_rows(p, n, final_norm_row);
     ki_pass_multiply(p, n, out, 1);

@@ -20,6 +20,9 @@ typedef struct loader {
     uint8_t *dummy_rows; /* [workers][widest row] */
     size_t dummy_row_bytes;
     uint32_t n_dummies;
+    uint8_t *staged; /* rows on their way to another device, in the file's form */
+    size_t staged_bytes;
+    ki_matrix sample; /* what the fingerprint reads of the matrix loaded last: its first tile */
 } loader;
 
 ki_weight ki_weight_of(ki_dtype dtype) {
@@ -160,6 +163,97 @@ static void pack_task(void *context, size_t index, unsigned worker) {
     }
 }
 
+/* ---- to another device ---- */
+
+enum { STAGED_BYTES = 32 << 20 }; /* long copies, and little beside the weights themselves */
+
+static const uint8_t *row_of(const pack_call *call, uint32_t r, uint8_t *room) {
+    const loader *l = call->l;
+    if (call->tensor) return call->tensor->data + source_row(&call->map, r) * call->row_bytes;
+    ki_dummy_row(room, l->dummy_type, call->matrix->n_cols,
+                 l->options->dummy_seed + call->number, r);
+    return room;
+}
+
+typedef struct stage_call {
+    const pack_call *pack;
+    uint32_t first_row, n_rows, rows_per_task;
+} stage_call;
+
+static void stage_task(void *context, size_t index, unsigned worker) {
+    const stage_call *call = context;
+    const pack_call *pack = call->pack;
+    uint32_t first = (uint32_t)index * call->rows_per_task;
+    (void)worker;
+    for (uint32_t r = first; r < KI_MIN(first + call->rows_per_task, call->n_rows); r++) {
+        uint8_t *to = pack->l->staged + r * pack->row_bytes;
+        const uint8_t *from = row_of(pack, call->first_row + r, to);
+        if (from != to) memcpy(to, from, pack->row_bytes);
+    }
+}
+
+/* Room for the first tile in this process's form, whatever the matrix's own is. */
+static kivi_status make_sample(loader *l, const pack_call *call, ki_weight type) {
+    const ki_matrix *m = call->matrix;
+    uint32_t n_rows = KI_MIN(m->n_rows, (uint32_t)KI_TILE_ROWS);
+    size_t n_bytes;
+    void *p;
+    ki_free(l->model->mem, l->sample.tiles);
+    l->sample = (ki_matrix){.type = type, .n_rows = n_rows, .n_cols = m->n_cols};
+    if (!ki_matrix_bytes(&n_bytes, type, n_rows, m->n_cols))
+        return KI_FAIL(l->err, FORMAT, "%s: rows are too long", ki_file_path(l->file));
+    KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_other, n_bytes, l->err));
+    l->sample.tiles = p;
+    for (uint32_t r = 0; r < n_rows; r++)
+        ki_matrix_pack_row(&l->sample, row_of(call, r, l->staged), r);
+    return KIVI_OK;
+}
+
+/* The next matrices of n_rows rows together are read by one product. */
+static kivi_status begin_group(loader *l, uint32_t n_rows, uint32_t n_cols) {
+    const ki_matrix_device *d = l->options->matrix_device;
+    size_t n;
+    if (!l->options->device) return KIVI_OK;
+    if (!ki_mul(&n, n_rows, n_cols))
+        return KI_FAIL(l->err, FORMAT, "%s: a tensor is too large", ki_file_path(l->file));
+    return d->group(d->context, n, l->err);
+}
+
+static kivi_status send_matrix(loader *l, pack_call *call, ki_dtype dtype) {
+    const ki_matrix_device *d = l->options->matrix_device;
+    ki_matrix *m = call->matrix;
+    size_t row_bytes = (size_t)m->n_cols / ki_dtype_block_elements(dtype);
+    call->row_bytes = row_bytes *= ki_dtype_block_bytes(dtype);
+    if (l->staged_bytes < row_bytes) /* no row of a file is longer than its widest matrix's */
+        return KI_FAIL(l->err, FORMAT, "%s: rows are too long", ki_file_path(l->file));
+    KI_TRY(make_sample(l, call, m->type));
+    KI_TRY(d->place(m, d->context, dtype, l->err));
+    stage_call stage = {.pack = call, .rows_per_task = 64};
+    uint32_t at_once = (uint32_t)KI_MIN(l->staged_bytes / row_bytes, (size_t)m->n_rows);
+    for (uint32_t r = 0; r < m->n_rows; r += at_once) {
+        stage.first_row = r;
+        stage.n_rows = KI_MIN(at_once, m->n_rows - r);
+        ki_workers_run(l->workers, stage_task, &stage,
+                       (stage.n_rows + stage.rows_per_task - 1) / stage.rows_per_task);
+        KI_TRY(d->put(m, d->context, dtype, l->staged, row_bytes, r, stage.n_rows, l->err));
+    }
+    return KIVI_OK;
+}
+
+static kivi_status pack_matrix(loader *l, pack_call *call) {
+    ki_matrix *m = call->matrix;
+    size_t n_bytes;
+    void *p;
+    if (!ki_matrix_bytes(&n_bytes, m->type, m->n_rows, m->n_cols))
+        return KI_FAIL(l->err, FORMAT, "%s: a tensor is too large", ki_file_path(l->file));
+    KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_weights, n_bytes, l->err));
+    m->tiles = p;
+    call->n_tiles = (m->n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS;
+    ki_workers_run(l->workers, pack_task, call,
+                   (call->n_tiles + call->tiles_per_task - 1) / call->tiles_per_task);
+    return KIVI_OK;
+}
+
 static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint32_t n_rows,
                                uint32_t n_cols, row_map map) {
     pack_call call = {.l = l, .matrix = out, .map = map, .tiles_per_task = 16};
@@ -167,7 +261,6 @@ static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint
     uint64_t dims[2] = {n_file_rows, n_cols};
     ki_dtype dtype = l->dummy_type;
     size_t n_bytes;
-    void *p;
     if (!l->options->dummy) {
         KI_TRY(find(&call.tensor, l, name, 2, dims));
         dtype = call.tensor->dtype;
@@ -179,12 +272,8 @@ static kivi_status load_matrix(ki_matrix *out, loader *l, const char *name, uint
     *out = (ki_matrix){.type = ki_weight_of(dtype), .n_rows = n_rows, .n_cols = n_cols};
     if (!ki_matrix_bytes(&n_bytes, out->type, n_rows, n_cols))
         return KI_FAIL(l->err, FORMAT, "%s: tensor %s is too large", ki_file_path(l->file), name);
-    KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_weights, n_bytes, l->err));
-    out->tiles = p;
-    call.n_tiles = (n_rows + KI_TILE_ROWS - 1) / KI_TILE_ROWS;
     call.number = l->n_dummies++;
-    ki_workers_run(l->workers, pack_task, &call,
-                   (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
+    KI_TRY(l->options->device ? send_matrix(l, &call, dtype) : pack_matrix(l, &call));
     if (call.tensor) ki_file_drop(l->file, call.tensor);
     l->type_bytes[dtype] += n_bytes;
     l->model->n_params += (uint64_t)n_rows * n_cols;
@@ -198,6 +287,29 @@ static kivi_status load_part(ki_matrix *out, loader *l, enum ki_part part, uint3
     return load_matrix(out, l, name, n_rows, n_cols, (row_map){0});
 }
 
+static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i++)
+        hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* The fingerprint grows as the model is read: shapes, a sample of each layer, frequencies. */
+static void hash_shape(loader *l) {
+    const ki_config *c = &l->model->config;
+    uint32_t shape[] = {c->n_layers,   c->n_embd,   c->n_ff,   c->n_heads,
+                        c->n_kv_heads, c->head_dim, c->n_vocab};
+    l->model->fingerprint = hash_bytes(0xcbf29ce484222325u, shape, sizeof shape);
+}
+
+/* A few tiles tell fine-tunes apart. q: the layer's, or where it went, its sample. */
+static void hash_layer(loader *l, const ki_matrix *q, const ki_layer *layer) {
+    uint64_t *hash = &l->model->fingerprint;
+    size_t n_bytes, n_norm = KI_MIN(l->model->config.n_embd, 64u);
+    if (ki_matrix_bytes(&n_bytes, q->type, KI_TILE_ROWS, l->model->config.n_embd))
+        *hash = hash_bytes(*hash, q->tiles, KI_MIN(n_bytes, (size_t)1024));
+    *hash = hash_bytes(*hash, layer->attn_norm.weight, n_norm * sizeof(float));
+}
+
 /* Three matrices of three tensors, or of one. */
 static kivi_status load_qkv(ki_layer *out, loader *l, uint32_t layer) {
     const ki_config *c = &l->model->config;
@@ -209,6 +321,7 @@ static kivi_status load_qkv(ki_layer *out, loader *l, uint32_t layer) {
     } parts[] = {{&out->q, KI_PART_Q, c->n_heads, group, 0, 0},
                  {&out->k, KI_PART_K, c->n_kv_heads, 1, group, c->n_heads},
                  {&out->v, KI_PART_V, c->n_kv_heads, 1, group + 1, c->n_heads + c->n_kv_heads}};
+    KI_TRY(begin_group(l, n_all * c->head_dim, c->n_embd));
     for (size_t i = 0; i < 3; i++) {
         row_map map = {.head_dim = c->head_dim, .paired = c->paired_rows && i < 2};
         char name[128];
@@ -221,6 +334,7 @@ static kivi_status load_qkv(ki_layer *out, loader *l, uint32_t layer) {
         name_of(name, l, c->fused_qkv ? KI_PART_QKV : parts[i].part, layer, ".weight");
         KI_TRY(
             load_matrix(parts[i].matrix, l, name, parts[i].n_heads * c->head_dim, c->n_embd, map));
+        if (i == 0) hash_layer(l, l->options->device ? &l->sample : &out->q, out);
     }
     return KIVI_OK;
 }
@@ -244,6 +358,7 @@ static kivi_status load_layer(ki_layer *out, loader *l, uint32_t i) {
     KI_TRY(load_qkv(out, l, i));
     if (c->qkv_bias) KI_TRY(load_biases(out, l, i));
     KI_TRY(load_part(&out->o, l, KI_PART_O, i, c->n_embd, c->n_heads * c->head_dim));
+    KI_TRY(begin_group(l, c->no_gate ? c->n_ff : 2 * c->n_ff, c->n_embd));
     if (!c->no_gate) KI_TRY(load_part(&out->gate, l, KI_PART_GATE, i, c->n_ff, c->n_embd));
     KI_TRY(load_part(&out->up, l, KI_PART_UP, i, c->n_ff, c->n_embd));
     return load_part(&out->down, l, KI_PART_DOWN, i, c->n_embd, c->n_ff);
@@ -274,32 +389,12 @@ static kivi_status make_rope(loader *l) {
             freq[j] = round_to(freq[j], l->options->rope_type);
         }
     }
+    m->fingerprint =
+        hash_bytes(m->fingerprint, m->rope_freq, c->n_ropes * half * sizeof(float));
     return KIVI_OK;
 }
 
 /* ---- the whole ---- */
-
-static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n_bytes) {
-    for (size_t i = 0; i < n_bytes; i++)
-        hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
-    return hash;
-}
-
-uint64_t ki_model_fingerprint(const ki_model *m) {
-    const ki_config *c = &m->config;
-    uint32_t shape[] = {c->n_layers,   c->n_embd,   c->n_ff,   c->n_heads,
-                        c->n_kv_heads, c->head_dim, c->n_vocab};
-    uint64_t hash = hash_bytes(0xcbf29ce484222325u, shape, sizeof shape);
-    for (uint32_t i = 0; i < c->n_layers;
-         i++) { /* a few tiles of each layer tell fine-tunes apart */
-        size_t n_bytes;
-        if (ki_matrix_bytes(&n_bytes, m->layers[i].q.type, KI_TILE_ROWS, c->n_embd))
-            hash = hash_bytes(hash, m->layers[i].q.tiles, KI_MIN(n_bytes, (size_t)1024));
-        hash =
-            hash_bytes(hash, m->layers[i].attn_norm.weight, KI_MIN(c->n_embd, 64u) * sizeof(float));
-    }
-    return hash_bytes(hash, m->rope_freq, c->n_ropes * c->head_dim / 2 * sizeof(float));
-}
 
 static void name_weight_type(loader *l) {
     int most = 0;
@@ -352,6 +447,11 @@ static kivi_status prepare(loader *l) {
     void *p;
     KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_other, ki_file_n_tensors(l->file), l->err));
     l->used = p;
+    if (l->options->device) {
+        l->staged_bytes = KI_MAX((size_t)STAGED_BYTES, (size_t)widest * sizeof(float));
+        KI_TRY(ki_alloc(&p, l->model->mem, KI_TAG_other, l->staged_bytes, l->err));
+        l->staged = p;
+    }
     if (!l->options->dummy) return KIVI_OK;
     KI_TRY(ki_dummy_type(&l->dummy_type, l->file, l->options->dummy_type, l->err));
     if (!ki_round_up(&l->dummy_row_bytes, (size_t)widest * sizeof(float), 64))
@@ -366,6 +466,7 @@ static kivi_status load_all(loader *l) {
     void *p;
     KI_TRY(ki_config_read(&m->config, l->file, l->err));
     const ki_config *c = &m->config;
+    hash_shape(l);
     KI_TRY(prepare(l));
     KI_TRY(ki_alloc_array(&p, m->mem, KI_TAG_other, c->n_layers, sizeof(ki_layer), l->err));
     m->layers = p;
@@ -390,11 +491,14 @@ kivi_status ki_model_load(ki_model **out, ki_mem *mem, const ki_file *file, ki_w
                 .options = options,
                 .err = err};
     l.model->mem = mem;
+    l.model->device = options->device;
     kivi_status status = ki_file_check_size(file, err);
     if (status == KIVI_OK) status = load_all(&l);
     if (status == KIVI_OK) status = ki_file_check_size(file, err);
     ki_free(mem, l.used);
     ki_free(mem, l.dummy_rows);
+    ki_free(mem, l.staged);
+    ki_free(mem, l.sample.tiles);
     if (status != KIVI_OK) ki_model_destroy(&l.model);
     *out = l.model;
     return status;
@@ -405,22 +509,29 @@ static void free_norm(ki_mem *mem, ki_norm *norm) {
     ki_free(mem, norm->bias);
 }
 
-static void free_layer(ki_mem *mem, ki_layer *y) {
+static void free_tiles(const ki_model *m, void *tiles) {
+    if (m->device) m->device->free(m->device->context, tiles);
+    else ki_free(m->mem, tiles);
+}
+
+static void free_layer(const ki_model *m, ki_layer *y) {
+    ki_mem *mem = m->mem;
     ki_norm *norms[] = {&y->attn_norm,     &y->ffn_norm, &y->post_attn_norm,
                         &y->post_ffn_norm, &y->q_norm,   &y->k_norm};
-    void *parts[] = {y->q.tiles,    y->k.tiles,  y->v.tiles,    y->o.tiles,
-                     y->gate.tiles, y->up.tiles, y->down.tiles, y->qkv_bias};
+    void *parts[] = {y->q.tiles,    y->k.tiles,  y->v.tiles,   y->o.tiles,
+                     y->gate.tiles, y->up.tiles, y->down.tiles};
     for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) free_norm(mem, norms[i]);
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) ki_free(mem, parts[i]);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free_tiles(m, parts[i]);
+    ki_free(mem, y->qkv_bias);
 }
 
 void ki_model_destroy(ki_model **model) {
     ki_model *m = *model;
     if (!m) return;
     for (uint32_t i = 0; m->layers && i < m->config.n_layers; i++)
-        free_layer(m->mem, &m->layers[i]);
-    if (m->output.tiles != m->embedding.tiles) ki_free(m->mem, m->output.tiles);
-    ki_free(m->mem, m->embedding.tiles);
+        free_layer(m, &m->layers[i]);
+    if (m->output.tiles != m->embedding.tiles) free_tiles(m, m->output.tiles);
+    free_tiles(m, m->embedding.tiles);
     free_norm(m->mem, &m->output_norm);
     ki_free(m->mem, m->rope_freq);
     ki_free(m->mem, m->layers);

@@ -86,8 +86,9 @@ void ki_prefixes_deinit(ki_prefixes *p) {
 
 static void root_name(name out, const ki_machine *m, const ki_request *q) {
     const kivi_kv_options *kv = &m->cache->layout.kv;
-    uint32_t kind[] = {kv->k_bits,      kv->v_bits,         kv->group,       kv->residual_tokens,
-                       kv->sink_tokens, (uint32_t)kv->rule, kv->span_tokens, PAGE};
+    uint32_t kind[] = {kv->k_bits,         kv->v_bits,          kv->plus,
+                       kv->group,          kv->residual_tokens, kv->sink_tokens,
+                       (uint32_t)kv->rule, kv->span_tokens,     PAGE};
     ki_sha256 s;
     ki_sha256_init(&s);
     ki_sha256_add(&s, "kivi prefix 1", 13);

@@ -76,11 +76,13 @@ void check_quant(void);
 void check_pack(void);
 void check_plus(void);
 void check_dense(void);
+void check_kinds(void);
 void check_attn(void);
 void check_cache(void);
 void check_cache_random(void);
 void check_memory(void);
 void check_save(void);
+void check_cuda(void);
 void check_bench(void);
 void check_digest(void);
 #endif

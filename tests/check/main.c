@@ -200,11 +200,13 @@ int main(int argc, char **argv) {
     check_pack();
     check_plus();
     check_dense();
+    check_kinds();
     check_attn();
     check_cache();
     check_cache_random();
     check_memory();
     check_save();
+    check_cuda();
     if (check_opt.list) return 0;
     printf("%u passed, %u failed, %u skipped\n", state.n_passed, state.n_failed, state.n_skipped);
     return state.n_failed != 0;

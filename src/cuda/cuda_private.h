@@ -1,0 +1,157 @@
+/* cuda_private.h: the CUDA backend from the inside: one device, its memory, the matrices on it, and
+ * the pass. C on the host; kernels are in .cu files behind dense_cuda.h, kv_cuda.h and plain.h.
+ *
+ * Everything is queued on one stream, so calls take effect in the order they are made; a step waits
+ * for it once, at its end, when the new tokens and what went wrong come back. */
+#ifndef KI_CUDA_PRIVATE_H
+#define KI_CUDA_PRIVATE_H
+#include "backend.h"
+#include "dense_cuda.h"
+#include "gemm.h"
+#include "gemv.h"
+#include "kv_cuda.h"
+#include "plain.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+enum { KI_MAX_BUCKETS = 14 }; /* graphs for 1, 2, 4, ... 8192 sequences; sessions end at 4,096 */
+
+/* The status of a CUDA call: NOMEM or DEVICE with `what` and CUDA's own words. */
+kivi_status ki_cuda_check(cudaError_t code, const char *what, kivi_error *err);
+
+/* ---- memory.c ---- */
+
+typedef struct ki_cuda_block {
+    struct ki_cuda_block *next;
+    void *at;
+    size_t n_bytes;
+    ki_tag tag;
+} ki_cuda_block;
+
+typedef struct ki_cuda_memory {
+    ki_device device; /* its context is this */
+    ki_mem mem;       /* bytes on the device by tag */
+    ki_mem *host;     /* for the list below, and its countdown of failures */
+    ki_cuda_block *blocks;
+    cudaMemPool_t pool;
+    cudaStream_t stream;
+    int number; /* of the device: each call makes it the thread's, whose another may be */
+    uint64_t limit_bytes, n_bytes; /* 0: no limit; all that is held */
+} ki_cuda_memory;
+
+kivi_status ki_cuda_memory_init(ki_cuda_memory *m, int device, ki_mem *host, uint64_t limit_bytes,
+                                kivi_error *err);
+void ki_cuda_memory_deinit(ki_cuda_memory *m);
+
+/* ---- weights.c ---- */
+
+/* Matrices come one after the other; those of a group share one block, so that one product reads
+ * them all. */
+typedef struct ki_cuda_weights {
+    ki_matrix_device device; /* its context is this */
+    ki_cuda_memory *memory;
+    ki_cuda_type type;
+    uint8_t *group; /* what is left of the group's block */
+    size_t group_bytes;
+    uint8_t *staged; /* rows in the file's form; given back when loading ends */
+    size_t staged_bytes;
+} ki_cuda_weights;
+
+void ki_cuda_weights_init(ki_cuda_weights *w, ki_cuda_memory *memory, ki_cuda_type type);
+size_t ki_cuda_element_bytes(ki_cuda_type type);
+void ki_cuda_weights_done(ki_cuda_weights *w);
+
+/* ---- pass.c: the buffers of a step and what is done in them ---- */
+
+/* The calls on the cache: the fast kernels, or plain.h for head sizes that they are not built for.
+ */
+typedef struct ki_cuda_kernels {
+    const char *name;
+    kivi_status (*append)(const ki_cuda_append_call *, void *stream, kivi_error *);
+    kivi_status (*prompt_append)(const ki_cuda_append_call *, void *stream, kivi_error *);
+    kivi_status (*prompt_window)(const ki_cuda_append_call *, void *stream, kivi_error *);
+    kivi_status (*plan)(const ki_cuda_attend_call *, void *stream, kivi_error *); /* NULL: none */
+    kivi_status (*attend)(const ki_cuda_attend_call *, void *stream, kivi_error *);
+    kivi_status (*prompt_attend)(const ki_cuda_attend_call *, void *stream, kivi_error *);
+} ki_cuda_kernels;
+
+typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
+    ki_cuda_norm attn, ffn, post_attn, post_ffn;
+    ki_cuda_heads heads;
+} ki_cuda_norms;
+
+/* What a step reads from the host in one copy, and gives back in one. Offsets in bytes. */
+typedef struct ki_cuda_upload {
+    size_t seqs, tokens, positions, logit_rows, tables, frequencies, n_bytes;
+} ki_cuda_upload;
+typedef struct ki_cuda_result {
+    size_t row_flags, finite, best, counters, n_bytes;
+} ki_cuda_result;
+
+typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
+    float *x, *qkv, *mlp, *delta, *logits, *rope;
+    void *h, *attn, *act, *last;       /* of the backend's type */
+    uint16_t *q16, *k_rows, *v_rows;   /* f16 */
+    uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
+} ki_cuda_buffers;
+
+typedef struct ki_cuda_shape { /* of a step, as launches see it */
+    uint32_t n_rows, n_seqs, max_rows, n_logits, split_tokens;
+    bool decode;
+} ki_cuda_shape;
+
+typedef struct ki_cuda_backend {
+    ki_backend base;
+    ki_cuda_memory memory;
+    ki_cuda_weights weights;
+    ki_mem *host;
+    void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
+    int number;
+    uint32_t n_sms;
+    ki_cuda_type type; /* of weights, and of the rows that products read */
+    bool no_fused;     /* plain.h serves all head sizes */
+    void (*log)(void *user, const char *line);
+    void *log_user;
+    /* between start and stop */
+    const ki_model *model;
+    kivi_cache *cache;
+    ki_backend_sizes sizes;
+    ki_cuda_layout layout;
+    ki_cuda_cache kv;
+    const ki_cuda_kernels *kernels;
+    ki_gemm *gemm;
+    ki_cuda_upload upload_at;
+    ki_cuda_result result_at;
+    ki_cuda_buffers buffers;
+    uint8_t *arena;                   /* all buffers but these */
+    uint8_t *workspace;               /* of products and attention */
+    float *vectors, *rope_freq;       /* norms and biases; [n_ropes][D / 2] */
+    ki_cuda_norms *norms;             /* [n_layers], host */
+    ki_cuda_norm output_norm;
+    uint8_t *up, *down;               /* pinned host memory: upload and result */
+    float *host_logits;               /* [logit rows][stride], fetched on demand */
+    uint64_t *fetched, n_steps;       /* [logit rows]: the step each was fetched of */
+    cudaGraphExec_t graphs[KI_MAX_BUCKETS];
+} ki_cuda_backend;
+
+/* Sizes of everything a step needs, for plan and start. */
+typedef struct ki_cuda_sizes {
+    uint32_t n_rows, n_logits, n_slots; /* as padded */
+    ki_cuda_upload upload;
+    ki_cuda_result result;
+    size_t offsets[16], arena_bytes, vector_floats, gemm_bytes, plan_bytes;
+} ki_cuda_sizes;
+bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
+                      const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
+uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
+
+kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
+void ki_cuda_stop(ki_cuda_backend *b);
+kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
+                             kivi_error *err); /* exchange.c */
+void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
+/* Queues all kernels of a step of this shape; what they read is in the upload. */
+kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
+
+#endif

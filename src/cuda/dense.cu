@@ -1,0 +1,269 @@
+/* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
+ * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
+#include "dense_cuda.h"
+
+#include "kv_launch.h"
+#include "pdl.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+enum { ROW_THREADS = 256, WARPS = ROW_THREADS / 32 };
+
+static __device__ __forceinline__ void store(void *out, size_t i, float v, ki_cuda_type type) {
+    if (type == KI_CUDA_F16) ((__half *)out)[i] = __float2half_rn(v);
+    else if (type == KI_CUDA_BF16) ((__nv_bfloat16 *)out)[i] = __float2bfloat16_rn(v);
+    else ((float *)out)[i] = v;
+}
+
+static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
+    if (type == KI_CUDA_F16) return __half2float(((const __half *)in)[i]);
+    if (type == KI_CUDA_BF16) return __bfloat162float(((const __nv_bfloat16 *)in)[i]);
+    return ((const float *)in)[i];
+}
+
+static __device__ __forceinline__ float warp_sum(float v) {
+    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+    return v;
+}
+
+/* The sum over a block of ROW_THREADS, in every thread. */
+static __device__ float block_sum(float v) {
+    __shared__ float part[WARPS];
+    v = warp_sum(v);
+    __syncthreads(); /* the last call's readers are done */
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < WARPS; i++) sum += part[i];
+    return sum;
+}
+
+/* ---- into the pass ---- */
+
+static __global__ void embed(float *x, const void *embedding, const int32_t *tokens, uint32_t n,
+                             float scale, ki_cuda_type type) {
+    size_t from = (size_t)tokens[blockIdx.x] * n, to = (size_t)blockIdx.x * n;
+    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
+        x[to + i] = load(embedding, from + i, type) * scale;
+}
+
+extern "C" void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens,
+                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type,
+                              void *stream) {
+    embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, type);
+}
+
+/* The angle in float32, as the models were trained; its sine and cosine in float64, as the CPU. */
+static __global__ void rope_table(float *out, const float *freq, size_t freq_stride,
+                                  const uint32_t *positions, uint32_t half, float factor) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    uint32_t row = blockIdx.x;
+    for (uint32_t j = threadIdx.x; j < half; j += blockDim.x) {
+        float angle = __fmul_rn((float)positions[row], freq[row * freq_stride + j]);
+        double s, c;
+        sincos((double)angle, &s, &c);
+        out[((size_t)row * half + j) * 2] = (float)c * factor;
+        out[((size_t)row * half + j) * 2 + 1] = (float)s * factor;
+    }
+}
+
+extern "C" void ki_cuda_rope_table(float *out, const float *freq, size_t freq_stride,
+                                   const uint32_t *positions, uint32_t n_rows, uint32_t half,
+                                   float factor, void *stream) {
+    ki_launch(rope_table, n_rows, 128, 0, true, stream, out, freq, freq_stride, positions, half,
+              factor);
+}
+
+/* ---- norms ---- */
+
+typedef struct moments {
+    float mean, scale; /* of the row: (x - mean) scale */
+} moments;
+
+static __device__ moments row_moments(const float *x, uint32_t n, const ki_cuda_norm norm) {
+    moments m = {0, 0};
+    float sum = 0, square = 0;
+    if (norm.bias) {
+        for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS) sum += x[i];
+        m.mean = block_sum(sum) / (float)n;
+    }
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS) {
+        float d = x[i] - m.mean;
+        square += d * d;
+    }
+    m.scale = 1.0f / sqrtf(block_sum(square) / (float)n + norm.eps);
+    return m;
+}
+
+static __device__ __forceinline__ float normed(const float *x, uint32_t i, moments m,
+                                               const ki_cuda_norm norm) {
+    float v = (x[i] - m.mean) * m.scale * norm.weight[i];
+    return norm.bias ? v + norm.bias[i] : v;
+}
+
+static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uint32_t n,
+                                 ki_cuda_type type) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    size_t at = (size_t)blockIdx.x * n;
+    moments m = row_moments(x + at, n, norm);
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
+        store(h, at + i, normed(x + at, i, m, norm), type);
+}
+
+extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
+                                  uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
+}
+
+static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm, uint32_t n) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    size_t at = (size_t)blockIdx.x * n;
+    moments m = row_moments(delta + at, n, norm);
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
+        x[at + i] += normed(delta + at, i, m, norm);
+}
+
+extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
+                                 uint32_t n_rows, uint32_t n, void *stream) {
+    ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
+}
+
+/* One warp a head: q heads, k heads, then v heads, which have a bias at most. */
+static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    uint32_t n_all = h.n_heads + 2 * h.n_kv_heads, unit = blockIdx.x * WARPS + threadIdx.x / 32;
+    uint32_t row = unit / n_all, head = unit % n_all, lane = threadIdx.x % 32;
+    if (row >= n_rows) return;
+    float *x = qkv + ((size_t)row * n_all + head) * h.head_dim, square = 0;
+    const float *weight = head < h.n_heads                  ? h.q_weight
+                          : head < h.n_heads + h.n_kv_heads ? h.k_weight
+                                                            : NULL;
+    for (uint32_t i = lane; i < h.head_dim; i += 32) {
+        float v = x[i] + (h.bias ? h.bias[head * h.head_dim + i] : 0.0f);
+        x[i] = v;
+        square += v * v;
+    }
+    if (!weight) return;
+    float scale = 1.0f / sqrtf(warp_sum(square) / (float)h.head_dim + h.eps);
+    for (uint32_t i = lane; i < h.head_dim; i += 32) x[i] = x[i] * scale * weight[i];
+}
+
+extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uint32_t n_rows,
+                                     void *stream) {
+    uint32_t n = n_rows * (heads->n_heads + 2 * heads->n_kv_heads);
+    ki_launch(adjust_heads, (n + WARPS - 1) / WARPS, ROW_THREADS, 0, true, stream, qkv, *heads,
+              n_rows);
+}
+
+/* ---- the MLP ---- */
+
+static __device__ __forceinline__ float gelu_tanh(float x) {
+    const float root = 0.7978845608f; /* sqrt(2 / pi) */
+    return x / (1.0f + expf(-2.0f * root * (x + 0.044715f * x * x * x)));
+}
+
+static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
+                                ki_cuda_type type) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
+    size_t row = blockIdx.x / per_row;
+    uint32_t i = blockIdx.x % per_row * ROW_THREADS + threadIdx.x;
+    if (i >= n) return;
+    float v;
+    if (act == KI_CUDA_GELU) {
+        float x = in[row * n + i];
+        v = x * (1.0f + erff(x * 0.7071067812f)) * 0.5f;
+    } else {
+        float gate = in[row * 2 * n + i], up = in[row * 2 * n + n + i];
+        v = (act == KI_CUDA_SILU_MUL ? gate / (1.0f + expf(-gate)) : gelu_tanh(gate)) * up;
+    }
+    store(out, row * n + i, v, type);
+}
+
+extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
+                                 uint32_t n, ki_cuda_type type, void *stream) {
+    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
+    ki_launch(activate, n_rows * per_row, ROW_THREADS, 0, true, stream, out, in, act, n, type);
+}
+
+/* ---- out of the pass ---- */
+
+static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
+                                   ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    const float *from = x + (size_t)rows[blockIdx.x] * n;
+    size_t to = (size_t)blockIdx.x * n;
+    float bad = 0;
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
+        bad += (__float_as_uint(from[i]) & 0x7f800000u) == 0x7f800000u ? 1.0f : 0.0f;
+    bad = block_sum(bad);
+    if (threadIdx.x == 0) finite[blockIdx.x] = bad == 0;
+    moments m = row_moments(from, n, norm);
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
+        store(h, to + i, normed(from, i, m, norm), type);
+}
+
+extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
+                                    const uint32_t *rows, const ki_cuda_norm *norm,
+                                    uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+    ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
+              type);
+}
+
+/* The better of two candidates: the larger, of equals the lower. id -1: none yet. */
+static __device__ __forceinline__ void take_better(float *v, int *id, float w, int other) {
+    if (other >= 0 && (*id < 0 || w > *v || (w == *v && other < *id))) *v = w, *id = other;
+}
+
+static __global__ void argmax(int32_t *best, const float *logits, uint32_t n, size_t stride) {
+    ki_pdl_launch();
+    ki_pdl_wait();
+    __shared__ float values[WARPS];
+    __shared__ int ids[WARPS];
+    const float *row = logits + blockIdx.x * stride;
+    float v = 0;
+    int id = -1;
+    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
+        if (row[i] > -INFINITY) take_better(&v, &id, row[i], (int)i);
+    for (int step = 16; step; step /= 2) {
+        float w = __shfl_xor_sync(0xffffffffu, v, step);
+        int other = __shfl_xor_sync(0xffffffffu, id, step);
+        take_better(&v, &id, w, other);
+    }
+    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = v, ids[threadIdx.x / 32] = id;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < WARPS; i++) take_better(&v, &id, values[i], ids[i]);
+    best[blockIdx.x] = id;
+}
+
+extern "C" void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,
+                               size_t stride, void *stream) {
+    ki_launch(argmax, n_rows, ROW_THREADS, 0, true, stream, best, logits, n, stride);
+}
+
+/* ---- rings ---- */
+
+/* Blocks are multiples of 16 bytes: 32 rows of at least 16 channels. */
+static __global__ void ring_copy(ki_ring_copy c) {
+    uint32_t block = c.first + blockIdx.y;
+    size_t slot = blockIdx.x, n = c.block_bytes / sizeof(uint4);
+    size_t from = slot * c.from_stride + c.from_at + block % c.from_blocks;
+    size_t to = slot * c.to_stride + c.to_at + block % c.to_blocks;
+    const uint4 *source = (const uint4 *)c.from + from * n;
+    uint4 *target = (uint4 *)c.to + to * n;
+    for (size_t i = threadIdx.x; i < n; i += blockDim.x) target[i] = source[i];
+}
+
+extern "C" void ki_cuda_ring_copy_blocks(const ki_ring_copy *copy, void *stream) {
+    if (copy->end <= copy->first || !copy->n_slots) return;
+    dim3 grid((unsigned)copy->n_slots, copy->end - copy->first);
+    ring_copy<<<grid, 128, 0, (cudaStream_t)stream>>>(*copy);
+}

@@ -1,0 +1,186 @@
+/* forward.c: from a batch of sequences to launches and back: what is uploaded, which graph is
+ * replayed, and what the results say about each sequence. */
+#include "cuda_private.h"
+
+#include <math.h>
+
+/* ---- the upload ---- */
+
+typedef struct batch_state {
+    ki_cuda_backend *b;
+    ki_batch *batch;
+    uint32_t n_rows, n_logits, n_slots, max_rows;
+    bool decode; /* one row of each sequence */
+} batch_state;
+
+static void *up(const ki_cuda_backend *b, size_t offset) { return b->up + offset; }
+
+/* The length that dynamic NTK goes by: the end of the prompt, or of this token (rope.c). */
+static uint32_t length_at(const kivi_seq *seq, uint32_t pos) {
+    return seq->run_left ? seq->n_tokens + seq->run_left : pos + 1;
+}
+
+static void put_frequencies(const ki_cuda_backend *b, uint32_t row, const kivi_seq *seq,
+                            uint32_t pos) {
+    const ki_config *c = &b->model->config;
+    const ki_rope *rope = &c->rope[0];
+    uint32_t half = c->head_dim / 2, length = length_at(seq, pos);
+    float *to = (float *)up(b, b->upload_at.frequencies) + (size_t)row * half;
+    if (rope->scaling != KI_ROPE_DYNAMIC) return;
+    if (length > rope->original_ctx) b->frequencies(to, rope, c->head_dim, length);
+    else memcpy(to, b->model->rope_freq, half * sizeof *to);
+}
+
+static void put_item(batch_state *s, ki_batch_item *item) {
+    const ki_cuda_backend *b = s->b;
+    const kivi_seq *seq = item->seq;
+    const ki_store *store = ki_seq_store(seq);
+    size_t stride = b->kv.table_stride;
+    ki_cuda_seq *slot = (ki_cuda_seq *)up(b, b->upload_at.seqs) + s->n_slots;
+    *slot = (ki_cuda_seq){.ring = (uint64_t)(uintptr_t)store->there,
+                          .sinks = (uint64_t)(uintptr_t)seq->sinks.there,
+                          .k_blocks = store->k_blocks,
+                          .v_blocks = store->v_blocks,
+                          .table = s->n_slots,
+                          .n_tokens = seq->n_tokens,
+                          .n_rows = item->n_rows,
+                          .first_row = s->n_rows,
+                          .run_start = seq->run_start,
+                          .flags = seq->run_left ? KI_CUDA_PROMPT : 0};
+    memcpy((uint32_t *)up(b, b->upload_at.tables) + s->n_slots * stride, seq->pages,
+           KI_MIN((size_t)seq->n_pages, stride) * sizeof(uint32_t));
+    for (uint32_t r = 0; r < item->n_rows; r++) {
+        uint32_t row = s->n_rows + r, pos = seq->n_tokens + r;
+        ((int32_t *)up(b, b->upload_at.tokens))[row] = item->tokens[r];
+        ((uint32_t *)up(b, b->upload_at.positions))[row] = pos;
+        put_frequencies(b, row, seq, pos);
+    }
+    item->logit_row = s->n_logits;
+    for (uint32_t r = item->all_logits ? 0 : item->n_rows - 1; r < item->n_rows; r++)
+        ((uint32_t *)up(b, b->upload_at.logit_rows))[s->n_logits++] = s->n_rows + r;
+    s->n_rows += item->n_rows;
+    s->n_slots++;
+    s->max_rows = KI_MAX(s->max_rows, item->n_rows);
+}
+
+/* Slots and rows up to a bucket's size: idle ones, of token 0 at position 0. */
+static void fill_bucket(batch_state *s, uint32_t bucket) {
+    const ki_cuda_backend *b = s->b;
+    for (; s->n_slots < bucket; s->n_slots++, s->n_rows++, s->n_logits++) {
+        ((ki_cuda_seq *)up(b, b->upload_at.seqs))[s->n_slots] = (ki_cuda_seq){0};
+        ((int32_t *)up(b, b->upload_at.tokens))[s->n_rows] = 0;
+        ((uint32_t *)up(b, b->upload_at.positions))[s->n_rows] = 0;
+        ((uint32_t *)up(b, b->upload_at.logit_rows))[s->n_logits] = s->n_rows;
+        if (b->model->config.rope[0].scaling == KI_ROPE_DYNAMIC)
+            memset((float *)up(b, b->upload_at.frequencies) +
+                       (size_t)s->n_rows * (b->model->config.head_dim / 2),
+                   0, b->model->config.head_dim / 2 * sizeof(float));
+    }
+}
+
+static void put_batch(batch_state *s) {
+    s->decode = true;
+    for (size_t i = 0; i < s->batch->n_items; i++) {
+        ki_batch_item *item = &s->batch->items[i];
+        if (item->status != KIVI_OK) continue;
+        s->decode = s->decode && item->n_rows == 1;
+        put_item(s, item);
+    }
+    if (s->decode) fill_bucket(s, ki_cuda_bucket(s->n_slots));
+}
+
+/* ---- the results ---- */
+
+static bool any(const uint32_t *flags, uint32_t n, uint32_t value) {
+    for (uint32_t i = 0; i < n; i++)
+        if (flags[i] == value) return true;
+    return false;
+}
+
+static void read_item(batch_state *s, ki_batch_item *item, uint32_t first_row) {
+    const ki_cuda_backend *b = s->b;
+    const uint8_t *down = b->down;
+    const uint32_t *row_flags = (const uint32_t *)(const void *)(down + b->result_at.row_flags);
+    const uint32_t *finite = (const uint32_t *)(const void *)(down + b->result_at.finite);
+    const int32_t *best = (const int32_t *)(const void *)(down + b->result_at.best);
+    uint32_t n_logits = item->all_logits ? item->n_rows : 1;
+    uint32_t first = item->seq->n_tokens, last = first + item->n_rows - 1;
+    item->best = best[item->logit_row + n_logits - 1];
+    if (any(row_flags + first_row, item->n_rows, 1))
+        item->status = KI_FAIL(item->err, NUMERIC,
+                               "model: a key or value within positions %u to %u is infinite or not "
+                               "a number",
+                               first, last);
+    else if (any(finite + item->logit_row, n_logits, 0))
+        item->status = KI_FAIL(
+            item->err, NUMERIC,
+            "model: the result within positions %u to %u is infinite or not a number", first, last);
+    if (item->status != KIVI_OK) atomic_fetch_add(&b->cache->n_nonfinite, 1);
+}
+
+static void read_results(batch_state *s) {
+    const ki_cuda_counters *counters =
+        (const ki_cuda_counters *)(const void *)(s->b->down + s->b->result_at.counters);
+    uint32_t row = 0;
+    atomic_fetch_add(&s->b->cache->n_saturated, counters->n_saturated);
+    for (size_t i = 0; i < s->batch->n_items; i++) {
+        ki_batch_item *item = &s->batch->items[i];
+        if (item->status != KIVI_OK) continue;
+        read_item(s, item, row);
+        row += item->n_rows;
+    }
+}
+
+/* ---- a step ---- */
+
+static int bucket_index(uint32_t n) {
+    int i = 0;
+    while ((1u << i) < n) i++;
+    return i;
+}
+
+static ki_cuda_shape shape_of(const ki_cuda_backend *b, const batch_state *s) {
+    ki_cuda_shape shape = {.n_rows = s->n_rows,
+                           .n_seqs = s->n_slots,
+                           .max_rows = s->max_rows,
+                           .n_logits = s->n_logits,
+                           .decode = s->decode};
+    shape.split_tokens = ki_cuda_split_tokens(&b->layout, ki_cuda_bucket(s->n_slots),
+                                              b->sizes.max_tokens, b->n_sms);
+    return shape;
+}
+
+static kivi_status run(batch_state *s, kivi_error *err) {
+    ki_cuda_backend *b = s->b;
+    cudaStream_t stream = b->memory.stream;
+    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->buffers.upload, b->up, b->upload_at.n_bytes,
+                                         cudaMemcpyHostToDevice, stream),
+                         "upload", err));
+    ki_cuda_shape shape = shape_of(b, s);
+    int bucket = bucket_index(s->n_slots);
+    if (s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket])
+        KI_TRY(ki_cuda_check(cudaGraphLaunch(b->graphs[bucket], stream), "graph", err));
+    else KI_TRY(ki_cuda_run_pass(b, &shape, err));
+    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->down, b->buffers.result, b->result_at.n_bytes,
+                                         cudaMemcpyDeviceToHost, stream),
+                         "download", err));
+    return ki_cuda_check(cudaStreamSynchronize(stream), "step", err);
+}
+
+void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch) {
+    batch_state s = {.b = b, .batch = batch};
+    kivi_error err = {0};
+    put_batch(&s);
+    if (s.n_slots == 0) return;
+    b->n_steps++;
+    kivi_status status = run(&s, &err);
+    if (status == KIVI_OK) {
+        read_results(&s);
+        return;
+    }
+    for (size_t i = 0; i < batch->n_items; i++) {
+        if (batch->items[i].status != KIVI_OK) continue;
+        batch->items[i].status = status;
+        if (batch->items[i].err) *batch->items[i].err = err;
+    }
+}

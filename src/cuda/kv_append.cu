@@ -1,0 +1,644 @@
+/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
+ * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
+#include "kv_launch.h"
+#include "kv_quant.cuh"
+
+struct append_args {
+    ki_cuda_layout l;
+    uint8_t *pool;
+    const uint32_t *tables;
+    const ki_cuda_seq *seqs;
+    ki_cuda_counters *counters;
+    const void *q, *k, *v;
+    const float *rope;
+    uint16_t *q_out, *k_rows, *v_rows;
+    uint32_t *row_flags;
+    uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
+    ki_cuda_type type;
+};
+
+enum { APPEND_THREADS = 128, ONE_ROW_THREADS = 256, MAX_DIM = 256 };
+
+/* ---- rows ---- */
+
+KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
+    if (type == KI_CUDA_F32) return ((const float *)x)[at];
+    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
+    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
+}
+
+struct row_check {
+    bool is_bad;
+    uint32_t n_saturated;
+};
+
+KI_DEV uint16_t checked_f16(float x, row_check *check) {
+    bool is_bad = (__float_as_uint(x) & 0x7f800000) == 0x7f800000;
+    check->is_bad |= is_bad;
+    if (is_bad) return 0; /* the store never holds one: others' products with 0 stay 0 */
+    float y = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
+    check->n_saturated += y != x;
+    return f16_near(y);
+}
+
+KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t row) {
+    if (check.n_saturated)
+        atomicAdd(&a.counters->n_saturated, (unsigned long long)check.n_saturated);
+    if (!__syncthreads_or(check.is_bad) || threadIdx.x) return;
+    if (a.row_flags) a.row_flags[row] = 1;
+    atomicAdd(&a.counters->n_nonfinite, 1ull);
+}
+
+/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step
+ * afterwards. */
+KI_DEV void load_row(float *out, const append_args &a, const void *x, uint64_t at, uint32_t row,
+                     bool rotated) {
+    uint32_t half = a.l.head_dim / 2;
+    for (uint32_t j = threadIdx.x; j < half; j += blockDim.x) {
+        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
+        float cosine = 1, sine = 0;
+        bool turn = rotated && a.rope;
+        if (turn) {
+            float2 r = ((const float2 *)a.rope)[(uint64_t)row * half + j];
+            cosine = r.x, sine = r.y;
+        }
+        out[j] = turn ? __fsub_rn(__fmul_rn(u, cosine), __fmul_rn(w, sine)) : u;
+        out[half + j] = turn ? __fadd_rn(__fmul_rn(w, cosine), __fmul_rn(u, sine)) : w;
+    }
+    __syncthreads();
+}
+
+KI_DEV void rotate_queries(float *scratch, const append_args &a, uint32_t row, uint32_t head) {
+    uint32_t d = a.l.head_dim;
+    if (!a.q) return;
+    for (uint32_t h = head * a.l.head_group; h < (head + 1) * a.l.head_group; h++) {
+        row_check ignored = {};
+        load_row(scratch, a, a.q, (uint64_t)row * a.q_stride + h * d, row, true);
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            a.q_out[((uint64_t)row * a.l.n_heads + h) * d + c] = checked_f16(scratch[c], &ignored);
+        __syncthreads();
+    }
+}
+
+/* Keys and values of one row and head as float16 in shared memory. */
+KI_DEV void load_kv_row(uint16_t *k16, uint16_t *v16, float *scratch, const append_args &a,
+                        uint32_t row, uint32_t head) {
+    uint32_t d = a.l.head_dim;
+    row_check check = {};
+    load_row(scratch, a, a.k, (uint64_t)row * a.k_stride + head * d, row, true);
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) k16[c] = checked_f16(scratch[c], &check);
+    __syncthreads();
+    load_row(scratch, a, a.v, (uint64_t)row * a.v_stride + head * d, row, false);
+    if (a.l.is_plus) turn_row(scratch, d, threadIdx.x, blockDim.x);
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) v16[c] = checked_f16(scratch[c], &check);
+    report_row(a, check, row);
+    __syncthreads();
+}
+
+/* One element of a 16-bit plane. */
+KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
+    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
+    return (uint16_t *)block + p.word * 2 + p.bit / 16;
+}
+
+KI_DEV void put_exact_row(uint8_t *block, const uint16_t *row, uint32_t t, uint32_t d, bool keys) {
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        *exact_element(block, t, c, d / 16, keys) = row[c];
+}
+
+KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
+    uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];
+    return a.pool + id * a.l.id_bytes +
+           ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes;
+}
+
+/* ---- codes of a range of tokens of one page ---- */
+
+struct range_job { /* tokens [from, to) of page `index` of one side */
+    const ki_cuda_seq *seq;
+    uint32_t head, index, from, to;
+    uint8_t *page;
+};
+
+/* Rows [from, to) of 32 tokens (positions base ..) into raw [32][D]: new ones from the step's rows,
+ * older ones from the 16-bit store. */
+KI_DEV void stage_rows(uint16_t *raw, const append_args &a, const range_job &job, uint32_t base,
+                       uint32_t from, uint32_t to, bool keys) {
+    uint32_t d = a.l.head_dim;
+    const uint16_t *rows = keys ? a.k_rows : a.v_rows;
+    const ki_cuda_seq &s = *job.seq;
+    uint8_t *block = NULL;
+    if (!rows || from < s.n_tokens)
+        block = exact_block(a.l, s, a.layer, job.head, base / KI_SUB_TOKENS, keys ? 0 : 1);
+#pragma unroll 4
+    for (uint32_t k = (from - base) * d + threadIdx.x; k < (to - base) * d; k += blockDim.x) {
+        uint32_t t = k / d, c = k % d, pos = base + t;
+        if (rows && pos >= s.n_tokens) {
+            uint64_t row = s.first_row + pos - s.n_tokens;
+            raw[k] = rows[(row * a.l.n_kv_heads + job.head) * d + c];
+        } else raw[k] = *exact_element(block, t, c, d / 16, keys);
+    }
+}
+
+struct quant_shared {
+    float scratch[MAX_DIM], low[MAX_DIM], high[MAX_DIM];
+    uint16_t scale[MAX_DIM], zero[MAX_DIM], k16[MAX_DIM], v16[MAX_DIM];
+    __align__(16) uint16_t raw[KI_SUB_TOKENS * MAX_DIM];
+    uint8_t codes[KI_SUB_TOKENS * (MAX_DIM + 64)]; /* and 64 numbered wide channels */
+};
+
+KI_DEV void put_key_codes(quant_shared &m, const append_args &a, const range_job &job,
+                          uint32_t base, uint32_t from, uint32_t to, uint32_t sinks) {
+    uint32_t d = a.l.head_dim;
+    float levels = (float)((1u << a.l.k_bits) - 1);
+    for (uint32_t k = (from - base) * d + threadIdx.x; k < (to - base) * d; k += blockDim.x) {
+        uint32_t c = k % d;
+        float x = f16_value(m.raw[k]);
+        bool is_sink = base + k / d < sinks;
+        m.codes[k] =
+            is_sink ? 0 : (uint8_t)code_of(x, f16_value(m.scale[c]), f16_value(m.zero[c]), levels);
+    }
+    __syncthreads();
+    uint8_t *sub =
+        job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+    pack_block((uint32_t *)(sub + a.l.k_at), m.codes, d, d / 16, a.l.k_bits, true, from - base,
+               to - base, 0);
+    __syncthreads();
+}
+
+/* Scales and zeros of the group that begins at `first`, from m.low and m.high. */
+KI_DEV void put_key_scales(quant_shared &m, const append_args &a, const range_job &job,
+                           uint32_t first) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t in_page = first % KI_PAGE_TOKENS, d = l.head_dim;
+    uint8_t *base = job.page;
+    uint32_t number = in_page / l.k_group;
+    if (!l.head_bytes) {
+        base += in_page / KI_SUB_TOKENS * l.sub_bytes;
+        number = in_page % KI_SUB_TOKENS / l.k_group;
+    }
+    uint16_t *scales = (uint16_t *)(base + l.k_scale_at) + number * d;
+    uint16_t *zeros = (uint16_t *)(base + l.k_zero_at) + number * d;
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) {
+        range_scale(&m.scale[c], &m.zero[c], m.low[c], m.high[c], (float)((1u << l.k_bits) - 1));
+        scales[ki_order_key_scale(c, d / 16)] = m.scale[c];
+        zeros[ki_order_key_scale(c, d / 16)] = m.zero[c];
+    }
+    __syncthreads();
+}
+
+/* One key group [first, first + G). Sinks at its beginning count in no range and have codes 0. */
+KI_DEV void close_key_group(quant_shared &m, const append_args &a, const range_job &job,
+                            uint32_t first) {
+    uint32_t d = a.l.head_dim, end = first + a.l.k_group, sinks = a.l.sink_tokens;
+    uint32_t span = min(a.l.k_group, (uint32_t)KI_SUB_TOKENS);
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        m.low[c] = INFINITY, m.high[c] = -INFINITY;
+    for (uint32_t from = first; from < end; from += span) {
+        uint32_t base = from / KI_SUB_TOKENS * KI_SUB_TOKENS;
+        stage_rows(m.raw, a, job, base, from, from + span, true);
+        __syncthreads();
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            channel_range(&m.low[c], &m.high[c], m.raw, d, c,
+                          max(from, min(sinks, from + span)) - base, from + span - base);
+        __syncthreads();
+    }
+    put_key_scales(m, a, job, first);
+    for (uint32_t from = first; from < end; from += span) {
+        uint32_t base = from / KI_SUB_TOKENS * KI_SUB_TOKENS;
+        if (span < a.l.k_group) stage_rows(m.raw, a, job, base, from, from + span, true);
+        __syncthreads();
+        put_key_codes(m, a, job, base, from, from + span, sinks);
+    }
+}
+
+/* Rows as they are, for a side of 16 bits. */
+KI_DEV void copy_rows(quant_shared &m, const append_args &a, const range_job &job, bool keys) {
+    uint32_t d = a.l.head_dim;
+    for (uint32_t pos = job.from; pos < job.to; pos++) {
+        const uint16_t *rows = keys ? a.k_rows : a.v_rows, *row = keys ? m.k16 : m.v16;
+        uint32_t t = pos % KI_PAGE_TOKENS;
+        if (rows)
+            row =
+                rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) * a.l.n_kv_heads +
+                        job.head) *
+                           d;
+        uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
+        put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), row, t % KI_SUB_TOKENS, d, keys);
+    }
+}
+
+KI_DEV void close_plus_keys(const append_args &a, const range_job &job, quant_shared &m,
+                            uint8_t *more) {
+    plus_close &p = *(plus_close *)more;
+    uint16_t *raw = (uint16_t *)(more + sizeof(plus_close));
+    uint32_t d = a.l.head_dim, base = job.index * KI_PAGE_TOKENS;
+    for (uint32_t b = 0; b < KI_SUBS; b++)
+        stage_rows(raw + b * KI_SUB_TOKENS * d, a, job, base + b * 32, base + b * 32,
+                   base + b * 32 + 32, true);
+    __syncthreads();
+    uint32_t sinks = a.l.sink_tokens > base ? a.l.sink_tokens - base : 0;
+    if (sinks < KI_PAGE_TOKENS) close_plus_page(job.page, a.l, raw, m.codes, p, sinks);
+}
+
+KI_DEV void quantize_keys(quant_shared &m, const append_args &a, const range_job &job,
+                          uint8_t *more) {
+    uint32_t group = a.l.k_group;
+    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
+    else if (a.l.is_plus) close_plus_keys(a, job, m, more);
+    else
+        for (uint32_t first = job.from; first < job.to; first += group)
+            if (first + group > a.l.sink_tokens) close_key_group(m, a, job, first);
+}
+
+KI_DEV void quantize_values(quant_shared &m, const append_args &a, const range_job &job) {
+    uint32_t d = a.l.head_dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (a.l.v_bits == 16) {
+        copy_rows(m, a, job, false);
+        return;
+    }
+    uint32_t first = max(job.from, a.l.sink_tokens);
+    for (uint32_t base = first / KI_SUB_TOKENS * KI_SUB_TOKENS; base < job.to;
+         base += KI_SUB_TOKENS) {
+        uint32_t from = max(first, base), to = min(job.to, base + KI_SUB_TOKENS);
+        uint8_t *sub =
+            job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+        stage_rows(m.raw, a, job, base, from, to, false);
+        __syncthreads();
+        for (uint32_t pos = from + warp; pos < to; pos += blockDim.x / 32) {
+            uint32_t t = pos - base;
+            if (a.l.is_plus) quantize_plus_value(m.codes + t * d, sub, a.l, m.raw + t * d, t, lane);
+            else quantize_value(m.codes + t * d, sub, a.l, m.raw + t * d, t, lane);
+        }
+        __syncthreads();
+        uint32_t low = a.l.v_bits == 3 ? 2 : a.l.v_bits;
+        pack_block((uint32_t *)(sub + a.l.v_at), m.codes, d, d / 16, low, false, from - base,
+                   to - base, 0);
+        if (a.l.v_bits == 3)
+            pack_block((uint32_t *)(sub + a.l.third_at), m.codes, d, d / 16, 1, false, from - base,
+                       to - base, 2);
+        __syncthreads();
+    }
+}
+
+/* Tokens [from, to) as far as they are in page `index`. */
+KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s, uint32_t head,
+                     uint32_t index, uint32_t from, uint32_t to) {
+    job->seq = s;
+    job->head = head;
+    job->index = index;
+    job->from = max(from, index * KI_PAGE_TOKENS);
+    job->to = min(to, (index + 1) * KI_PAGE_TOKENS);
+    if (job->from >= job->to) return false;
+    job->page = page_of(a, *s, index, head);
+    return true;
+}
+
+/* Page `part` of both sides, counted from the one where the line stood. False behind the last. */
+KI_DEV bool move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
+                       uint32_t part, uint8_t *more) {
+    uint32_t n = s.n_tokens, end = n + s.n_rows;
+    uint32_t k_from = ki_cuda_k_packed(&a.l, n), v_from = ki_cuda_v_packed(&a.l, n);
+    range_job job;
+    bool keys = make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
+                         ki_cuda_k_packed(&a.l, end));
+    if (keys) quantize_keys(m, a, job, more);
+    __syncthreads();
+    bool values = make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
+                           ki_cuda_v_packed(&a.l, end));
+    if (values) quantize_values(m, a, job);
+    return keys || values;
+}
+
+/* ---- one row ---- */
+
+/* Rotates the queries of this KV head into q_out; its key and value go to m.k16 and m.scratch (as
+ * float32, for plus kinds to turn) or m.v16, and into the 16-bit store. In step afterwards. */
+KI_DEV void load_one_row(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                         uint32_t head) {
+    uint32_t d = a.l.head_dim, half = d / 2, group = a.q ? a.l.head_group : 0;
+    uint64_t row = s.first_row;
+    row_check check = {}, ignored = {};
+    for (uint32_t k = threadIdx.x; k < (group + 2) * half; k += blockDim.x) {
+        uint32_t which = k / half, j = k % half;
+        bool is_query = which < group, is_key = which == group;
+        const void *x = is_query ? a.q : is_key ? a.k : a.v;
+        uint64_t at = is_query ? row * a.q_stride + (head * group + which) * d
+                               : row * (is_key ? a.k_stride : a.v_stride) + head * d;
+        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
+        if (a.rope && (is_query || is_key)) {
+            float2 r = ((const float2 *)a.rope)[row * half + j];
+            float x0 = __fsub_rn(__fmul_rn(u, r.x), __fmul_rn(w, r.y));
+            w = __fadd_rn(__fmul_rn(w, r.x), __fmul_rn(u, r.y));
+            u = x0;
+        }
+        if (is_query) {
+            uint16_t *to = a.q_out + (row * a.l.n_heads + head * group + which) * d;
+            to[j] = checked_f16(u, &ignored), to[half + j] = checked_f16(w, &ignored);
+        } else if (is_key)
+            m.k16[j] = checked_f16(u, &check), m.k16[half + j] = checked_f16(w, &check);
+        else if (a.l.is_plus) m.scratch[j] = u, m.scratch[half + j] = w;
+        else m.v16[j] = checked_f16(u, &check), m.v16[half + j] = checked_f16(w, &check);
+    }
+    if (a.l.is_plus) {
+        __syncthreads();
+        turn_row(m.scratch, d, threadIdx.x, blockDim.x);
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            m.v16[c] = checked_f16(m.scratch[c], &check);
+    }
+    report_row(a, check, s.first_row); /* a barrier */
+    uint32_t t = s.n_tokens % KI_SUB_TOKENS, block = s.n_tokens / KI_SUB_TOKENS;
+    if (a.l.k_bits < 16)
+        put_exact_row(exact_block(a.l, s, a.layer, head, block, 0), m.k16, t, d, true);
+    if (a.l.v_bits < 16)
+        put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
+}
+
+/* The value that falls behind the line with this row, if one does: its codes and scales. Everything
+ * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
+KI_DEV void quantize_one_value(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                               uint32_t head, float *terms) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t pos = s.n_tokens - l.residual_tokens, t = pos % KI_SUB_TOKENS, d = l.head_dim;
+    if (l.v_bits == 16 || s.n_tokens < l.residual_tokens || pos < l.sink_tokens) return;
+    uint8_t *block = exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1);
+    uint8_t *sub = page_of(a, s, pos / KI_PAGE_TOKENS, head) + l.head_bytes +
+                   pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+    uint16_t *row = m.raw;
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        row[c] = *exact_element(block, t, c, d / 16, false);
+    __syncthreads();
+    if (l.is_plus) {
+        float half = l.v_bits == 2 ? 1.5f : 3.5f;
+        plus_value_scales(m.scale, terms, row, l);
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            m.codes[c] = (uint8_t)plus_value_code(f16_value(row[c]),
+                                                  f16_value(m.scale[c / l.v_group]), half);
+        for (uint32_t g = threadIdx.x; g < d / l.v_group; g += blockDim.x)
+            ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
+                m.scale[g];
+    } else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, row, t, threadIdx.x);
+    __syncthreads();
+    put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
+    if (l.v_bits != 3) return;
+    /* the third plane's words hold two tiles of channels: packed as a block of one token */
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
+    __syncthreads();
+    pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
+}
+
+/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels.
+ * A thread has one channel's 32 keys in registers. */
+KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                               uint32_t head, uint32_t from, uint32_t to) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t d = l.head_dim, steps = d / 16, n_parts = blockDim.x / d;
+    uint32_t part = threadIdx.x / d, c = threadIdx.x % d, fours = d * 4; /* 16-byte words a block */
+    float levels = (float)((1u << l.k_bits) - 1);
+    for (; from < to; from += n_parts * KI_SUB_TOKENS) {
+        uint32_t n = min(n_parts, (to - from) / KI_SUB_TOKENS);
+        for (uint32_t k = threadIdx.x; k < n * fours; k += blockDim.x)
+            ((uint4 *)m.raw)[k] = ((const uint4 *)exact_block(
+                l, s, a.layer, head, from / KI_SUB_TOKENS + k / fours, 0))[k % fours];
+        __syncthreads();
+        uint32_t base = from + part * KI_SUB_TOKENS;
+        uint8_t *codes = m.codes + part * KI_SUB_TOKENS * d;
+        uint8_t *sub = page_of(a, s, base / KI_PAGE_TOKENS, head) +
+                       base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+        uint32_t sinks = l.sink_tokens > base ? l.sink_tokens - base : 0;
+        bool is_mine = part < n && sinks < KI_SUB_TOKENS;
+        if (is_mine) {
+            uint8_t *raw = (uint8_t *)m.raw + part * fours * 16;
+            float x[KI_SUB_TOKENS], low = INFINITY, high = -INFINITY;
+#pragma unroll
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
+                x[t] = f16_value(*exact_element(raw, t, c, steps, true));
+                if (t < sinks) continue;
+                low = fminf(low, x[t]), high = fmaxf(high, x[t]);
+            }
+            uint16_t scale, zero;
+            range_scale(&scale, &zero, low, high, levels);
+            ((uint16_t *)(sub + l.k_scale_at))[ki_order_key_scale(c, steps)] = scale;
+            ((uint16_t *)(sub + l.k_zero_at))[ki_order_key_scale(c, steps)] = zero;
+            float sf = f16_value(scale), zf = f16_value(zero);
+#pragma unroll
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++)
+                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_of(x[t], sf, zf, levels);
+        }
+        __syncthreads();
+        for (uint32_t k = 0; k < n; k++) {
+            uint32_t at = from + k * KI_SUB_TOKENS;
+            if (l.sink_tokens >= at + KI_SUB_TOKENS) continue;
+            uint8_t *plane = page_of(a, s, at / KI_PAGE_TOKENS, head) + l.k_at +
+                             at % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+            pack_block((uint32_t *)plane, m.codes + k * KI_SUB_TOKENS * d, d, steps, l.k_bits, true,
+                       0, KI_SUB_TOKENS, 0);
+        }
+        __syncthreads();
+    }
+}
+
+/* Keys whose line moved with this row: R of them, once in R steps. */
+KI_DEV void close_keys(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
+                       uint8_t *more) {
+    uint32_t from = ki_cuda_k_packed(&a.l, s.n_tokens), to = ki_cuda_k_packed(&a.l, s.n_tokens + 1);
+    if (from == to) return;
+    if (a.l.k_group == KI_SUB_TOKENS) {
+        close_blocks_of_32(m, a, s, head, from, to);
+        return;
+    }
+    range_job job;
+    for (uint32_t page = from / KI_PAGE_TOKENS; make_job(&job, a, &s, head, page, from, to);
+         page++) {
+        quantize_keys(m, a, job, more);
+        __syncthreads();
+    }
+}
+
+/* ---- the kernels ---- */
+
+static __global__ void __launch_bounds__(ONE_ROW_THREADS, 5)
+    ki_append_kernel(const __grid_constant__ append_args a) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    quant_shared &m = *(quant_shared *)shared;
+    uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
+    const ki_cuda_seq s = a.seqs[slot];
+    if (s.n_rows != 1) {
+        wait_for_previous();
+        let_next_begin();
+        return;
+    }
+    uint8_t *more = shared + sizeof(quant_shared);
+    quantize_one_value(m, a, s, head, (float *)more);
+    wait_for_previous();
+    let_next_begin();
+    __syncthreads();
+    load_one_row(m, a, s, head);
+    range_job job = {&s, head, s.n_tokens / KI_PAGE_TOKENS, s.n_tokens, s.n_tokens + 1, NULL};
+    if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
+    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
+    if (a.l.v_bits == 16) copy_rows(m, a, job, false);
+    __syncthreads();
+    if (a.l.k_bits < 16) close_keys(m, a, s, head, more);
+}
+
+/* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */
+static __global__ void __launch_bounds__(APPEND_THREADS)
+    ki_rows_kernel(const __grid_constant__ append_args a) {
+    __shared__ quant_shared m;
+    uint32_t row = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
+    uint32_t d = a.l.head_dim;
+    wait_for_previous();
+    let_next_begin();
+    rotate_queries(m.scratch, a, row, head);
+    load_kv_row(m.k16, m.v16, m.scratch, a, row, head);
+    uint64_t to = ((uint64_t)row * a.l.n_kv_heads + head) * d;
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        a.k_rows[to + c] = m.k16[c], a.v_rows[to + c] = m.v16[c];
+}
+
+static __global__ void __launch_bounds__(APPEND_THREADS)
+    ki_prompt_codes_kernel(const __grid_constant__ append_args a) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts;
+    uint32_t slot = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
+    wait_for_previous();
+    let_next_begin();
+    const ki_cuda_seq s = a.seqs[slot];
+    if (s.n_rows == 0) return;
+    move_lines(*(quant_shared *)shared, a, s, head, part, shared + sizeof(quant_shared));
+}
+
+/* The newest rows of a step into the store: what a ring can hold, and the sinks. One thread block a
+ * (sequence, KV head, 32 positions). */
+static __global__ void __launch_bounds__(APPEND_THREADS)
+    ki_prompt_window_kernel(const __grid_constant__ append_args a) {
+    uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts, d = a.l.head_dim;
+    uint32_t slot = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
+    wait_for_previous();
+    let_next_begin();
+    const ki_cuda_seq s = a.seqs[slot];
+    uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
+    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS),
+             to = min(end, (block + 1) * KI_SUB_TOKENS);
+    if (s.n_rows == 0 || from >= to) return;
+    uint32_t last = (end - 1) / KI_SUB_TOKENS;
+    for (uint32_t side = 0; side < 2; side++) {
+        uint32_t n = side ? s.v_blocks : s.k_blocks;
+        if ((side ? a.l.v_bits : a.l.k_bits) == 16) continue;
+        if (block >= a.l.sink_blocks && last - block >= n) continue;
+        uint8_t *to_block = exact_block(a.l, s, a.layer, head, block, side);
+        const uint16_t *rows = side ? a.v_rows : a.k_rows;
+        for (uint32_t pos = from; pos < to; pos++) {
+            uint64_t row = s.first_row + pos - s.n_tokens;
+            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS,
+                          d, side == 0);
+        }
+    }
+}
+
+struct ring_args {
+    uint64_t to, from;
+    uint32_t to_k, to_v, from_k, from_v, block_bytes, first_block, n_blocks;
+};
+
+/* One thread block a (layer, KV head, side, block of 32). */
+static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ring_args a) {
+    uint32_t b = a.first_block + blockIdx.x % a.n_blocks, rest = blockIdx.x / a.n_blocks;
+    uint32_t side = rest % 2, slot = rest / 2;
+    uint32_t to_n = side ? a.to_v : a.to_k, from_n = side ? a.from_v : a.from_k;
+    uint32_t last = a.first_block + a.n_blocks - 1;
+    wait_for_previous();
+    let_next_begin();
+    if (!to_n || last - b >= to_n || last - b >= from_n) return;
+    uint64_t to_at = (uint64_t)slot * (a.to_k + a.to_v) + (side ? a.to_k : 0) + b % to_n;
+    uint64_t from_at = (uint64_t)slot * (a.from_k + a.from_v) + (side ? a.from_k : 0) + b % from_n;
+    const uint4 *x = (const uint4 *)(a.from + from_at * a.block_bytes);
+    uint4 *y = (uint4 *)(a.to + to_at * a.block_bytes);
+    for (uint32_t i = threadIdx.x; i < a.block_bytes / 16; i += blockDim.x) y[i] = x[i];
+}
+
+/* ---- host calls ---- */
+
+static append_args args_of(const ki_cuda_append_call *c) {
+    append_args a = {};
+    a.l = c->cache->layout;
+    a.pool = c->cache->pool;
+    a.tables = c->cache->tables;
+    a.table_stride = c->cache->table_stride;
+    a.seqs = c->cache->seqs;
+    a.counters = c->cache->counters;
+    a.layer = c->layer;
+    a.q = c->q, a.k = c->k, a.v = c->v;
+    a.q_stride = c->q_stride, a.k_stride = c->k_stride, a.v_stride = c->v_stride;
+    a.type = c->type;
+    a.rope = c->rope;
+    a.q_out = c->q_out;
+    a.k_rows = c->k_rows, a.v_rows = c->v_rows;
+    a.row_flags = c->row_flags;
+    a.n_parts = 1;
+    return a;
+}
+
+static uint32_t shared_bytes(const ki_cuda_layout *l) {
+    uint32_t plus = sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2;
+    return (uint32_t)sizeof(quant_shared) + (l->is_plus ? plus : 0);
+}
+
+kivi_status ki_cuda_append_prepare(kivi_error *err) {
+    int bytes = (int)(sizeof(quant_shared) + sizeof(plus_close) + KI_PAGE_TOKENS * MAX_DIM * 2);
+    cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
+                         "shared memory of append", err));
+    return ki_cuda_check(cudaFuncSetAttribute(ki_prompt_codes_kernel, limit, bytes),
+                         "shared memory of append", err);
+}
+
+kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    append_args a = args_of(c);
+    a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
+    return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
+                                   ONE_ROW_THREADS, shared_bytes(l), c->pdl, stream, a),
+                         "append", err);
+}
+
+kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    append_args a = args_of(c);
+    KI_TRY(ki_cuda_check(
+        ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0, c->pdl, stream, a),
+        "prompt rows", err));
+    /* the lines move over max_rows tokens and what they were behind; one page more for each end */
+    a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
+    return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,
+                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, APPEND_THREADS,
+                                   shared_bytes(l), c->pdl, stream, a),
+                         "prompt codes", err);
+}
+
+kivi_status ki_cuda_prompt_window(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    append_args a = args_of(c);
+    a.n_parts = c->max_rows / KI_SUB_TOKENS + 2;
+    return ki_cuda_check(ki_launch(ki_prompt_window_kernel,
+                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, APPEND_THREADS, 0,
+                                   c->pdl, stream, a),
+                         "prompt window", err);
+}
+
+kivi_status ki_cuda_ring_copy(const ki_cuda_layout *l, uint64_t to, uint32_t to_k, uint32_t to_v,
+                              uint64_t from, uint32_t from_k, uint32_t from_v, uint32_t first_pos,
+                              uint32_t n_tokens, void *stream, kivi_error *err) {
+    if (first_pos >= n_tokens) return KIVI_OK;
+    ring_args a = {};
+    a.to = to, a.from = from;
+    a.to_k = l->k_bits < 16 ? to_k : 0, a.to_v = l->v_bits < 16 ? to_v : 0;
+    a.from_k = l->k_bits < 16 ? from_k : 0, a.from_v = l->v_bits < 16 ? from_v : 0;
+    a.block_bytes = KI_SUB_TOKENS * l->head_dim * 2;
+    a.first_block = first_pos / KI_SUB_TOKENS;
+    a.n_blocks = (n_tokens - 1) / KI_SUB_TOKENS - a.first_block + 1;
+    uint32_t n = l->n_layers * l->n_kv_heads * 2 * a.n_blocks;
+    return ki_cuda_check(ki_launch(ki_ring_kernel, n, APPEND_THREADS, 0, false, stream, a),
+                         "ring copy", err);
+}

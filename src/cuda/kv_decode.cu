@@ -1,0 +1,316 @@
+/* kv_decode.cu: the plan of a step, the merge of splits, and the choice of a kernel. */
+#include "kv_decode.cuh"
+#include "kv_launch.h"
+
+/* ---- the plan: one thread block writes the list of work items ---- */
+
+struct plan_args {
+    ki_cuda_layout l;
+    const ki_cuda_seq *seqs;
+    uint32_t n_seqs, window, split_tokens, max_splits;
+    uint32_t *n_items;
+    ki_plan_slot *slots;
+    ki_plan_item *items;
+};
+
+KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, uint32_t slot,
+                        const ki_plan_ranges &r, uint32_t first, uint32_t n) {
+    uint32_t unit = a.l.unit_subs;
+    for (uint32_t k = 0; k < n; k++) {
+        ki_plan_item item = {slot, s.first_row, s.table, s.n_tokens};
+        item.part = ki_plan_split(&r, unit, k, n);
+        item.lead_begin = r.lead_begin, item.n_lead = r.n_lead, item.tail_begin = r.tail_begin;
+        item.first = r.first, item.end = r.end;
+        item.k_exact = r.k_exact, item.v_exact = r.v_exact;
+        item.splits = n << 16 | k;
+        a.items[first + k] = item;
+    }
+}
+
+enum { PLAN_THREADS = 256 };
+
+/* Exclusive sum over the thread block; *all gets the whole. */
+KI_DEV uint32_t block_scan(uint32_t x, uint32_t *sums, uint32_t *all) {
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = x;
+    for (int d = 1; d < 32; d *= 2) {
+        uint32_t y = __shfl_up_sync(~0u, run, d);
+        if (lane >= (uint32_t)d) run += y;
+    }
+    if (lane == 31) sums[warp] = run;
+    __syncthreads();
+    uint32_t before = 0, sum = 0;
+    for (uint32_t w = 0; w < PLAN_THREADS / 32; w++) {
+        if (w < warp) before += sums[w];
+        sum += sums[w];
+    }
+    __syncthreads();
+    *all = sum;
+    return before + run - x;
+}
+
+static __global__ void __launch_bounds__(PLAN_THREADS) ki_plan_kernel(const plan_args a) {
+    __shared__ uint32_t sums[PLAN_THREADS / 32];
+    uint32_t done = 0;
+    for (uint32_t base = 0; base < a.n_seqs; base += PLAN_THREADS) {
+        uint32_t slot = base + threadIdx.x, n = 0, all;
+        ki_cuda_seq s = {};
+        ki_plan_ranges r = {};
+        if (slot < a.n_seqs) s = a.seqs[slot];
+        if (s.n_rows == 1) {
+            r = ki_plan_of(&a.l, &s, a.window);
+            n = ki_plan_splits(&r, a.split_tokens, a.max_splits);
+        }
+        uint32_t first = done + block_scan(n, sums, &all);
+        if (slot < a.n_seqs) {
+            a.slots[slot].first_item = first;
+            a.slots[slot].n_splits = n;
+        }
+        write_items(a, s, slot, r, first, n);
+        done += all;
+    }
+    if (threadIdx.x == 0) *a.n_items = done;
+}
+
+/* ---- the merge of a row's splits ---- */
+
+struct merge_args {
+    const ki_plan_slot *slots;
+    const ki_plan_item *items;
+    const float2 *states; /* [items][H]: largest score, sum */
+    const float4 *acc;    /* [items][H][D / 4] */
+    void *out;
+    uint32_t n_rows, n_heads, head_dim, out_stride; /* n_rows: slots * H */
+    ki_cuda_type out_type;
+    bool is_turned;
+};
+
+/* BATCH: splits whose states a warp loads at once, before it uses the first. */
+enum {
+    MERGE_THREADS = 128,
+    MERGE_WARPS = MERGE_THREADS / 32,
+    MERGE_BATCH = 8,
+    MERGE_MAX_DIM = 256
+};
+
+/* A lane's part of a row: four channels, and four more above 128. */
+struct merge_state {
+    float m, sum;
+    float4 acc[2];
+};
+
+KI_DEV void merge_into(merge_state &a, float m, float sum, const float4 (&acc)[2]) {
+    float top = fmaxf(a.m, m), f = exp2_fast(a.m - top), g = exp2_fast(m - top);
+    a.m = top;
+    a.sum = a.sum * f + sum * g;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        a.acc[i].x = a.acc[i].x * f + acc[i].x * g;
+        a.acc[i].y = a.acc[i].y * f + acc[i].y * g;
+        a.acc[i].z = a.acc[i].z * f + acc[i].z * g;
+        a.acc[i].w = a.acc[i].w * f + acc[i].w * g;
+    }
+}
+
+/* Splits from, from + step, ... below n of one row, in this order. */
+KI_DEV merge_state merge_splits(const merge_args &a, uint64_t first, uint32_t head, uint32_t from,
+                                uint32_t step, uint32_t n, uint32_t lane) {
+    uint32_t n_fours = a.head_dim / 4;
+    merge_state state = {-1e30f, 0, {}};
+    for (uint32_t s = from; s < n; s += step * MERGE_BATCH) {
+        float2 ml[MERGE_BATCH];
+        float4 acc[MERGE_BATCH][2];
+#pragma unroll
+        for (int k = 0; k < MERGE_BATCH; k++) {
+            uint64_t at = (first + s + k * step) * a.n_heads + head;
+            bool here = s + k * step < n;
+            ml[k] = here ? a.states[at] : make_float2(-1e30f, 0);
+#pragma unroll
+            for (uint32_t i = 0; i < 2; i++)
+                acc[k][i] = here && lane + i * 32 < n_fours ? a.acc[at * n_fours + lane + i * 32]
+                                                            : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < MERGE_BATCH; k++) merge_into(state, ml[k].x, ml[k].y, acc[k]);
+    }
+    return state;
+}
+
+KI_DEV void put_merged(float *row, const merge_state &s, uint32_t head_dim, uint32_t lane) {
+    float f = s.sum > 0 ? 1 / s.sum : 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t c = (lane + i * 32) * 4;
+        if (c >= head_dim) continue;
+        row[c] = s.acc[i].x * f, row[c + 1] = s.acc[i].y * f;
+        row[c + 2] = s.acc[i].z * f, row[c + 3] = s.acc[i].w * f;
+    }
+}
+
+/* IS_WIDE: one thread block a row, its warps take every fourth split. Else a warp a row. */
+template <bool IS_WIDE>
+static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const merge_args a) {
+    __shared__ __align__(16) float rows[MERGE_WARPS][MERGE_MAX_DIM];
+    __shared__ merge_state parts[MERGE_WARPS][32];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t index = IS_WIDE ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp;
+    uint32_t slot = index / a.n_heads, head = index % a.n_heads, n = 0;
+    uint64_t first = 0, row = 0;
+    let_next_begin(); /* it waits for this kernel, and so for the one before */
+    if (index < a.n_rows) {
+        n = a.slots[slot].n_splits, first = a.slots[slot].first_item;
+        if (n > 1) row = a.items[first].row;
+    }
+    wait_for_previous();
+    bool is_here = n > 1; /* else there is nothing to do, or it was written already */
+    merge_state state = {};
+    if (is_here)
+        state =
+            merge_splits(a, first, head, IS_WIDE ? warp : 0, IS_WIDE ? MERGE_WARPS : 1, n, lane);
+    if (IS_WIDE) {
+        parts[warp][lane] = state;
+        __syncthreads();
+        is_here = is_here && warp == 0;
+        if (is_here)
+            for (int w = 1; w < MERGE_WARPS; w++)
+                merge_into(state, parts[w][lane].m, parts[w][lane].sum, parts[w][lane].acc);
+    }
+    if (is_here) put_merged(rows[warp], state, a.head_dim, lane);
+    if (a.is_turned) /* an idle warp's row is whatever it is, and stays here */
+        for (int w = 0; w < (IS_WIDE ? 1 : MERGE_WARPS); w++)
+            turn_row(rows[w], a.head_dim, threadIdx.x, MERGE_THREADS);
+    __syncwarp();
+    if (!is_here) return;
+    for (uint32_t c = lane; c < a.head_dim; c += 32)
+        store_out(a.out, a.out_type, row * a.out_stride + head * a.head_dim + c, rows[warp][c]);
+}
+
+/* ---- the table of kernels ---- */
+
+extern const decode_kernel ki_decode_table_64[], ki_decode_table_80[], ki_decode_table_96[];
+extern const decode_kernel ki_decode_table_128[], ki_decode_table_256[];
+
+static const decode_kernel *table_of(uint32_t head_dim) {
+    switch (head_dim) {
+    case 64: return ki_decode_table_64;
+    case 80: return ki_decode_table_80;
+    case 96: return ki_decode_table_96;
+    case 128: return ki_decode_table_128;
+    case 256: return ki_decode_table_256;
+    default: return NULL;
+    }
+}
+
+static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
+    return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
+           (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
+           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs;
+}
+
+static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
+    const decode_kernel *k = table_of(l->head_dim);
+    while (k && k->head_dim && !fits(k, l)) k++;
+    return k && k->head_dim ? k : NULL;
+}
+
+kivi_status ki_cuda_decode_prepare(kivi_error *err) {
+    static const uint32_t dims[] = {64, 80, 96, 128, 256};
+    for (uint32_t d : dims)
+        for (const decode_kernel *k = table_of(d); k->head_dim; k++)
+            KI_TRY(ki_cuda_check(k->prepare(), "shared memory of a decode kernel", err));
+    return KIVI_OK;
+}
+
+/* ---- host calls ---- */
+
+typedef struct workspace {
+    uint32_t *n_items, max_splits;
+    ki_plan_slot *slots;
+    ki_plan_item *items;
+    float *states, *acc;
+} workspace;
+
+static workspace workspace_of(const ki_cuda_attend_call *c) {
+    uint32_t n_seqs = c->cache->n_seqs;
+    uint8_t *base = (uint8_t *)c->workspace;
+    workspace w;
+    w.max_splits = ki_plan_max_splits(c->max_tokens, c->split_tokens);
+    w.n_items = (uint32_t *)base;
+    w.slots = (ki_plan_slot *)(base + 256);
+    w.items = (ki_plan_item *)(base + ki_plan_items_at(n_seqs));
+    w.states = (float *)(base + ki_plan_states_at(n_seqs, w.max_splits));
+    /* 4 floats are loaded at once: the pairs before come in a multiple of 256 bytes */
+    uint64_t pairs = (uint64_t)n_seqs * w.max_splits * c->cache->layout.n_heads * 2;
+    w.acc = w.states + (pairs + 63) / 64 * 64;
+    return w;
+}
+
+kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
+    workspace w = workspace_of(c);
+    plan_args a = {c->cache->layout, c->cache->seqs, c->cache->n_seqs, c->window, c->split_tokens,
+                   w.max_splits,     w.n_items,      w.slots,          w.items};
+    ki_plan_kernel<<<1, PLAN_THREADS, 0, (cudaStream_t)stream>>>(a);
+    return ki_cuda_check(cudaGetLastError(), "plan", err);
+}
+
+/* Up to this many splits one warp a row has all its loads in flight at once. */
+enum { NARROW_SPLITS = 8 };
+
+static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w, void *stream,
+                                kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    uint32_t n_rows = c->cache->n_seqs * l->n_heads;
+    bool is_wide = w.max_splits > NARROW_SPLITS;
+    merge_args a = {w.slots,
+                    w.items,
+                    (const float2 *)w.states,
+                    (const float4 *)w.acc,
+                    c->out,
+                    n_rows,
+                    l->n_heads,
+                    l->head_dim,
+                    c->out_stride,
+                    c->out_type,
+                    l->is_plus != 0};
+    cudaError_t e =
+        is_wide ? ki_launch(ki_merge_kernel<true>, n_rows, MERGE_THREADS, 0, c->pdl, stream, a)
+                : ki_launch(ki_merge_kernel<false>, (n_rows + MERGE_WARPS - 1) / MERGE_WARPS,
+                            MERGE_THREADS, 0, c->pdl, stream, a);
+    return ki_cuda_check(e, "merge", err);
+}
+
+kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    const decode_kernel *kernel = kernel_of(l);
+    if (!kernel)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
+                       l->head_dim, l->k_bits, l->v_bits);
+    return ki_cuda_decode_attend_by(c, kernel, stream, err);
+}
+
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    workspace w = workspace_of(c);
+    decode_args a = {};
+    a.l = *l;
+    a.pool = c->cache->pool;
+    a.tables = c->cache->tables;
+    a.table_stride = c->cache->table_stride;
+    a.seqs = c->cache->seqs;
+    a.q = c->q;
+    a.out = c->out;
+    a.out_stride = c->out_stride;
+    a.out_type = c->out_type;
+    a.n_items = w.n_items;
+    a.items = w.items;
+    a.states = w.states;
+    a.state_acc = w.acc;
+    a.layer = c->layer;
+    a.chunks = (l->head_group + 7) / 8;
+    a.heads = l->n_kv_heads * a.chunks;
+    a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
+    a.factor = c->scale * 1.44269504088896340736f;
+    uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
+    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),
+                         "decode attention", err));
+    return w.max_splits == 1 ? KIVI_OK : launch_merge(c, w, stream, err);
+}

@@ -1,0 +1,631 @@
+/* kv_decode.cuh: fused decode attention, one thread block for each work item (a split of a
+ * sequence) and KV head (eight query heads of it at a time).
+ *
+ * Each warp streams every WARPS-th fast unit of the item through its own ring of stages in shared
+ * memory, keeps its own online softmax, and takes every WARPS-th slow block straight from global
+ * memory, in float16 or codes, token by token as the visibility rule says. The warps' states are
+ * merged in their order; an item of several splits writes its state, and merge_kernel merges these
+ * in order. No atomics: bits repeat. */
+#ifndef KI_KV_DECODE_CUH
+#define KI_KV_DECODE_CUH
+#include "kv_rows.cuh"
+#include "kv_tile.cuh"
+
+struct decode_args {
+    ki_cuda_layout l;
+    const uint8_t *pool;
+    const uint32_t *tables;
+    const ki_cuda_seq *seqs;
+    const uint16_t *q;
+    void *out;
+    const uint32_t *n_items;
+    const ki_plan_item *items;
+    float *states; /* [items][H][2], then [items][H][D] */
+    float *state_acc;
+    uint32_t table_stride, layer, out_stride, heads, chunks, unit_bytes;
+    ki_cuda_type out_type;
+    float factor; /* scale log2(e) */
+};
+
+/* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus
+ * kinds, and no others. */
+template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_,
+          bool PLUS_>
+struct decode_shape {
+    static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
+    static constexpr int NB = NB_;
+    static constexpr int WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
+    static constexpr bool PLUS = PLUS_;
+    /* Bits and groups: constants where the shape names them. */
+    KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
+    KI_DEV_MEMBER uint32_t v_bits(const ki_cuda_layout &l) {
+        return VB ? VB : l.v_bits == 3 ? 2 : l.v_bits; /* of the low plane */
+    }
+    KI_DEV_MEMBER uint32_t k_group(const ki_cuda_layout &l) { return KG ? KG : l.k_group; }
+    KI_DEV_MEMBER uint32_t v_group(const ki_cuda_layout &l) { return VG ? VG : l.v_group; }
+    KI_DEV_MEMBER bool quartered(const ki_cuda_layout &l) { return k_bits(l) == 2; }
+};
+
+template <class S> struct warp_state {
+    queries<S::NJ> q;
+    float acc[S::NJ][4];          /* [channel tile] of rows = channels, columns = heads */
+    float z[4];                   /* zero sums of channel groups 0 to 7; sums of p */
+    float z8[S::D > 128 ? 4 : 1]; /* of groups 8 to 15 */
+    float m[2];                   /* largest score of heads 2 t, 2 t + 1 */
+    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus), in
+                                   * the order of scales */
+};
+
+/* ---- a page's planes ---- */
+
+template <class S>
+KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, const uint8_t *sub,
+                                  uint32_t token_in_page) {
+    if constexpr (S::KG == 32) return (const uint16_t *)(sub + l.k_scale_at);
+    uint32_t group = S::k_group(l);
+    if (group > KI_SUB_TOKENS)
+        return (const uint16_t *)(head + l.k_scale_at) + token_in_page / group * S::D;
+    return (const uint16_t *)(sub + l.k_scale_at) + token_in_page % KI_SUB_TOKENS / group * S::D;
+}
+
+/* ---- keys of one block ---- */
+
+template <class S> struct scaled_queries {            /* b operands for one key group */
+    static constexpr int WIDE = (S::D / 4 + 15) / 16; /* steps of wide channels */
+    uint32_t b[2 * S::NJ], wide[S::PLUS ? 2 * WIDE : 1];
+};
+
+/* Queries of the wide channels, times 4 and their scales: a code's upper bits count four times. The
+ * gathered queries lie in the order of the scales. */
+template <class S>
+KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
+                        const uint16_t *wide_q, uint32_t lane) {
+    const uint16_t *list = (const uint16_t *)(head + l.list_at) + lane % 4;
+    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = wide_q + lane / 4 * S::D;
+#pragma unroll
+    for (int k = 0; k < 2 * scaled_queries<S>::WIDE; k++) {
+        uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
+        bool is_wide = w < S::D / 4;
+        uint32_t two = is_wide ? list[k * 4] : 0;
+        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ),
+                 c1 = ki_order_key_scale(two >> 8, S::NJ);
+        uint32_t x = mul2(q[c0] | (uint32_t)q[c1] << 16, scales[c0] | (uint32_t)scales[c1] << 16);
+        /* columns 8 to 15 of a tile have a factor 4 already */
+        out.wide[k] = is_wide ? mul2(x, k % 2 ? TWO_ONES : TWO_FOURS) : 0;
+    }
+}
+
+template <class S>
+KI_DEV void scale_group(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
+                        const uint8_t *sub, uint32_t token_in_page, const warp_state<S> &st,
+                        uint32_t lane) {
+    if (S::k_bits(l) == 16) {
+#pragma unroll
+        for (int k = 0; k < 2 * S::NJ; k++) out.b[k] = st.q.q[k];
+        return;
+    }
+    scale_queries<S::NJ>(out.b, st.q.q, key_scales<S>(l, head, sub, token_in_page), lane);
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2) gather_wide<S>(out, l, head, st.wide_q, lane);
+}
+
+/* Products of a block's codes, in code units; tiles i with `which` bit i. */
+template <class S>
+KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *sub,
+                        const scaled_queries<S> &q, uint32_t which, uint32_t lane) {
+    for_frags_of<S::NJ, S::KB>(
+        S::k_bits(l), sub + l.k_at, lane,
+        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+            if (which >> i & 1) mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
+        });
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2)
+            for_frags<scaled_queries<S>::WIDE, 2>(
+                sub + l.wide_at, lane,
+                [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                    mma(s[i], a0, a1, a2, a3, q.wide[2 * j], q.wide[2 * j + 1]);
+                });
+}
+
+/* Scores of NB blocks of codes, in units of log2: s [2 NB] tiles of 16 tokens. */
+template <class S, int NB>
+KI_DEV void unit_scores(float (&s)[2 * NB][4], const ki_cuda_layout &l, const uint8_t *head,
+                        const uint8_t *subs, uint32_t token_in_page, const warp_state<S> &st,
+                        uint32_t lane) {
+    uint32_t bits = S::k_bits(l), group = S::k_group(l);
+    float zero[4];
+    if (bits < 16) { /* row g: the unit's key group g */
+        uint32_t n = group < NB * KI_SUB_TOKENS ? NB * KI_SUB_TOKENS / group : 1;
+        uint32_t token = token_in_page + lane / 4 % n * group;
+        const uint8_t *sub = subs + (token - token_in_page) / KI_SUB_TOKENS * l.sub_bytes;
+        const uint16_t *scales = key_scales<S>(l, head, sub, token);
+        zero_terms<S::NJ>(zero, st.q.q, S::quartered(l), scales + (l.k_zero_at - l.k_scale_at) / 2,
+                          lane);
+    }
+    float u0 = st.q.unit[0], u1 = st.q.unit[1];
+    float low = row_unit(bits), high = row8_unit(bits);
+    scaled_queries<S> q;
+#pragma unroll
+    for (int b = 0; b < NB; b++) {
+        float t[2][4] = {};
+        const uint8_t *sub = subs + b * l.sub_bytes;
+        uint32_t token = token_in_page + b * KI_SUB_TOKENS;
+        if (b == 0 || (bits < 16 && b * KI_SUB_TOKENS % group == 0))
+            scale_group<S>(q, l, head, sub, token, st, lane);
+        bool is_halved = bits < 16 && group < KI_SUB_TOKENS; /* two groups in a block */
+        code_scores<S>(t, l, sub, q, is_halved ? 1 : 3, lane);
+        if (is_halved) {
+            scale_group<S>(q, l, head, sub, token + 16, st, lane);
+            code_scores<S>(t, l, sub, q, 2, lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float z0 = 0, z1 = 0;
+            if (bits < 16) {
+                uint32_t g = (b * 2 + i) * 16 / group;
+                z0 = __shfl_sync(~0u, zero[0], g * 4 + lane % 4) * u0;
+                z1 = __shfl_sync(~0u, zero[1], g * 4 + lane % 4) * u1;
+            }
+            s[2 * b + i][0] = fmaf(t[i][0], u0 * low, z0);
+            s[2 * b + i][1] = fmaf(t[i][1], u1 * low, z1);
+            s[2 * b + i][2] = fmaf(t[i][2], u0 * high, z0);
+            s[2 * b + i][3] = fmaf(t[i][3], u1 * high, z1);
+        }
+    }
+}
+
+/* ---- online softmax ---- */
+
+template <class S> KI_DEV void rescale(warp_state<S> &st, float m0, float m1) {
+    /* the first time m is -inf and everything 0 */
+    float f0 = exp2_fast(st.m[0] - m0), f1 = exp2_fast(st.m[1] - m1);
+#pragma unroll
+    for (int j = 0; j < S::NJ; j++)
+        st.acc[j][0] *= f0, st.acc[j][1] *= f1, st.acc[j][2] *= f0, st.acc[j][3] *= f1;
+    st.z[0] *= f0, st.z[1] *= f1, st.z[2] *= f0, st.z[3] *= f1;
+    if constexpr (S::D > 128) st.z8[0] *= f0, st.z8[1] *= f1;
+    st.m[0] = m0;
+    st.m[1] = m1;
+}
+
+/* Scores become probabilities about the largest so far. Rows 8 to 15 of a tile are divided by 4
+ * where quarter is 2 (2-bit values want their second operand so), not where it is 0. */
+template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
+    float m0 = -INFINITY, m1 = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        m0 = fmaxf(m0, fmaxf(s[i][0], s[i][2]));
+        m1 = fmaxf(m1, fmaxf(s[i][1], s[i][3]));
+    }
+    if (__any_sync(~0u, m0 > st.m[0] || m1 > st.m[1])) {
+#pragma unroll
+        for (int x = 4; x < 32; x *= 2) {
+            m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, x));
+            m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, x));
+        }
+        m0 = fmaxf(fmaxf(m0, st.m[0]), -1e30f); /* finite, whatever came */
+        m1 = fmaxf(fmaxf(m1, st.m[1]), -1e30f);
+        rescale<S>(st, m0, m1);
+    }
+    float q0 = st.m[0] + quarter, q1 = st.m[1] + quarter;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        s[i][0] = exp2_fast(s[i][0] - st.m[0]);
+        s[i][1] = exp2_fast(s[i][1] - st.m[1]);
+        s[i][2] = exp2_fast(s[i][2] - q0);
+        s[i][3] = exp2_fast(s[i][3] - q1);
+    }
+}
+
+/* ---- values of one block ---- */
+
+/* Zero sums (for plus kinds: sums of p * scale) and sums of p. p is not quartered. */
+template <class S>
+KI_DEV void block_sums(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t *sub,
+                       const uint32_t (&p)[4], uint32_t lane) {
+    if (S::v_bits(l) == 16) {
+        plain_sums(st.z, p, lane);
+        return;
+    }
+    uint32_t n = S::D / S::v_group(l);
+    const uint16_t *zeros = (const uint16_t *)(sub + (S::PLUS ? l.v_scale_at : l.v_zero_at));
+    uint32_t g = lane / 4;
+    zero_sums(st.z, p, zeros + (g < n ? g : 0) * KI_SUB_TOKENS, true, lane);
+    if constexpr (S::D > 128) {
+        float d[4] = {st.z8[0], st.z8[1], 0, 0};
+        if (n > 8) zero_sums(d, p, zeros + (8 + g) * KI_SUB_TOKENS, false, lane);
+        st.z8[0] = d[0], st.z8[1] = d[1];
+    }
+}
+
+/* acc += codes . p', in code units. add(j, i, a0..a3, b0, b1) does the product. */
+template <class S, class F>
+KI_DEV void code_values(const ki_cuda_layout &l, const uint8_t *sub, const uint32_t (&p)[4],
+                        uint32_t lane, F add) {
+    uint32_t bits = S::v_bits(l), group = bits == 16 ? S::D : S::v_group(l), scaled[4];
+    const uint16_t *scales = (const uint16_t *)(sub + l.v_scale_at);
+    if (bits == 16)
+        for (int k = 0; k < 4; k++) scaled[k] = p[k];
+    auto tile = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+        if (i == 0 && bits < 16 && j * 16 % group == 0)
+            scale_probabilities(scaled, p, scales + j * 16 / group * KI_SUB_TOKENS, lane);
+        add(j, i, a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
+    };
+    for_frags_of<S::NJ, S::VB>(bits, sub + l.v_at, lane, tile);
+    if (!S::PLUS || S::VB != 0 || l.v_bits != 3) return;
+    auto third = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+        if (i == 0 && j * 16 % group == 0)
+            scale_probabilities(scaled, p, scales + j * 16 / group * KI_SUB_TOKENS, lane);
+        uint32_t b0 = i ? mul2(scaled[2], TWO_QUARTERS) : scaled[0];
+        uint32_t b1 = i ? mul2(scaled[3], TWO_HALVES) : mul2(scaled[1], TWO_TWOS);
+        add(j, i, a0, a1, a2, a3, b0, b1);
+    };
+    for_third_frags<S::NJ>(sub + l.third_at, lane, third);
+}
+
+/* ---- fast units ---- */
+
+template <class S>
+KI_DEV void fast_unit(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t *unit,
+                      uint32_t token_in_page, uint32_t lane) {
+    float s[2 * S::NB][4];
+    const uint8_t *subs = S::NB == 4 ? unit + l.head_bytes : unit;
+    unit_scores<S, S::NB>(s, l, unit, subs, token_in_page, st, lane);
+    bool quarter = S::v_bits(l) == 2;
+    soften<S, 2 * S::NB>(s, st, quarter ? 2.0f : 0.0f);
+#pragma unroll
+    for (int b = 0; b < S::NB; b++) {
+        const uint8_t *sub = subs + b * l.sub_bytes;
+        uint32_t p[4], plain[4];
+        probability_operands(p, s[2 * b], s[2 * b + 1]);
+        uint32_t back = quarter ? TWO_FOURS : TWO_ONES;
+        plain[0] = p[0], plain[1] = mul2(p[1], back), plain[2] = p[2], plain[3] = mul2(p[3], back);
+        block_sums<S>(st, l, sub, plain, lane);
+        code_values<S>(l, sub, p, lane,
+                       [&](int j, int, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) { mma(st.acc[j], a0, a1, a2, a3, b0, b1); });
+    }
+}
+
+/* acc between code units (of fast units) and true ones: exact. */
+template <class S> KI_DEV void convert_units(warp_state<S> &st, float low, float high) {
+#pragma unroll
+    for (int j = 0; j < S::NJ; j++)
+        st.acc[j][0] *= low, st.acc[j][1] *= low, st.acc[j][2] *= high, st.acc[j][3] *= high;
+}
+
+/* ---- slow blocks ---- */
+
+struct slow_place { /* a block's bytes; NULL where they are not needed */
+    const uint8_t *page, *k16, *v16;
+};
+
+/* Keys: token by token from codes or from 16 bit. Invisible ones get -inf. */
+template <class S>
+KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan_item &item,
+                        uint32_t block, const slow_place &at, const warp_state<S> &st,
+                        uint32_t lane) {
+    float exact[2][4] = {};
+    uint32_t sinks = l.k_bits == 16 ? 0 : l.sink_tokens, base = block * KI_SUB_TOKENS;
+    uint32_t in_page = base % KI_PAGE_TOKENS;
+    if (at.page) {
+        const uint8_t *sub = at.page + l.head_bytes + in_page / KI_SUB_TOKENS * l.sub_bytes;
+        unit_scores<S, 1>(s, l, at.page, sub, in_page, st, lane);
+    }
+    if (at.k16) exact_scores<S::NJ>(exact, at.k16, st.q.q, S::quartered(l), lane);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            uint32_t pos = base + i * 16 + lane / 4 + e / 2 * 8;
+            if (pos < item.first || pos >= item.end) s[i][e] = -INFINITY;
+            else if (at.k16 && (pos < sinks || pos >= item.k_exact))
+                s[i][e] = exact[i][e] * st.q.unit[e % 2];
+        }
+}
+
+template <class S>
+KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_plan_item &item,
+                        uint32_t block, const slow_place &at, const float (&s)[2][4],
+                        uint32_t lane) {
+    float coded[2][4], exact[2][4];
+    uint32_t sinks = l.v_bits == 16 ? 0 : l.sink_tokens, base = block * KI_SUB_TOKENS;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            uint32_t pos = base + i * 16 + lane / 4 + e / 2 * 8;
+            bool is_exact = pos < sinks || pos >= item.v_exact;
+            exact[i][e] = is_exact ? s[i][e] : 0;
+            coded[i][e] = is_exact ? 0 : s[i][e];
+        }
+    uint32_t p[4];
+    if (at.page) {
+        const uint8_t *sub =
+            at.page + l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+        uint32_t bits = S::v_bits(l);
+        float low = row_unit(bits), high = row8_unit(bits), t[4];
+        probability_operands(p, coded[0], coded[1]);
+        block_sums<S>(st, l, sub, p, lane);
+        if (bits == 2) p[1] = mul2(p[1], TWO_QUARTERS), p[3] = mul2(p[3], TWO_QUARTERS);
+        code_values<S>(l, sub, p, lane,
+                       [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+                           if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
+                           mma(t, a0, a1, a2, a3, b0, b1);
+                           if (i == 0) return;
+                           st.acc[j][0] += t[0] * low, st.acc[j][1] += t[1] * low;
+                           st.acc[j][2] += t[2] * high, st.acc[j][3] += t[3] * high;
+                       });
+    }
+    if (at.v16) {
+        probability_operands(p, exact[0], exact[1]);
+        plain_sums(st.z, p, lane);
+        for_frags<S::NJ, 16>(at.v16, lane,
+                             [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                                 mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+                             });
+    }
+}
+
+/* Whether visible tokens of a block are read from codes, or in 16 bit. */
+KI_DEV bool reads_codes(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
+                        uint32_t sinks) {
+    uint32_t from = max(max(item.first, sinks), base);
+    return from < min(min(exact_from, item.end), base + KI_SUB_TOKENS);
+}
+KI_DEV bool reads_exact(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
+                        uint32_t sinks) {
+    uint32_t end = min(item.end, base + KI_SUB_TOKENS), from = max(item.first, base);
+    return max(exact_from, from) < end || from < min(sinks, end);
+}
+
+template <class S>
+KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_item &item,
+                       const ki_cuda_seq &seq, uint32_t head, uint32_t block, uint32_t lane) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t base = block * KI_SUB_TOKENS;
+    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
+             v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
+    bool k_codes = reads_codes(item, base, item.k_exact, k_sinks);
+    bool v_codes = reads_codes(item, base, item.v_exact, v_sinks);
+    slow_place at = {};
+    const uint8_t *page = nullptr;
+    if (k_codes || v_codes) {
+        uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
+        page = a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
+    }
+    if (reads_exact(item, base, item.k_exact, k_sinks))
+        at.k16 = exact_block(l, seq, a.layer, head, block, 0);
+    if (reads_exact(item, base, item.v_exact, v_sinks))
+        at.v16 = exact_block(l, seq, a.layer, head, block, 1);
+    float s[2][4] = {};
+    at.page = k_codes ? page : nullptr;
+    slow_scores<S>(s, l, item, block, at, st, lane);
+    soften<S, 2>(s, st, 0);
+    at.page = v_codes ? page : nullptr;
+    slow_values<S>(st, l, item, block, at, s, lane);
+}
+
+/* ---- merging ---- */
+
+/* This warp's state to shared memory: [heads][2 + D] of it. */
+template <class S>
+KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &l, uint32_t n_heads,
+                      uint32_t lane) {
+    uint32_t group = S::v_bits(l) == 16 ? S::D : S::v_group(l), h = lane % 4 * 2;
+    bool turned = S::PLUS;
+    float half = turned ? (l.v_bits == 3 ? -3.5f : -1.5f) : S::v_bits(l) == 16 ? 0.0f : 1.0f;
+    float *row0 = to + h * (S::D + 2), *row1 = row0 + S::D + 2;
+#pragma unroll
+    for (int j = 0; j < S::NJ; j++) {
+        uint32_t g = j * 16 / group, from = g % 8 * 4 + lane % 4;
+        float z0, z1;
+        if (S::D > 128 && g >= 8) {
+            z0 = __shfl_sync(~0u, st.z8[0], from), z1 = __shfl_sync(~0u, st.z8[S::D > 128], from);
+        } else z0 = __shfl_sync(~0u, st.z[0], from), z1 = __shfl_sync(~0u, st.z[1], from);
+        uint32_t c = 2 + j * 16 + lane / 4;
+        if (h < n_heads) row0[c] = st.acc[j][0] + z0 * half, row0[c + 8] = st.acc[j][2] + z0 * half;
+        if (h + 1 < n_heads)
+            row1[c] = st.acc[j][1] + z1 * half, row1[c + 8] = st.acc[j][3] + z1 * half;
+    }
+    if (lane < 4 && h < n_heads) row0[0] = st.m[0], row0[1] = st.z[2];
+    if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3];
+}
+
+/* The warps' states, in their order, into the result or the item's state. */
+template <class S>
+KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
+                        uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
+    constexpr uint32_t STRIDE = S::D + 2, N = S::WARPS * 32;
+    bool turned = S::PLUS;
+    for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
+        uint32_t h = k / S::D, c = k % S::D;
+        float m = -1e30f, sum = 0, value = 0;
+#pragma unroll
+        for (int w = 0; w < S::WARPS; w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
+#pragma unroll
+        for (int w = 0; w < S::WARPS; w++) {
+            const float *s = states + (w * n_heads + h) * STRIDE;
+            float f = exp2_fast(s[0] - m);
+            sum += s[1] * f;
+            value += s[2 + c] * f;
+        }
+        if ((item.splits >> 16) > 1) {
+            uint64_t at = (uint64_t)item_index * a.l.n_heads + first_head + h;
+            a.state_acc[at * S::D + c] = value;
+            if (c == 0) a.states[2 * at] = m, a.states[2 * at + 1] = sum;
+            continue;
+        }
+        value = sum > 0 ? value / sum : 0;
+        if (turned)
+            states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
+        else
+            store_out(a.out, a.out_type,
+                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
+    }
+    if (!turned || (item.splits >> 16) > 1) return;
+    for (uint32_t h = 0; h < n_heads; h++) {
+        turn_row(states + h * STRIDE + 2, S::D, threadIdx.x, N);
+        for (uint32_t c = threadIdx.x; c < S::D; c += N)
+            store_out(a.out, a.out_type,
+                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c,
+                      states[h * STRIDE + 2 + c]);
+    }
+}
+
+/* ---- the kernel ---- */
+
+/* The addresses of a warp's units, a lane ahead each. */
+template <class S> struct unit_stream {
+    uint32_t n, ids; /* units of this warp; page ids of 32 of them, one a lane */
+
+    __device__ __forceinline__ const uint8_t *at(const decode_args &a, const ki_plan_item &item,
+                                                 uint32_t i, uint32_t head, uint32_t warp,
+                                                 uint32_t lane) {
+        constexpr uint32_t IN_PAGE = KI_SUBS / S::NB;
+        const uint32_t *row = a.tables + (uint64_t)item.table * a.table_stride;
+        uint32_t first = item.part.unit_begin + warp;
+        if (i % 32 == 0) {
+            uint32_t mine = i + lane;
+            ids = mine < n ? row[(first + mine * S::WARPS) / IN_PAGE] : 0;
+        }
+        uint64_t id = __shfl_sync(~0u, ids, i % 32);
+        uint32_t u = (first + i * S::WARPS) % IN_PAGE;
+        return a.pool + id * a.l.id_bytes +
+               ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes +
+               (uint64_t)u * a.unit_bytes;
+    }
+};
+
+template <class S>
+__global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
+    ki_decode_kernel(const __grid_constant__ decode_args a) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
+    if (index >= *a.n_items) {
+        wait_for_previous();
+        let_next_begin();
+        return;
+    }
+    const ki_plan_item item = a.items[index];
+    uint32_t head = part / a.chunks, first_in_group = part % a.chunks * 8;
+    uint32_t n_heads = min(8u, a.l.head_group - first_in_group);
+    uint32_t first_head = head * a.l.head_group + first_in_group;
+
+    warp_pipe<S::STAGES> pipe = {shared + warp * S::STAGES * a.unit_bytes,
+                                 (uint64_t *)(shared + S::WARPS * S::STAGES * a.unit_bytes) +
+                                     warp * S::STAGES,
+                                 a.unit_bytes};
+    unit_stream<S> stream = {};
+    uint32_t n_units = item.part.unit_end - item.part.unit_begin;
+    stream.n = n_units > warp ? (n_units - warp + S::WARPS - 1) / S::WARPS : 0;
+    pipe.init(lane);
+    /* Fast units are older than anything the kernels of this step write: fetched before waiting. */
+#pragma unroll
+    for (uint32_t i = 0; i < S::STAGES; i++) {
+        if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);
+        else pipe.issue_nothing();
+    }
+    wait_for_previous();
+    let_next_begin();
+
+    warp_state<S> st = {};
+    st.m[0] = st.m[1] = -INFINITY;
+    uint32_t g = lane / 4;
+    const uint16_t *q = a.q + ((uint64_t)item.row * a.l.n_heads + first_head + g) * S::D;
+    st.q.load(q, g < n_heads, a.factor, S::quartered(a.l), lane);
+    if constexpr (S::PLUS) {
+        uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
+        st.wide_q = (const uint16_t *)wide;
+        if (warp == 0)
+#pragma unroll
+            for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
+                uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
+                wide[(g * S::D + at) / 2] =
+                    k % 2 && S::quartered(a.l) ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
+            }
+        __syncthreads();
+    }
+    if (item.part.slow_begin < item.part.slow_end) {
+        const ki_cuda_seq seq = a.seqs[item.slot];
+        for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::WARPS) {
+            uint32_t block =
+                k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
+            slow_block<S>(st, a, item, seq, head, block, lane);
+        }
+    }
+    uint32_t v_bits = S::v_bits(a.l);
+    convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
+    for (uint32_t i = 0; i < stream.n; i++) {
+        uint32_t u = item.part.unit_begin + warp + i * S::WARPS;
+        fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS, lane);
+        __syncwarp();
+        uint32_t next = i + S::STAGES;
+        if (next < stream.n) pipe.issue(next, stream.at(a, item, next, head, warp, lane), lane);
+        else pipe.issue_nothing();
+    }
+    convert_units<S>(st, row_unit(v_bits), row8_unit(v_bits));
+    __syncthreads(); /* the stages become the place where warps meet */
+    float *states = (float *)shared;
+    put_state<S>(states + warp * n_heads * (S::D + 2), st, a.l, n_heads, lane);
+    __syncthreads();
+    merge_warps<S>(states, a, item, index, first_head, n_heads);
+}
+
+/* ---- launching ---- */
+
+/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the
+ * states. */
+template <class S> static uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
+    uint32_t stages = S::WARPS * S::STAGES * (unit_bytes + 8) + (S::PLUS ? 8 * S::D * 2 : 0);
+    uint32_t states = S::WARPS * n_heads * (S::D + 2) * 4;
+    return stages > states ? stages : states;
+}
+
+/* One entry of the table of kernels. */
+struct decode_kernel {
+    uint32_t head_dim, k_bits, v_bits, k_group, v_group; /* bits and groups 0: any */
+    uint32_t is_plus, unit_subs;
+    cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, bool pdl,
+                          cudaStream_t stream);
+    cudaError_t (*prepare)(void); /* raises the limit of shared memory */
+};
+
+/* As much shared memory as a thread block can have. */
+template <class S> static cudaError_t decode_prepare(void) {
+    int device = 0, bytes = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e != cudaSuccess) return e;
+    return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                bytes);
+}
+
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err);
+
+template <class S>
+static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
+                                 cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    config.gridDim = n_blocks;
+    config.blockDim = S::WARPS * 32;
+    uint32_t n_heads = args->l.head_group < 8 ? args->l.head_group : 8;
+    config.dynamicSmemBytes = decode_shared_bytes<S>(args->unit_bytes, n_heads);
+    config.stream = stream;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = pdl;
+    config.attrs = &attribute;
+    config.numAttrs = pdl ? 1 : 0;
+    return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, *args);
+}
+
+template <class S> static constexpr decode_kernel decode_entry() {
+    return {S::D, S::KB, S::VB, S::KG, S::VG, S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
+}
+
+#endif

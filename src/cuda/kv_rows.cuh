@@ -1,0 +1,45 @@
+/* kv_rows.cuh: rows of float16 and of results, for the kernels that write them. */
+#ifndef KI_KV_ROWS_CUH
+#define KI_KV_ROWS_CUH
+#include "kv_mma.cuh"
+#include "kv_plan.h"
+
+/* A block of 16-bit rows in the ring or with the sinks; side 0 keys, 1 values. */
+KI_DEV uint8_t *exact_block(const ki_cuda_layout &l, const ki_cuda_seq &s, uint32_t layer,
+                            uint32_t head, uint32_t block, uint32_t side) {
+    uint64_t slot = (uint64_t)layer * l.n_kv_heads + head, bytes = (uint64_t)l.head_dim * 64;
+    if (block < l.sink_blocks)
+        return (uint8_t *)s.sinks +
+               (slot * 2 * l.sink_blocks + side * l.sink_blocks + block) * bytes;
+    uint32_t k = l.k_bits < 16 ? s.k_blocks : 0, v = l.v_bits < 16 ? s.v_blocks : 0;
+    uint32_t in_ring = side ? k + block % s.v_blocks : block % s.k_blocks;
+    return (uint8_t *)s.ring + (slot * (k + v) + in_ring) * bytes;
+}
+
+KI_DEV void store_out(void *out, ki_cuda_type type, uint64_t at, float x) {
+    if (type == KI_CUDA_F32) ((float *)out)[at] = x;
+    else if (type == KI_CUDA_F16)
+        ((__half *)out)[at] = __float2half(fminf(fmaxf(x, -65504.0f), 65504.0f));
+    else ((__nv_bfloat16 *)out)[at] = __float2bfloat16(x);
+}
+
+/* Turns a row [D] in shared memory (plus.h), there and back alike. All threads of the block call
+ * it, in step with whoever wrote the row. */
+KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
+    uint32_t block = head_dim & (0u - head_dim);
+    for (uint32_t h = 1; h < block; h *= 2) {
+        __syncthreads();
+        for (uint32_t k = thread; k < head_dim / 2; k += n_threads) {
+            uint32_t i = k / h * 2 * h + k % h;
+            float x = row[i], y = row[i + h];
+            row[i] = __fadd_rn(x, y);
+            row[i + h] = __fsub_rn(x, y);
+        }
+    }
+    __syncthreads();
+    float f = __frsqrt_rn((float)block);
+    for (uint32_t i = thread; i < head_dim; i += n_threads) row[i] = __fmul_rn(row[i], f);
+    __syncthreads();
+}
+
+#endif

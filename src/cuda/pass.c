@@ -1,0 +1,237 @@
+/* pass.c: a step on the device. The order of a family's layers is that of src/model/llama.c and
+ * falcon.c; here each line is one launch.
+ *
+ * A step of decoding (one row of each sequence) has the shape of its bucket: launches are the same
+ * whatever the lengths are, so they are captured in a CUDA graph when the engine is made and
+ * replayed; lengths, tables and positions come with the upload. Other steps launch one by one. */
+#include "cuda_private.h"
+
+#include <math.h>
+
+static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upload + offset; }
+
+/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
+static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t stride,
+                              const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
+                              bool add, kivi_error *err) {
+    ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
+    ki_gemv_call few = {.out = out,
+                        .out_stride = stride,
+                        .weight = weight->tiles,
+                        .x = x,
+                        .n = n,
+                        .k = shape.k,
+                        .m = m,
+                        .type = b->type,
+                        .add = add};
+    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
+        return ki_gemv_run(&few, b->memory.stream, err);
+    return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
+}
+
+static kivi_status product(const ki_cuda_backend *b, float *out, const ki_matrix *weight,
+                           uint32_t n, const void *x, uint32_t m, bool add, kivi_error *err) {
+    return product_to(b, out, n, weight, n, x, m, add, err);
+}
+
+/* ---- attention ---- */
+
+typedef struct layer_call {
+    ki_cuda_backend *b;
+    const ki_cuda_shape *shape;
+    const ki_layer *layer;
+    const ki_cuda_norms *norms;
+    uint32_t index;
+    ki_cuda_cache kv;
+} layer_call;
+
+static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    ki_cuda_attend_call a = {.cache = &c->kv,
+                             .layer = c->index,
+                             .window = local ? config->window : 0,
+                             .scale = 1.0f / sqrtf((float)config->head_dim),
+                             .q = b->buffers.q16,
+                             .out = b->buffers.attn,
+                             .out_stride = config->n_heads * config->head_dim,
+                             .out_type = b->type,
+                             .n_rows = c->shape->n_rows,
+                             .max_rows = c->shape->max_rows,
+                             .split_tokens = c->shape->split_tokens,
+                             .max_tokens = b->sizes.max_tokens,
+                             .workspace = b->buffers.plan[local],
+                             .pdl = true};
+    if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
+    return a;
+}
+
+static ki_cuda_append_call append_of(const layer_call *c) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    uint32_t d = config->head_dim, q = config->n_heads * d, kv = config->n_kv_heads * d;
+    uint32_t which = config->n_ropes == 2 && config->local[c->index];
+    uint32_t stride = q + 2 * kv;
+    const float *rows = b->buffers.qkv;
+    ki_cuda_append_call a = {.cache = &c->kv,
+                             .layer = c->index,
+                             .n_rows = c->shape->n_rows,
+                             .max_rows = c->shape->max_rows,
+                             .q = rows,
+                             .k = rows + q,
+                             .v = rows + q + kv,
+                             .q_stride = stride,
+                             .k_stride = stride,
+                             .v_stride = stride,
+                             .type = KI_CUDA_F32,
+                             .rope = b->buffers.rope + (size_t)which * c->shape->n_rows * d,
+                             .q_out = b->buffers.q16,
+                             .pdl = true};
+    a.row_flags = (uint32_t *)(void *)(b->buffers.result + b->result_at.row_flags);
+    if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
+    return a;
+}
+
+/* q, k, v of all rows are in qkv: the cache takes keys and values, attention is left in attn. */
+static kivi_status attention(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_cuda_kernels *k = b->kernels;
+    cudaStream_t stream = b->memory.stream;
+    ki_cuda_append_call append = append_of(c);
+    ki_cuda_attend_call attend = attend_of(c, b->model->config.local[c->index]);
+    if (c->norms->heads.bias || c->norms->heads.q_weight)
+        ki_cuda_adjust_heads(b->buffers.qkv, &c->norms->heads, c->shape->n_rows, stream);
+    if (c->shape->decode) {
+        KI_TRY(k->append(&append, stream, err));
+        return k->attend(&attend, stream, err);
+    }
+    append.pdl = attend.pdl = false;
+    KI_TRY(k->prompt_append(&append, stream, err));
+    KI_TRY(k->prompt_attend(&attend, stream, err));
+    return k->prompt_window(&append, stream, err);
+}
+
+/* ---- layers ---- */
+
+static uint32_t qkv_dim(const ki_config *c) {
+    return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
+}
+
+static void norm(const layer_call *c, const ki_cuda_norm *n) {
+    const ki_cuda_backend *b = c->b;
+    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, n, c->shape->n_rows, b->model->config.n_embd,
+                      b->type, b->memory.stream);
+}
+
+/* x += rows weight, normalized first where the family does that. */
+static kivi_status add_product(const layer_call *c, const ki_matrix *weight, const void *rows,
+                               const ki_cuda_norm *post, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    uint32_t n = b->model->config.n_embd, m = c->shape->n_rows;
+    if (!post->weight) return product(b, b->buffers.x, weight, n, rows, m, true, err);
+    KI_TRY(product(b, b->buffers.delta, weight, n, rows, m, false, err));
+    ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, b->memory.stream);
+    return KIVI_OK;
+}
+
+static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    const ki_cuda_buffers *r = &b->buffers;
+    const ki_layer *y = c->layer;
+    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    norm(c, &c->norms->attn);
+    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    KI_TRY(attention(c, err));
+    KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
+    norm(c, &c->norms->ffn);
+    KI_TRY(product(b, r->mlp, &y->gate, 2 * config->n_ff, r->h, m, false, err));
+    ki_cuda_activate(r->act, r->mlp, config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL, m,
+                     config->n_ff, b->type, b->memory.stream);
+    return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
+}
+
+/* Attention and MLP read the same x, and are added to it when both have read it. */
+static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    const ki_cuda_buffers *r = &b->buffers;
+    const ki_layer *y = c->layer;
+    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    norm(c, &c->norms->attn);
+    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    if (!config->one_norm) norm(c, &c->norms->ffn);
+    KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
+    KI_TRY(attention(c, err));
+    KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
+    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
+    return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
+}
+
+/* ---- beginning and end ---- */
+
+static void make_ropes(ki_cuda_backend *b, const ki_cuda_shape *s) {
+    const ki_config *c = &b->model->config;
+    uint32_t half = c->head_dim / 2;
+    for (uint32_t i = 0; i < c->n_ropes; i++) {
+        bool moves = c->rope[i].scaling == KI_ROPE_DYNAMIC;
+        const float *freq = moves ? at(b, b->upload_at.frequencies) : b->rope_freq + i * half;
+        ki_cuda_rope_table(b->buffers.rope + (size_t)i * s->n_rows * c->head_dim, freq,
+                           moves ? half : 0, at(b, b->upload_at.positions), s->n_rows, half,
+                           (float)c->rope[i].attention, b->memory.stream);
+    }
+}
+
+/* Which of the two kinds of layers, all and local, the model has. */
+static void kinds_of(bool has[2], const ki_config *c) {
+    has[0] = has[1] = false;
+    for (uint32_t i = 0; i < c->n_layers; i++) has[c->local[i]] = true;
+}
+
+static kivi_status make_plans(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    bool has[2];
+    kinds_of(has, &b->model->config);
+    for (int local = 0; local < 2 && c->shape->decode && b->kernels->plan; local++) {
+        ki_cuda_attend_call a = attend_of(c, local);
+        a.pdl = false; /* kernels of the attention begin to read plans early */
+        if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
+    }
+    return KIVI_OK;
+}
+
+static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
+    const ki_config *c = &b->model->config;
+    const ki_cuda_buffers *r = &b->buffers;
+    uint8_t *result = r->result;
+    cudaStream_t stream = b->memory.stream;
+    size_t stride = ki_logits_stride(c);
+    ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
+                        at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
+                        b->type, stream);
+    KI_TRY(product_to(b, r->logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
+                      false, err));
+    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), r->logits, s->n_logits,
+                   c->n_vocab, stride, stream);
+    return KIVI_OK;
+}
+
+kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
+    const ki_config *c = &b->model->config;
+    cudaStream_t stream = b->memory.stream;
+    layer_call call = {.b = b, .shape = s, .kv = b->kv};
+    call.kv.n_seqs = s->n_seqs;
+    KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
+                         "results", err));
+    ki_cuda_embed(b->buffers.x, b->model->embedding.tiles, at(b, b->upload_at.tokens), s->n_rows,
+                  c->n_embd, c->embed_scale, b->type, stream);
+    make_ropes(b, s);
+    KI_TRY(make_plans(&call, err));
+    for (call.index = 0; call.index < c->n_layers; call.index++) {
+        call.layer = &b->model->layers[call.index];
+        call.norms = &b->norms[call.index];
+        KI_TRY(c->fused_qkv ? falcon_layer(&call, err) : llama_layer(&call, err));
+    }
+    KI_TRY(make_logits(b, s, err));
+    return ki_cuda_check(cudaGetLastError(), "a launch of the pass", err);
+}

@@ -1,0 +1,19 @@
+/* pdl.cuh: programmatic dependent launch. A kernel that calls ki_pdl_wait before it reads or writes
+ * what others do may be launched while the one before it in the stream still runs; ki_pdl_launch
+ * lets the one after it come. Below sm_90 there is no such thing, and both do nothing. */
+#ifndef KI_PDL_CUH
+#define KI_PDL_CUH
+
+static __device__ __forceinline__ void ki_pdl_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void ki_pdl_launch(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+#endif

@@ -1,0 +1,188 @@
+/* backend.c: --device. The CPU is in this library; CUDA is in libkivi-cuda.so, found at run time
+ * beside the program or library, in the lib folder next to it, or where the system looks. What was
+ * asked for by name and is not there is an error; only `auto` chooses, and says what it chose. */
+#include "engine.h"
+
+#include <dlfcn.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define LIBRARY "libkivi-cuda.so"
+enum { MAX_DEVICE = 255 };
+
+void ki_engine_log(const kivi_engine *e, const char *format, ...) {
+    char line[512];
+    va_list args;
+    if (!e->options.log) return;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    e->options.log(e->options.log_user, line);
+}
+
+typedef enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } device_kind;
+
+static kivi_status parse(device_kind *kind, uint32_t *number, const char *name, kivi_error *err) {
+    *kind = DEVICE_AUTO;
+    *number = 0;
+    if (!name || !strcmp(name, "auto")) return KIVI_OK;
+    *kind = DEVICE_CPU;
+    if (!strcmp(name, "cpu")) return KIVI_OK;
+    *kind = DEVICE_CUDA;
+    if (!strcmp(name, "cuda")) return KIVI_OK;
+    bool ok = !strncmp(name, "cuda:", 5) && name[5] && strlen(name) <= 8;
+    for (const char *p = ok ? name + 5 : ""; *p; p++) {
+        ok = ok && *p >= '0' && *p <= '9';
+        *number = *number * 10 + (uint32_t)(*p - '0');
+    }
+    if (ok && *number <= MAX_DEVICE) return KIVI_OK;
+    return KI_FAIL(err, ARG, "engine: device '%s', expected auto, cpu, cuda or cuda:N", name);
+}
+
+/* ---- finding the library ---- */
+
+/* The folder of this library, or of the program it is part of. */
+static bool own_folder(char *path, size_t n_bytes) {
+    Dl_info info;
+    char real[PATH_MAX];
+    if (!dladdr((void *)(uintptr_t)own_folder, &info) || !info.dli_fname) return false;
+    const char *name = realpath(info.dli_fname, real);
+    if (!name && !(name = realpath("/proc/self/exe", real))) return false;
+    const char *slash = strrchr(name, '/');
+    if (!slash || (size_t)(slash - name) + 1 > n_bytes) return false;
+    memcpy(path, name, (size_t)(slash - name));
+    path[slash - name] = 0;
+    return true;
+}
+
+/* Tries one place; why says what the loader found wrong with a file that is there. */
+static void *try_open(char *why, size_t n_bytes, const char *path) {
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (handle) return handle;
+    const char *fault = dlerror();
+    if (!strstr(fault, LIBRARY ": cannot open")) snprintf(why, n_bytes, "%s", fault);
+    return NULL;
+}
+
+static void *open_library(char *why, size_t n_bytes) {
+    static const char *const places[] = {"/" LIBRARY, "/../lib/" LIBRARY};
+    char folder[PATH_MAX], path[PATH_MAX + 32];
+    void *handle = NULL;
+    why[0] = 0;
+    bool known = own_folder(folder, sizeof folder);
+    for (size_t i = 0; known && !handle && i < sizeof places / sizeof *places; i++) {
+        snprintf(path, sizeof path, "%s%s", folder, places[i]);
+        handle = try_open(why, n_bytes, path);
+    }
+    if (!handle) handle = try_open(why, n_bytes, LIBRARY);
+    if (!handle && !why[0]) snprintf(why, n_bytes, LIBRARY " is not beside this program");
+    return handle;
+}
+
+static bool same_build(const ki_library *library) {
+    ki_library own = {0};
+    ki_library_fill(&own);
+    return !memcmp(own.version, library->version, sizeof own.version) &&
+           !memcmp(own.n_bytes, library->n_bytes, sizeof own.n_bytes);
+}
+
+static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
+    ki_backend_options bo = {.mem = &e->mem,
+                             .device = number,
+                             .limit_bytes = e->options.gpu_memory_bytes,
+                             .frequencies = ki_rope_frequencies,
+                             .log = e->options.log,
+                             .log_user = e->options.log_user};
+    const char *asked = e->options.device ? e->options.device : "auto";
+    const char *compute = e->options.compute_type;
+    bo.compute = !compute || !strcmp(compute, "f16") ? KI_WEIGHT_F16
+                 : !strcmp(compute, "f32")           ? KI_WEIGHT_F32
+                                                     : KI_WEIGHT_BF16;
+    if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
+        return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
+    bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
+    char why[200];
+    e->library = open_library(why, sizeof why);
+    if (!e->library) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);
+    void *symbol = dlsym(e->library, KI_LIBRARY_SYMBOL);
+    ki_library_fn get;
+    memcpy(&get, &symbol, sizeof get); /* POSIX: an object pointer that is a function's */
+    if (!symbol || !same_build(get()))
+        return KI_FAIL(err, DEVICE, "device %s: " LIBRARY " is not of this version (%s)",
+                       asked, KIVI_VERSION);
+    return get()->open(&e->backend, &bo, err);
+}
+
+/* ---- the choice ---- */
+
+kivi_status ki_engine_open_backend(kivi_engine *e, kivi_error *err) {
+    device_kind kind;
+    uint32_t number;
+    kivi_error why = {0};
+    KI_TRY(parse(&kind, &number, e->options.device, err));
+    if (kind != DEVICE_CPU) {
+        kivi_status status = open_cuda(e, number, &why);
+        if (status == KIVI_OK) {
+            ki_engine_log(e, "device %s", e->backend->name);
+            return KIVI_OK;
+        }
+        if (kind == DEVICE_CUDA || status != KIVI_DEVICE) {
+            if (err) *err = why;
+            return status;
+        }
+    }
+    ki_engine_close_backend(e);
+    if (kind == DEVICE_AUTO && e->options.device) /* asked for, so answered */
+        ki_engine_log(e, "device cpu (%s)", why.text);
+    return ki_cpu_backend_create(&e->backend, &e->mem, err);
+}
+
+void ki_engine_close_backend(kivi_engine *e) {
+    if (e->backend) e->backend->api->destroy(e->backend);
+    e->backend = NULL;
+    if (e->library) dlclose(e->library);
+    e->library = NULL;
+}
+
+/* ---- the plan ---- */
+
+static uint64_t sum_of(const kivi_memory *m) {
+    uint64_t sum = 0;
+#define X(name) sum += m->name;
+    KIVI_TAG_LIST(X)
+#undef X
+    return sum;
+}
+
+/* What a device will hold for this engine, before any of it is taken: refused at once when it
+ * cannot be, not somewhere in the middle. */
+kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
+                                 const ki_backend_sizes *sizes, kivi_error *err) {
+    const ki_backend *b = e->backend;
+    kivi_memory plan, cache;
+    if (!b->device) return KIVI_OK;
+    b->api->plan(&plan, b, &e->model->config, layout, sizes);
+    if (!ki_layout_plan(&cache, layout, n_pages, e->options.max_sessions))
+        return KI_FAIL(err, ARG, "engine: %u pages are too many", n_pages);
+    uint64_t weights = ki_mem_report(b->device->mem).weights + plan.weights;
+    uint64_t pages = cache.kv_codes + cache.kv_scales;
+    uint64_t rest = sum_of(&plan) - plan.weights;
+    uint64_t all = weights + pages + cache.kv_residual + rest;
+    uint64_t room = b->limit_bytes ? KI_MIN(b->limit_bytes, b->free_bytes) : b->free_bytes;
+    const double mib = 1048576.0;
+    ki_engine_log(e,
+                  "device memory plan, MiB: weights %.1f, pages %.1f, windows of %u sessions %.1f, "
+                  "workspace %.1f, sum %.1f of %.1f",
+                  (double)weights / mib, (double)pages / mib, e->options.max_sessions,
+                  (double)cache.kv_residual / mib, (double)rest / mib, (double)all / mib,
+                  (double)room / mib);
+    if (all <= room) return KIVI_OK;
+    return KI_FAIL(err, NOMEM,
+                   "device memory: weights %.0f, pages %.0f, windows %.0f and workspace %.0f MiB "
+                   "exceed %.0f MiB%s; fewer sessions or a shorter context would need less",
+                   (double)weights / mib, (double)pages / mib, (double)cache.kv_residual / mib,
+                   (double)rest / mib, (double)room / mib,
+                   b->limit_bytes && b->limit_bytes <= b->free_bytes ? " (the limit that was set)"
+                                                                     : "");
+}
