@@ -135,8 +135,12 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 ifneq ($(NVCC),)
-all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda
+all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda $(BUILD)/bench-cuda
 endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.
@@ -186,4 +190,5 @@ help:
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
+-include $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d

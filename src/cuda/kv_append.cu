@@ -1,5 +1,5 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One thread
- * block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
+/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
+ * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
 #include "kv_launch.h"
 #include "kv_quant.cuh"
 
@@ -17,7 +17,7 @@ struct append_args {
     ki_cuda_type type;
 };
 
-enum { APPEND_THREADS = 128, MAX_DIM = 256 };
+enum { APPEND_THREADS = 128, ONE_ROW_THREADS = 256, MAX_DIM = 256 };
 
 /* ---- rows ---- */
 
@@ -44,12 +44,13 @@ KI_DEV uint16_t checked_f16(float x, row_check *check) {
 KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t row) {
     if (check.n_saturated)
         atomicAdd(&a.counters->n_saturated, (unsigned long long)check.n_saturated);
-    if (!check.is_bad) return;
+    if (!__syncthreads_or(check.is_bad) || threadIdx.x) return;
     if (a.row_flags) a.row_flags[row] = 1;
     atomicAdd(&a.counters->n_nonfinite, 1ull);
 }
 
-/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step afterwards. */
+/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step
+ * afterwards. */
 KI_DEV void load_row(float *out, const append_args &a, const void *x, uint64_t at, uint32_t row,
                      bool rotated) {
     uint32_t half = a.l.head_dim / 2;
@@ -154,13 +155,12 @@ KI_DEV void put_key_codes(quant_shared &m, const append_args &a, const range_job
         uint32_t c = k % d;
         float x = f16_value(m.raw[k]);
         bool is_sink = base + k / d < sinks;
-        m.codes[k] = is_sink ? 0
-                             : (uint8_t)code_of(x, f16_value(m.scale[c]), f16_value(m.zero[c]),
-                                                levels);
+        m.codes[k] =
+            is_sink ? 0 : (uint8_t)code_of(x, f16_value(m.scale[c]), f16_value(m.zero[c]), levels);
     }
     __syncthreads();
-    uint8_t *sub = job.page + a.l.head_bytes +
-                   base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+    uint8_t *sub =
+        job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
     pack_block((uint32_t *)(sub + a.l.k_at), m.codes, d, d / 16, a.l.k_bits, true, from - base,
                to - base, 0);
     __syncthreads();
@@ -199,8 +199,8 @@ KI_DEV void close_key_group(quant_shared &m, const append_args &a, const range_j
         stage_rows(m.raw, a, job, base, from, from + span, true);
         __syncthreads();
         for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            channel_range(&m.low[c], &m.high[c], m.raw, d, c, max(from, min(sinks, from + span)) - base,
-                          from + span - base);
+            channel_range(&m.low[c], &m.high[c], m.raw, d, c,
+                          max(from, min(sinks, from + span)) - base, from + span - base);
         __syncthreads();
     }
     put_key_scales(m, a, job, first);
@@ -219,9 +219,10 @@ KI_DEV void copy_rows(quant_shared &m, const append_args &a, const range_job &jo
         const uint16_t *rows = keys ? a.k_rows : a.v_rows, *row = keys ? m.k16 : m.v16;
         uint32_t t = pos % KI_PAGE_TOKENS;
         if (rows)
-            row = rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) *
-                              a.l.n_kv_heads +
-                          job.head) * d;
+            row =
+                rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) * a.l.n_kv_heads +
+                        job.head) *
+                           d;
         uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
         put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), row, t % KI_SUB_TOKENS, d, keys);
     }
@@ -260,8 +261,8 @@ KI_DEV void quantize_values(quant_shared &m, const append_args &a, const range_j
     for (uint32_t base = first / KI_SUB_TOKENS * KI_SUB_TOKENS; base < job.to;
          base += KI_SUB_TOKENS) {
         uint32_t from = max(first, base), to = min(job.to, base + KI_SUB_TOKENS);
-        uint8_t *sub = job.page + a.l.head_bytes +
-                       base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
+        uint8_t *sub =
+            job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
         stage_rows(m.raw, a, job, base, from, to, false);
         __syncthreads();
         for (uint32_t pos = from + warp; pos < to; pos += blockDim.x / 32) {
@@ -293,43 +294,192 @@ KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s,
     return true;
 }
 
-/* Pages `part`, counted from the one where the line stood, of both sides. */
-KI_DEV void move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
+/* Page `part` of both sides, counted from the one where the line stood. False behind the last. */
+KI_DEV bool move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
                        uint32_t part, uint8_t *more) {
     uint32_t n = s.n_tokens, end = n + s.n_rows;
     uint32_t k_from = ki_cuda_k_packed(&a.l, n), v_from = ki_cuda_v_packed(&a.l, n);
     range_job job;
-    if (make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
-                 ki_cuda_k_packed(&a.l, end)))
-        quantize_keys(m, a, job, more);
+    bool keys = make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
+                         ki_cuda_k_packed(&a.l, end));
+    if (keys) quantize_keys(m, a, job, more);
     __syncthreads();
-    if (make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
-                 ki_cuda_v_packed(&a.l, end)))
-        quantize_values(m, a, job);
+    bool values = make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
+                           ki_cuda_v_packed(&a.l, end));
+    if (values) quantize_values(m, a, job);
+    return keys || values;
+}
+
+/* ---- one row ---- */
+
+/* Rotates the queries of this KV head into q_out; its key and value go to m.k16 and m.scratch (as
+ * float32, for plus kinds to turn) or m.v16, and into the 16-bit store. In step afterwards. */
+KI_DEV void load_one_row(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                         uint32_t head) {
+    uint32_t d = a.l.head_dim, half = d / 2, group = a.q ? a.l.head_group : 0;
+    uint64_t row = s.first_row;
+    row_check check = {}, ignored = {};
+    for (uint32_t k = threadIdx.x; k < (group + 2) * half; k += blockDim.x) {
+        uint32_t which = k / half, j = k % half;
+        bool is_query = which < group, is_key = which == group;
+        const void *x = is_query ? a.q : is_key ? a.k : a.v;
+        uint64_t at = is_query ? row * a.q_stride + (head * group + which) * d
+                               : row * (is_key ? a.k_stride : a.v_stride) + head * d;
+        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
+        if (a.rope && (is_query || is_key)) {
+            float2 r = ((const float2 *)a.rope)[row * half + j];
+            float x0 = __fsub_rn(__fmul_rn(u, r.x), __fmul_rn(w, r.y));
+            w = __fadd_rn(__fmul_rn(w, r.x), __fmul_rn(u, r.y));
+            u = x0;
+        }
+        if (is_query) {
+            uint16_t *to = a.q_out + (row * a.l.n_heads + head * group + which) * d;
+            to[j] = checked_f16(u, &ignored), to[half + j] = checked_f16(w, &ignored);
+        } else if (is_key)
+            m.k16[j] = checked_f16(u, &check), m.k16[half + j] = checked_f16(w, &check);
+        else if (a.l.is_plus) m.scratch[j] = u, m.scratch[half + j] = w;
+        else m.v16[j] = checked_f16(u, &check), m.v16[half + j] = checked_f16(w, &check);
+    }
+    if (a.l.is_plus) {
+        __syncthreads();
+        turn_row(m.scratch, d, threadIdx.x, blockDim.x);
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            m.v16[c] = checked_f16(m.scratch[c], &check);
+    }
+    report_row(a, check, s.first_row); /* a barrier */
+    uint32_t t = s.n_tokens % KI_SUB_TOKENS, block = s.n_tokens / KI_SUB_TOKENS;
+    if (a.l.k_bits < 16)
+        put_exact_row(exact_block(a.l, s, a.layer, head, block, 0), m.k16, t, d, true);
+    if (a.l.v_bits < 16)
+        put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
+}
+
+/* The value that falls behind the line with this row, if one does: its codes and scales. Everything
+ * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
+KI_DEV void quantize_one_value(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                               uint32_t head, float *terms) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t pos = s.n_tokens - l.residual_tokens, t = pos % KI_SUB_TOKENS, d = l.head_dim;
+    if (l.v_bits == 16 || s.n_tokens < l.residual_tokens || pos < l.sink_tokens) return;
+    uint8_t *block = exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1);
+    uint8_t *sub = page_of(a, s, pos / KI_PAGE_TOKENS, head) + l.head_bytes +
+                   pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+    uint16_t *row = m.raw;
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        row[c] = *exact_element(block, t, c, d / 16, false);
+    __syncthreads();
+    if (l.is_plus) {
+        float half = l.v_bits == 2 ? 1.5f : 3.5f;
+        plus_value_scales(m.scale, terms, row, l);
+        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+            m.codes[c] = (uint8_t)plus_value_code(f16_value(row[c]),
+                                                  f16_value(m.scale[c / l.v_group]), half);
+        for (uint32_t g = threadIdx.x; g < d / l.v_group; g += blockDim.x)
+            ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
+                m.scale[g];
+    } else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, row, t, threadIdx.x);
+    __syncthreads();
+    put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
+    if (l.v_bits != 3) return;
+    /* the third plane's words hold two tiles of channels: packed as a block of one token */
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
+    __syncthreads();
+    pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
+}
+
+/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels.
+ * A thread has one channel's 32 keys in registers. */
+KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                               uint32_t head, uint32_t from, uint32_t to) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t d = l.head_dim, steps = d / 16, n_parts = blockDim.x / d;
+    uint32_t part = threadIdx.x / d, c = threadIdx.x % d, fours = d * 4; /* 16-byte words a block */
+    float levels = (float)((1u << l.k_bits) - 1);
+    for (; from < to; from += n_parts * KI_SUB_TOKENS) {
+        uint32_t n = min(n_parts, (to - from) / KI_SUB_TOKENS);
+        for (uint32_t k = threadIdx.x; k < n * fours; k += blockDim.x)
+            ((uint4 *)m.raw)[k] = ((const uint4 *)exact_block(
+                l, s, a.layer, head, from / KI_SUB_TOKENS + k / fours, 0))[k % fours];
+        __syncthreads();
+        uint32_t base = from + part * KI_SUB_TOKENS;
+        uint8_t *codes = m.codes + part * KI_SUB_TOKENS * d;
+        uint8_t *sub = page_of(a, s, base / KI_PAGE_TOKENS, head) +
+                       base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+        uint32_t sinks = l.sink_tokens > base ? l.sink_tokens - base : 0;
+        bool is_mine = part < n && sinks < KI_SUB_TOKENS;
+        if (is_mine) {
+            uint8_t *raw = (uint8_t *)m.raw + part * fours * 16;
+            float x[KI_SUB_TOKENS], low = INFINITY, high = -INFINITY;
+#pragma unroll
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
+                x[t] = f16_value(*exact_element(raw, t, c, steps, true));
+                if (t < sinks) continue;
+                low = fminf(low, x[t]), high = fmaxf(high, x[t]);
+            }
+            uint16_t scale, zero;
+            range_scale(&scale, &zero, low, high, levels);
+            ((uint16_t *)(sub + l.k_scale_at))[ki_order_key_scale(c, steps)] = scale;
+            ((uint16_t *)(sub + l.k_zero_at))[ki_order_key_scale(c, steps)] = zero;
+            float sf = f16_value(scale), zf = f16_value(zero);
+#pragma unroll
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++)
+                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_of(x[t], sf, zf, levels);
+        }
+        __syncthreads();
+        for (uint32_t k = 0; k < n; k++) {
+            uint32_t at = from + k * KI_SUB_TOKENS;
+            if (l.sink_tokens >= at + KI_SUB_TOKENS) continue;
+            uint8_t *plane = page_of(a, s, at / KI_PAGE_TOKENS, head) + l.k_at +
+                             at % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
+            pack_block((uint32_t *)plane, m.codes + k * KI_SUB_TOKENS * d, d, steps, l.k_bits, true,
+                       0, KI_SUB_TOKENS, 0);
+        }
+        __syncthreads();
+    }
+}
+
+/* Keys whose line moved with this row: R of them, once in R steps. */
+KI_DEV void close_keys(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
+                       uint8_t *more) {
+    uint32_t from = ki_cuda_k_packed(&a.l, s.n_tokens), to = ki_cuda_k_packed(&a.l, s.n_tokens + 1);
+    if (from == to) return;
+    if (a.l.k_group == KI_SUB_TOKENS) {
+        close_blocks_of_32(m, a, s, head, from, to);
+        return;
+    }
+    range_job job;
+    for (uint32_t page = from / KI_PAGE_TOKENS; make_job(&job, a, &s, head, page, from, to);
+         page++) {
+        quantize_keys(m, a, job, more);
+        __syncthreads();
+    }
 }
 
 /* ---- the kernels ---- */
 
-static __global__ void __launch_bounds__(APPEND_THREADS)
+static __global__ void __launch_bounds__(ONE_ROW_THREADS, 5)
     ki_append_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
     quant_shared &m = *(quant_shared *)shared;
     uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
+    const ki_cuda_seq s = a.seqs[slot];
+    if (s.n_rows != 1) {
+        wait_for_previous();
+        let_next_begin();
+        return;
+    }
+    uint8_t *more = shared + sizeof(quant_shared);
+    quantize_one_value(m, a, s, head, (float *)more);
     wait_for_previous();
     let_next_begin();
-    const ki_cuda_seq s = a.seqs[slot];
-    if (s.n_rows != 1) return;
-    rotate_queries(m.scratch, a, s.first_row, head);
-    load_kv_row(m.k16, m.v16, m.scratch, a, s.first_row, head);
-    uint32_t pos = s.n_tokens, d = a.l.head_dim, block = pos / KI_SUB_TOKENS;
-    if (a.l.k_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 0), m.k16, pos % KI_SUB_TOKENS, d,
-                      true);
-    if (a.l.v_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, pos % KI_SUB_TOKENS, d,
-                      false);
     __syncthreads();
-    move_lines(m, a, s, head, 0, shared + sizeof(quant_shared));
+    load_one_row(m, a, s, head);
+    range_job job = {&s, head, s.n_tokens / KI_PAGE_TOKENS, s.n_tokens, s.n_tokens + 1, NULL};
+    if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
+    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
+    if (a.l.v_bits == 16) copy_rows(m, a, job, false);
+    __syncthreads();
+    if (a.l.k_bits < 16) close_keys(m, a, s, head, more);
 }
 
 /* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */
@@ -369,7 +519,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     let_next_begin();
     const ki_cuda_seq s = a.seqs[slot];
     uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
-    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS), to = min(end, (block + 1) * KI_SUB_TOKENS);
+    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS),
+             to = min(end, (block + 1) * KI_SUB_TOKENS);
     if (s.n_rows == 0 || from >= to) return;
     uint32_t last = (end - 1) / KI_SUB_TOKENS;
     for (uint32_t side = 0; side < 2; side++) {
@@ -380,8 +531,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
         const uint16_t *rows = side ? a.v_rows : a.k_rows;
         for (uint32_t pos = from; pos < to; pos++) {
             uint64_t row = s.first_row + pos - s.n_tokens;
-            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS, d,
-                          side == 0);
+            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS,
+                          d, side == 0);
         }
     }
 }
@@ -448,16 +599,16 @@ kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_erro
     append_args a = args_of(c);
     a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
     return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
-                                   APPEND_THREADS, shared_bytes(l), c->pdl, stream, a),
+                                   ONE_ROW_THREADS, shared_bytes(l), c->pdl, stream, a),
                          "append", err);
 }
 
 kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
-    KI_TRY(ki_cuda_check(ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0,
-                                   c->pdl, stream, a),
-                         "prompt rows", err));
+    KI_TRY(ki_cuda_check(
+        ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0, c->pdl, stream, a),
+        "prompt rows", err));
     /* the lines move over max_rows tokens and what they were behind; one page more for each end */
     a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,

@@ -39,10 +39,12 @@
  * steps needs a ring that holds it from its start: the caller points `ring` to a larger one for
  * that time and moves the newest rows back with ki_cuda_ring_copy.
  *
- * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers only.
- * A call with pdl may start to read pages, tables and the plan while the kernel before it in the stream
- * ends: that kernel must be one that waits for its own predecessor (all of these do, and any kernel
- * launched without pdl), and not ki_cuda_decode_plan.
+ * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers
+ * only. ki_cuda_append with pdl reads the row that leaves the window before it waits for the kernel
+ * before it: two steps of a sequence in a layer must have another kernel between them (attention is
+ * one). A call with pdl may start to read pages, tables and the plan while the kernel before it in
+ * the stream ends: that kernel must be one that waits for its own predecessor (all of these do, and
+ * any kernel launched without pdl), and not ki_cuda_decode_plan.
  *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends
@@ -73,6 +75,7 @@ typedef struct ki_cuda_layout {
      * within the page's head where k_group > 32, else within a sub. */
     uint32_t head_bytes, sub_bytes, page_bytes; /* all multiples of 16 */
     uint32_t k_at, wide_at, v_at, third_at, v_scale_at, v_zero_at, k_scale_at, k_zero_at, list_at;
+    uint32_t unit_subs;        /* blocks that decode attention takes at once (kv_plan.h) */
     uint32_t page_scale_bytes; /* of page_bytes: scales, zeros and lists (tag kv_scales) */
     uint32_t k_ring_blocks, v_ring_blocks, sink_blocks; /* 32-token blocks; 0 for a 16-bit side */
     uint64_t ring_bytes, sink_bytes; /* of one sequence, all layers and KV heads */
@@ -114,7 +117,8 @@ typedef struct ki_cuda_seq {
 } ki_cuda_seq;
 
 typedef struct ki_cuda_counters {                /* device memory; kernels only add */
-    unsigned long long n_saturated, n_nonfinite; /* values beyond float16; rows with inf or NaN */
+    unsigned long long n_saturated, n_nonfinite; /* values beyond float16; rows of a KV head with
+                                                  * inf or NaN */
 } ki_cuda_counters;
 
 typedef struct ki_cuda_cache {

@@ -15,7 +15,7 @@ struct plan_args {
 
 KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, uint32_t slot,
                         const ki_plan_ranges &r, uint32_t first, uint32_t n) {
-    uint32_t unit = ki_cuda_unit_subs(&a.l);
+    uint32_t unit = a.l.unit_subs;
     for (uint32_t k = 0; k < n; k++) {
         ki_plan_item item = {slot, s.first_row, s.table, s.n_tokens};
         item.part = ki_plan_split(&r, unit, k, n);
@@ -71,70 +71,116 @@ static __global__ void __launch_bounds__(PLAN_THREADS) ki_plan_kernel(const plan
     if (threadIdx.x == 0) *a.n_items = done;
 }
 
-/* ---- the merge: one thread block a (slot, head), its warps take every fourth split ---- */
+/* ---- the merge of a row's splits ---- */
 
 struct merge_args {
     const ki_plan_slot *slots;
     const ki_plan_item *items;
-    const float *states, *acc;
+    const float2 *states; /* [items][H]: largest score, sum */
+    const float4 *acc;    /* [items][H][D / 4] */
     void *out;
-    uint32_t n_heads, head_dim, out_stride;
+    uint32_t n_rows, n_heads, head_dim, out_stride; /* n_rows: slots * H */
     ki_cuda_type out_type;
     bool is_turned;
 };
 
-enum { MERGE_WARPS = 4, MERGE_MAX_DIM = 256 };
+/* BATCH: splits whose states a warp loads at once, before it uses the first. */
+enum {
+    MERGE_THREADS = 128,
+    MERGE_WARPS = MERGE_THREADS / 32,
+    MERGE_BATCH = 8,
+    MERGE_MAX_DIM = 256
+};
 
-/* The largest score and the sum of all splits; every warp computes both, in the same order. */
-KI_DEV void merge_sums(float *largest, float *sum, const merge_args &a, uint64_t first,
-                       uint32_t n, uint32_t head) {
-    uint32_t lane = threadIdx.x % 32;
-    float m = -1e30f, total = 0;
-    for (uint32_t s = lane; s < n; s += 32)
-        m = fmaxf(m, a.states[2 * ((first + s) * a.n_heads + head)]);
-    for (int x = 16; x; x /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
-    for (uint32_t s = lane; s < n; s += 32) {
-        const float *state = a.states + 2 * ((first + s) * a.n_heads + head);
-        total += state[1] * exp2_fast(state[0] - m);
+/* A lane's part of a row: four channels, and four more above 128. */
+struct merge_state {
+    float m, sum;
+    float4 acc[2];
+};
+
+KI_DEV void merge_into(merge_state &a, float m, float sum, const float4 (&acc)[2]) {
+    float top = fmaxf(a.m, m), f = exp2_fast(a.m - top), g = exp2_fast(m - top);
+    a.m = top;
+    a.sum = a.sum * f + sum * g;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        a.acc[i].x = a.acc[i].x * f + acc[i].x * g;
+        a.acc[i].y = a.acc[i].y * f + acc[i].y * g;
+        a.acc[i].z = a.acc[i].z * f + acc[i].z * g;
+        a.acc[i].w = a.acc[i].w * f + acc[i].w * g;
     }
-    for (int x = 16; x; x /= 2) total += __shfl_xor_sync(~0u, total, x);
-    *largest = m;
-    *sum = total;
 }
 
-static __global__ void __launch_bounds__(MERGE_WARPS * 32) ki_merge_kernel(const merge_args a) {
-    __shared__ float4 parts[MERGE_WARPS][MERGE_MAX_DIM / 4];
-    uint32_t slot = blockIdx.x / a.n_heads, head = blockIdx.x % a.n_heads;
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_fours = a.head_dim / 4;
-    wait_for_previous();
-    let_next_begin();
-    uint32_t n = a.slots[slot].n_splits;
-    if (n < 2) return; /* nothing to do, or written already */
-    uint64_t first = a.slots[slot].first_item;
-    float m, sum;
-    merge_sums(&m, &sum, a, first, n, head);
-    for (uint32_t c = lane; c < n_fours; c += 32) {
-        float4 acc = {0, 0, 0, 0};
-#pragma unroll 8
-        for (uint32_t s = warp; s < n; s += MERGE_WARPS) {
-            uint64_t at = (first + s) * a.n_heads + head;
-            float f = exp2_fast(a.states[2 * at] - m);
-            float4 x = ((const float4 *)a.acc)[at * n_fours + c];
-            acc.x += x.x * f, acc.y += x.y * f, acc.z += x.z * f, acc.w += x.w * f;
+/* Splits from, from + step, ... below n of one row, in this order. */
+KI_DEV merge_state merge_splits(const merge_args &a, uint64_t first, uint32_t head, uint32_t from,
+                                uint32_t step, uint32_t n, uint32_t lane) {
+    uint32_t n_fours = a.head_dim / 4;
+    merge_state state = {-1e30f, 0, {}};
+    for (uint32_t s = from; s < n; s += step * MERGE_BATCH) {
+        float2 ml[MERGE_BATCH];
+        float4 acc[MERGE_BATCH][2];
+#pragma unroll
+        for (int k = 0; k < MERGE_BATCH; k++) {
+            uint64_t at = (first + s + k * step) * a.n_heads + head;
+            bool here = s + k * step < n;
+            ml[k] = here ? a.states[at] : make_float2(-1e30f, 0);
+#pragma unroll
+            for (uint32_t i = 0; i < 2; i++)
+                acc[k][i] = here && lane + i * 32 < n_fours ? a.acc[at * n_fours + lane + i * 32]
+                                                            : make_float4(0, 0, 0, 0);
         }
-        parts[warp][c] = acc;
+#pragma unroll
+        for (int k = 0; k < MERGE_BATCH; k++) merge_into(state, ml[k].x, ml[k].y, acc[k]);
     }
-    __syncthreads();
-    float *row = (float *)parts;
-    for (uint32_t c = threadIdx.x; c < a.head_dim; c += MERGE_WARPS * 32) {
-        float value = 0;
-        for (int w = 0; w < MERGE_WARPS; w++) value += row[w * MERGE_MAX_DIM + c];
-        row[c] = sum > 0 ? value / sum : 0; /* warp 0's slot: read by this thread only */
+    return state;
+}
+
+KI_DEV void put_merged(float *row, const merge_state &s, uint32_t head_dim, uint32_t lane) {
+    float f = s.sum > 0 ? 1 / s.sum : 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t c = (lane + i * 32) * 4;
+        if (c >= head_dim) continue;
+        row[c] = s.acc[i].x * f, row[c + 1] = s.acc[i].y * f;
+        row[c + 2] = s.acc[i].z * f, row[c + 3] = s.acc[i].w * f;
     }
-    if (a.is_turned) turn_row(row, a.head_dim, threadIdx.x, MERGE_WARPS * 32);
-    uint64_t to = (uint64_t)a.items[first].row * a.out_stride + head * a.head_dim;
-    for (uint32_t c = threadIdx.x; c < a.head_dim; c += MERGE_WARPS * 32)
-        store_out(a.out, a.out_type, to + c, row[c]);
+}
+
+/* IS_WIDE: one thread block a row, its warps take every fourth split. Else a warp a row. */
+template <bool IS_WIDE>
+static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const merge_args a) {
+    __shared__ __align__(16) float rows[MERGE_WARPS][MERGE_MAX_DIM];
+    __shared__ merge_state parts[MERGE_WARPS][32];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    uint32_t index = IS_WIDE ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp;
+    uint32_t slot = index / a.n_heads, head = index % a.n_heads, n = 0;
+    uint64_t first = 0, row = 0;
+    let_next_begin(); /* it waits for this kernel, and so for the one before */
+    if (index < a.n_rows) {
+        n = a.slots[slot].n_splits, first = a.slots[slot].first_item;
+        if (n > 1) row = a.items[first].row;
+    }
+    wait_for_previous();
+    bool is_here = n > 1; /* else there is nothing to do, or it was written already */
+    merge_state state = {};
+    if (is_here)
+        state =
+            merge_splits(a, first, head, IS_WIDE ? warp : 0, IS_WIDE ? MERGE_WARPS : 1, n, lane);
+    if (IS_WIDE) {
+        parts[warp][lane] = state;
+        __syncthreads();
+        is_here = is_here && warp == 0;
+        if (is_here)
+            for (int w = 1; w < MERGE_WARPS; w++)
+                merge_into(state, parts[w][lane].m, parts[w][lane].sum, parts[w][lane].acc);
+    }
+    if (is_here) put_merged(rows[warp], state, a.head_dim, lane);
+    if (a.is_turned) /* an idle warp's row is whatever it is, and stays here */
+        for (int w = 0; w < (IS_WIDE ? 1 : MERGE_WARPS); w++)
+            turn_row(rows[w], a.head_dim, threadIdx.x, MERGE_THREADS);
+    __syncwarp();
+    if (!is_here) return;
+    for (uint32_t c = lane; c < a.head_dim; c += 32)
+        store_out(a.out, a.out_type, row * a.out_stride + head * a.head_dim + c, rows[warp][c]);
 }
 
 /* ---- the table of kernels ---- */
@@ -155,8 +201,8 @@ static const decode_kernel *table_of(uint32_t head_dim) {
 
 static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
     return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
-           (!k->group || (k->group == l->k_group && k->group == l->v_group)) &&
-           k->is_plus == l->is_plus && k->unit_subs == ki_cuda_unit_subs(l);
+           (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
+           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs;
 }
 
 static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
@@ -205,14 +251,30 @@ kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi
     return ki_cuda_check(cudaGetLastError(), "plan", err);
 }
 
+/* Up to this many splits one warp a row has all its loads in flight at once. */
+enum { NARROW_SPLITS = 8 };
+
 static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w, void *stream,
                                 kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
-    merge_args a = {w.slots,     w.items,       w.states,    w.acc,          c->out,
-                    l->n_heads,  l->head_dim,   c->out_stride, c->out_type, l->is_plus != 0};
-    return ki_cuda_check(ki_launch(ki_merge_kernel, c->cache->n_seqs * l->n_heads,
-                                   MERGE_WARPS * 32, 0, c->pdl, stream, a),
-                         "merge", err);
+    uint32_t n_rows = c->cache->n_seqs * l->n_heads;
+    bool is_wide = w.max_splits > NARROW_SPLITS;
+    merge_args a = {w.slots,
+                    w.items,
+                    (const float2 *)w.states,
+                    (const float4 *)w.acc,
+                    c->out,
+                    n_rows,
+                    l->n_heads,
+                    l->head_dim,
+                    c->out_stride,
+                    c->out_type,
+                    l->is_plus != 0};
+    cudaError_t e =
+        is_wide ? ki_launch(ki_merge_kernel<true>, n_rows, MERGE_THREADS, 0, c->pdl, stream, a)
+                : ki_launch(ki_merge_kernel<false>, (n_rows + MERGE_WARPS - 1) / MERGE_WARPS,
+                            MERGE_THREADS, 0, c->pdl, stream, a);
+    return ki_cuda_check(e, "merge", err);
 }
 
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
@@ -221,6 +283,12 @@ kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, ki
     if (!kernel)
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);
+    return ki_cuda_decode_attend_by(c, kernel, stream, err);
+}
+
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
     workspace w = workspace_of(c);
     decode_args a = {};
     a.l = *l;
@@ -239,7 +307,7 @@ kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, ki
     a.layer = c->layer;
     a.chunks = (l->head_group + 7) / 8;
     a.heads = l->n_kv_heads * a.chunks;
-    a.unit_bytes = l->head_bytes ? l->page_bytes : ki_cuda_unit_subs(l) * l->sub_bytes;
+    a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
     KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),

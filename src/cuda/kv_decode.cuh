@@ -1,11 +1,11 @@
-/* kv_decode.cuh: fused decode attention, one thread block for each work item (a split of a sequence)
- * and KV head (eight query heads of it at a time).
+/* kv_decode.cuh: fused decode attention, one thread block for each work item (a split of a
+ * sequence) and KV head (eight query heads of it at a time).
  *
  * Each warp streams every WARPS-th fast unit of the item through its own ring of stages in shared
  * memory, keeps its own online softmax, and takes every WARPS-th slow block straight from global
  * memory, in float16 or codes, token by token as the visibility rule says. The warps' states are
- * merged in their order; an item of several splits writes its state, and merge_kernel merges these in
- * order. No atomics: bits repeat. */
+ * merged in their order; an item of several splits writes its state, and merge_kernel merges these
+ * in order. No atomics: bits repeat. */
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_rows.cuh"
@@ -27,20 +27,22 @@ struct decode_args {
     float factor; /* scale log2(e) */
 };
 
-/* A kernel's shape. Bits and G 0: known at run time. NB: blocks of a unit. */
-template <int D_, int KB_, int VB_, int G_, int NB_, int WARPS_, int STAGES_, int BLOCKS_, bool PLUS_>
+/* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus
+ * kinds, and no others. */
+template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_,
+          bool PLUS_>
 struct decode_shape {
-    static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, G = G_, NB = NB_;
+    static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
+    static constexpr int NB = NB_;
     static constexpr int WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
-    static constexpr bool PLUS = PLUS_; /* false: no plus kind comes here */
+    static constexpr bool PLUS = PLUS_;
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
     KI_DEV_MEMBER uint32_t v_bits(const ki_cuda_layout &l) {
         return VB ? VB : l.v_bits == 3 ? 2 : l.v_bits; /* of the low plane */
     }
-    KI_DEV_MEMBER uint32_t k_group(const ki_cuda_layout &l) { return G ? G : l.k_group; }
-    KI_DEV_MEMBER uint32_t v_group(const ki_cuda_layout &l) { return G ? G : l.v_group; }
-    KI_DEV_MEMBER bool is_plus(const ki_cuda_layout &l) { return PLUS && l.is_plus; }
+    KI_DEV_MEMBER uint32_t k_group(const ki_cuda_layout &l) { return KG ? KG : l.k_group; }
+    KI_DEV_MEMBER uint32_t v_group(const ki_cuda_layout &l) { return VG ? VG : l.v_group; }
     KI_DEV_MEMBER bool quartered(const ki_cuda_layout &l) { return k_bits(l) == 2; }
 };
 
@@ -50,7 +52,8 @@ template <class S> struct warp_state {
     float z[4];                   /* zero sums of channel groups 0 to 7; sums of p */
     float z8[S::D > 128 ? 4 : 1]; /* of groups 8 to 15 */
     float m[2];                   /* largest score of heads 2 t, 2 t + 1 */
-    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus) */
+    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus), in
+                                   * the order of scales */
 };
 
 /* ---- a page's planes ---- */
@@ -58,7 +61,7 @@ template <class S> struct warp_state {
 template <class S>
 KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, const uint8_t *sub,
                                   uint32_t token_in_page) {
-    if constexpr (S::G == 32) return (const uint16_t *)(sub + l.k_scale_at);
+    if constexpr (S::KG == 32) return (const uint16_t *)(sub + l.k_scale_at);
     uint32_t group = S::k_group(l);
     if (group > KI_SUB_TOKENS)
         return (const uint16_t *)(head + l.k_scale_at) + token_in_page / group * S::D;
@@ -67,58 +70,61 @@ KI_DEV const uint16_t *key_scales(const ki_cuda_layout &l, const uint8_t *head, 
 
 /* ---- keys of one block ---- */
 
-/* The wide channels' upper bits: as many more products as D/4 channels need. */
+template <class S> struct scaled_queries {            /* b operands for one key group */
+    static constexpr int WIDE = (S::D / 4 + 15) / 16; /* steps of wide channels */
+    uint32_t b[2 * S::NJ], wide[S::PLUS ? 2 * WIDE : 1];
+};
+
+/* Queries of the wide channels, times 4 and their scales: a code's upper bits count four times. The
+ * gathered queries lie in the order of the scales. */
 template <class S>
-KI_DEV void wide_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *head,
-                        const uint8_t *sub, const warp_state<S> &st, uint32_t lane) {
-    constexpr int N = (S::D / 4 + 15) / 16;
-    const uint8_t *list = head + l.list_at;
-    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = st.wide_q + lane / 4 * S::D;
-    uint32_t b[2 * N];
+KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
+                        const uint16_t *wide_q, uint32_t lane) {
+    const uint16_t *list = (const uint16_t *)(head + l.list_at) + lane % 4;
+    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = wide_q + lane / 4 * S::D;
 #pragma unroll
-    for (int k = 0; k < 2 * N; k++) {
-        uint32_t w = k / 2 * 16 + k % 2 * 8 + lane % 4 * 2, pair[2];
-#pragma unroll
-        for (uint32_t e = 0; e < 2; e++) {
-            bool is_wide = w + e < S::D / 4;
-            uint32_t c = is_wide ? list[w + e] : 0;
-            pair[e] = is_wide ? mul2(q[c], scales[ki_order_key_scale(c, S::NJ)]) : 0;
-        }
-        /* a code's upper bits count four times; columns 8 to 15 have a factor 4 already */
-        b[k] = mul2(pair[0] | pair[1] << 16, k % 2 ? TWO_ONES : TWO_FOURS);
+    for (int k = 0; k < 2 * scaled_queries<S>::WIDE; k++) {
+        uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
+        bool is_wide = w < S::D / 4;
+        uint32_t two = is_wide ? list[k * 4] : 0;
+        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ),
+                 c1 = ki_order_key_scale(two >> 8, S::NJ);
+        uint32_t x = mul2(q[c0] | (uint32_t)q[c1] << 16, scales[c0] | (uint32_t)scales[c1] << 16);
+        /* columns 8 to 15 of a tile have a factor 4 already */
+        out.wide[k] = is_wide ? mul2(x, k % 2 ? TWO_ONES : TWO_FOURS) : 0;
     }
-    for_frags<N, 2>(sub + l.wide_at, lane,
-                    [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                        mma(s[i], a0, a1, a2, a3, b[2 * j], b[2 * j + 1]);
-                    });
 }
 
-/* Products of a block's codes, in code units. */
 template <class S>
-KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *head,
+KI_DEV void scale_group(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
                         const uint8_t *sub, uint32_t token_in_page, const warp_state<S> &st,
                         uint32_t lane) {
-    uint32_t bits = S::k_bits(l);
-    if (bits == 16) {
-        for_frags<S::NJ, 16>(sub + l.k_at, lane, [&](int j, int i, uint32_t a0, uint32_t a1,
-                                                     uint32_t a2, uint32_t a3) {
-            mma(s[i], a0, a1, a2, a3, st.q.q[2 * j], st.q.q[2 * j + 1]);
-        });
+    if (S::k_bits(l) == 16) {
+#pragma unroll
+        for (int k = 0; k < 2 * S::NJ; k++) out.b[k] = st.q.q[k];
         return;
     }
-    uint32_t scaled[2 * S::NJ], n_groups = S::k_group(l) < KI_SUB_TOKENS ? 2 : 1;
-    for (uint32_t g = 0; g < n_groups; g++) {
-        scale_queries<S::NJ>(scaled, st.q.q, key_scales<S>(l, head, sub, token_in_page + g * 16),
-                             lane);
-        for_frags_of<S::NJ, S::KB>(bits, sub + l.k_at, lane,
-                                   [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3) {
-                                       if (n_groups == 1 || i == (int)g)
-                                           mma(s[i], a0, a1, a2, a3, scaled[2 * j],
-                                               scaled[2 * j + 1]);
-                                   });
-    }
-    if (S::is_plus(l) && bits == 2) wide_scores<S>(s, l, head, sub, st, lane);
+    scale_queries<S::NJ>(out.b, st.q.q, key_scales<S>(l, head, sub, token_in_page), lane);
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2) gather_wide<S>(out, l, head, st.wide_q, lane);
+}
+
+/* Products of a block's codes, in code units; tiles i with `which` bit i. */
+template <class S>
+KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *sub,
+                        const scaled_queries<S> &q, uint32_t which, uint32_t lane) {
+    for_frags_of<S::NJ, S::KB>(
+        S::k_bits(l), sub + l.k_at, lane,
+        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+            if (which >> i & 1) mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
+        });
+    if constexpr (S::PLUS)
+        if (S::k_bits(l) == 2)
+            for_frags<scaled_queries<S>::WIDE, 2>(
+                sub + l.wide_at, lane,
+                [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                    mma(s[i], a0, a1, a2, a3, q.wide[2 * j], q.wide[2 * j + 1]);
+                });
 }
 
 /* Scores of NB blocks of codes, in units of log2: s [2 NB] tiles of 16 tokens. */
@@ -133,16 +139,25 @@ KI_DEV void unit_scores(float (&s)[2 * NB][4], const ki_cuda_layout &l, const ui
         uint32_t token = token_in_page + lane / 4 % n * group;
         const uint8_t *sub = subs + (token - token_in_page) / KI_SUB_TOKENS * l.sub_bytes;
         const uint16_t *scales = key_scales<S>(l, head, sub, token);
-        zero_terms<S::NJ>(zero, st.q.q, S::quartered(l),
-                          scales + (l.k_zero_at - l.k_scale_at) / 2, lane);
+        zero_terms<S::NJ>(zero, st.q.q, S::quartered(l), scales + (l.k_zero_at - l.k_scale_at) / 2,
+                          lane);
     }
     float u0 = st.q.unit[0], u1 = st.q.unit[1];
     float low = row_unit(bits), high = row8_unit(bits);
+    scaled_queries<S> q;
 #pragma unroll
     for (int b = 0; b < NB; b++) {
         float t[2][4] = {};
-        code_scores<S>(t, l, head, subs + b * l.sub_bytes, token_in_page + b * KI_SUB_TOKENS, st,
-                       lane);
+        const uint8_t *sub = subs + b * l.sub_bytes;
+        uint32_t token = token_in_page + b * KI_SUB_TOKENS;
+        if (b == 0 || (bits < 16 && b * KI_SUB_TOKENS % group == 0))
+            scale_group<S>(q, l, head, sub, token, st, lane);
+        bool is_halved = bits < 16 && group < KI_SUB_TOKENS; /* two groups in a block */
+        code_scores<S>(t, l, sub, q, is_halved ? 1 : 3, lane);
+        if (is_halved) {
+            scale_group<S>(q, l, head, sub, token + 16, st, lane);
+            code_scores<S>(t, l, sub, q, 2, lane);
+        }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float z0 = 0, z1 = 0;
@@ -175,8 +190,7 @@ template <class S> KI_DEV void rescale(warp_state<S> &st, float m0, float m1) {
 
 /* Scores become probabilities about the largest so far. Rows 8 to 15 of a tile are divided by 4
  * where quarter is 2 (2-bit values want their second operand so), not where it is 0. */
-template <class S, int N>
-KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
+template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
     float m0 = -INFINITY, m1 = -INFINITY;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -214,8 +228,7 @@ KI_DEV void block_sums(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t
         return;
     }
     uint32_t n = S::D / S::v_group(l);
-    const uint16_t *zeros =
-        (const uint16_t *)(sub + (S::is_plus(l) ? l.v_scale_at : l.v_zero_at));
+    const uint16_t *zeros = (const uint16_t *)(sub + (S::PLUS ? l.v_scale_at : l.v_zero_at));
     uint32_t g = lane / 4;
     zero_sums(st.z, p, zeros + (g < n ? g : 0) * KI_SUB_TOKENS, true, lane);
     if constexpr (S::D > 128) {
@@ -239,7 +252,7 @@ KI_DEV void code_values(const ki_cuda_layout &l, const uint8_t *sub, const uint3
         add(j, i, a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
     };
     for_frags_of<S::NJ, S::VB>(bits, sub + l.v_at, lane, tile);
-    if (!S::PLUS || l.v_bits != 3) return;
+    if (!S::PLUS || S::VB != 0 || l.v_bits != 3) return;
     auto third = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
         if (i == 0 && j * 16 % group == 0)
             scale_probabilities(scaled, p, scales + j * 16 / group * KI_SUB_TOKENS, lane);
@@ -335,22 +348,23 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
         probability_operands(p, coded[0], coded[1]);
         block_sums<S>(st, l, sub, p, lane);
         if (bits == 2) p[1] = mul2(p[1], TWO_QUARTERS), p[3] = mul2(p[3], TWO_QUARTERS);
-        code_values<S>(l, sub, p, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                            uint32_t a3, uint32_t b0, uint32_t b1) {
-            if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
-            mma(t, a0, a1, a2, a3, b0, b1);
-            if (i == 0) return;
-            st.acc[j][0] += t[0] * low, st.acc[j][1] += t[1] * low;
-            st.acc[j][2] += t[2] * high, st.acc[j][3] += t[3] * high;
-        });
+        code_values<S>(l, sub, p, lane,
+                       [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+                           if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
+                           mma(t, a0, a1, a2, a3, b0, b1);
+                           if (i == 0) return;
+                           st.acc[j][0] += t[0] * low, st.acc[j][1] += t[1] * low;
+                           st.acc[j][2] += t[2] * high, st.acc[j][3] += t[3] * high;
+                       });
     }
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        for_frags<S::NJ, 16>(at.v16, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                               uint32_t a3) {
-            mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
-        });
+        for_frags<S::NJ, 16>(at.v16, lane,
+                             [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                                 mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+                             });
     }
 }
 
@@ -371,15 +385,15 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
                        const ki_cuda_seq &seq, uint32_t head, uint32_t block, uint32_t lane) {
     const ki_cuda_layout &l = a.l;
     uint32_t base = block * KI_SUB_TOKENS;
-    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens, v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
+    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
+             v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
     bool k_codes = reads_codes(item, base, item.k_exact, k_sinks);
     bool v_codes = reads_codes(item, base, item.v_exact, v_sinks);
     slow_place at = {};
     const uint8_t *page = nullptr;
     if (k_codes || v_codes) {
         uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
-        page = a.pool + id * l.id_bytes +
-               ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
+        page = a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
     }
     if (reads_exact(item, base, item.k_exact, k_sinks))
         at.k16 = exact_block(l, seq, a.layer, head, block, 0);
@@ -400,7 +414,7 @@ template <class S>
 KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &l, uint32_t n_heads,
                       uint32_t lane) {
     uint32_t group = S::v_bits(l) == 16 ? S::D : S::v_group(l), h = lane % 4 * 2;
-    bool turned = S::is_plus(l);
+    bool turned = S::PLUS;
     float half = turned ? (l.v_bits == 3 ? -3.5f : -1.5f) : S::v_bits(l) == 16 ? 0.0f : 1.0f;
     float *row0 = to + h * (S::D + 2), *row1 = row0 + S::D + 2;
 #pragma unroll
@@ -424,7 +438,7 @@ template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
                         uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
     constexpr uint32_t STRIDE = S::D + 2, N = S::WARPS * 32;
-    bool turned = S::is_plus(a.l);
+    bool turned = S::PLUS;
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
@@ -444,7 +458,8 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
             continue;
         }
         value = sum > 0 ? value / sum : 0;
-        if (turned) states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
+        if (turned)
+            states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
         else
             store_out(a.out, a.out_type,
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
@@ -524,18 +539,20 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
-        if (warp == 0 && S::is_plus(a.l)) {
+        if (warp == 0)
 #pragma unroll
-            for (int k = 0; k < 2 * S::NJ; k++)
-                wide[g * S::D / 2 + k * 4 + lane % 4] =
+            for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
+                uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
+                wide[(g * S::D + at) / 2] =
                     k % 2 && S::quartered(a.l) ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
-        }
+            }
         __syncthreads();
     }
     if (item.part.slow_begin < item.part.slow_end) {
         const ki_cuda_seq seq = a.seqs[item.slot];
         for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::WARPS) {
-            uint32_t block = k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
+            uint32_t block =
+                k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
             slow_block<S>(st, a, item, seq, head, block, lane);
         }
     }
@@ -559,8 +576,9 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
 
 /* ---- launching ---- */
 
-/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the states. */
-template <class S> uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
+/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the
+ * states. */
+template <class S> static uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
     uint32_t stages = S::WARPS * S::STAGES * (unit_bytes + 8) + (S::PLUS ? 8 * S::D * 2 : 0);
     uint32_t states = S::WARPS * n_heads * (S::D + 2) * 4;
     return stages > states ? stages : states;
@@ -568,22 +586,30 @@ template <class S> uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_
 
 /* One entry of the table of kernels. */
 struct decode_kernel {
-    uint32_t head_dim, k_bits, v_bits, group, is_plus, unit_subs, n_warps; /* 0: any */
+    uint32_t head_dim, k_bits, v_bits, k_group, v_group; /* bits and groups 0: any */
+    uint32_t is_plus, unit_subs;
     cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, bool pdl,
                           cudaStream_t stream);
     cudaError_t (*prepare)(void); /* raises the limit of shared memory */
 };
 
-enum { MAX_SHARED_BYTES = 163 * 1024 }; /* what sm_80 has; sm_90 a little more */
-
-template <class S> cudaError_t decode_prepare(void) {
+/* As much shared memory as a thread block can have. */
+template <class S> static cudaError_t decode_prepare(void) {
+    int device = 0, bytes = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e != cudaSuccess) return e;
     return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                MAX_SHARED_BYTES);
+                                bytes);
 }
 
+kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
+                                     void *stream, kivi_error *err);
+
 template <class S>
-cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
-                          cudaStream_t stream) {
+static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
+                                 cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     config.gridDim = n_blocks;
@@ -598,9 +624,8 @@ cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
     return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, *args);
 }
 
-template <class S> constexpr decode_kernel decode_entry() {
-    return {S::D,     S::KB, S::VB,    S::G, S::PLUS, S::NB, S::WARPS, decode_launch<S>,
-            decode_prepare<S>};
+template <class S> static constexpr decode_kernel decode_entry() {
+    return {S::D, S::KB, S::VB, S::KG, S::VG, S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
 }
 
 #endif

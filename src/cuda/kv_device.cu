@@ -7,8 +7,9 @@ kivi_status ki_cuda_kernels_init(kivi_error *err) {
     KI_TRY(ki_cuda_check(cudaGetDevice(&device), "device", err));
     KI_TRY(ki_cuda_check(cudaGetDeviceProperties(&p, device), "device", err));
     if (p.major < 8)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: %s has compute capability %d.%d, expected 8.0 or more",
-                       p.name, p.major, p.minor);
+        return KI_FAIL(err, UNSUPPORTED,
+                       "cuda: %s has compute capability %d.%d, expected 8.0 or more", p.name,
+                       p.major, p.minor);
     KI_TRY(ki_cuda_decode_prepare(err));
     KI_TRY(ki_cuda_append_prepare(err));
     return ki_cuda_prompt_prepare(err);

@@ -6,6 +6,13 @@
 
 static uint32_t align16(uint32_t n) { return (n + 15) / 16 * 16; }
 
+/* Whole pages where a head of scales comes with them; one block where 16-bit rows are large; two
+ * else. */
+static uint32_t unit_subs(const ki_cuda_layout *l) {
+    if (l->head_bytes) return KI_SUBS;
+    return l->k_bits + l->v_bits > 8 ? 1 : 2;
+}
+
 static uint32_t plane_bytes(uint32_t n_steps, uint32_t bits) {
     return ki_order_words(n_steps, bits) * 128;
 }
@@ -120,6 +127,7 @@ kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g
     out->v_group = plus ? KI_MIN(block, 64u) : kv->group;
     place_head(out);
     place_sub(out);
+    out->unit_subs = unit_subs(out);
     place_rings(out);
     return KIVI_OK;
 }

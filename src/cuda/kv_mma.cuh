@@ -70,17 +70,17 @@ KI_DEV void let_next_begin() {
 /* A ring of n_stages buffers in shared memory that one warp fills and reads. Copies complete in
  * order; issue() and wait() are called by the whole warp, once for each unit in turn. */
 template <int N_STAGES> struct warp_pipe {
-    uint8_t *data;    /* [N_STAGES][unit_bytes], 128-byte aligned */
-    uint64_t *full;   /* [N_STAGES] barriers (sm_90) */
+    uint8_t *data;  /* [N_STAGES][unit_bytes], 128-byte aligned */
+    uint64_t *full; /* [N_STAGES] barriers (sm_90) */
     uint32_t unit_bytes;
 
     __device__ __forceinline__ void init(uint32_t lane) {
 #if __CUDA_ARCH__ >= 900
         if (lane == 0)
             for (int i = 0; i < N_STAGES; i++)
-                asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(
-                                 shared_address(full + i))
-                             : "memory");
+                asm volatile(
+                    "mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + i))
+                    : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         __syncwarp();
 #endif

@@ -23,13 +23,6 @@ enum { KI_CUDA_PAGES_ONLY = 2 };
  * */
 enum { KI_SLOW_WEIGHT = 4, KI_MAX_SPLITS = 4096 };
 
-/* Blocks of a unit: whole pages where a head of scales comes with them; one where 16-bit rows are
- * large; two else. */
-KI_BOTH uint32_t ki_cuda_unit_subs(const ki_cuda_layout *l) {
-    if (l->head_bytes) return 4;
-    return l->k_bits + l->v_bits > 8 ? 1 : 2;
-}
-
 typedef struct ki_plan_ranges {
     uint32_t first, end;           /* visible positions */
     uint32_t k_exact, v_exact;     /* from there on 16 bit outside of pages */
@@ -40,7 +33,7 @@ typedef struct ki_plan_ranges {
 
 KI_BOTH ki_plan_ranges ki_plan_of(const ki_cuda_layout *l, const ki_cuda_seq *s, uint32_t window) {
     ki_plan_ranges r;
-    uint32_t pos = s->n_tokens, unit = ki_cuda_unit_subs(l), unit_tokens = unit * KI_SUB_TOKENS;
+    uint32_t pos = s->n_tokens, unit = l->unit_subs, unit_tokens = unit * KI_SUB_TOKENS;
     int pages_only = (s->flags & KI_CUDA_PAGES_ONLY) != 0;
     r.end = pages_only ? pos : pos + 1;
     r.first = window && r.end > window ? r.end - window : 0;

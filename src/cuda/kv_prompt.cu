@@ -1,10 +1,10 @@
 /* kv_prompt.cu: causal attention of a step's rows over codes, the 16-bit store and the step itself.
  *
- * One thread block for 64 rows of one query head: four warps of 16 rows. Keys and values come in tiles
- * of 64 tokens as float16 in shared memory: rows of the step are copied, codes are turned into values.
- * Which of the two a query reads depends on its position (the visibility rule), so a tile near the line
- * is loaded both ways: of scores one is chosen for each pair, and probabilities go to the values they
- * belong to. */
+ * One thread block for 64 rows of one query head: four warps of 16 rows. Keys and values come in
+ * tiles of 64 tokens as float16 in shared memory: rows of the step are copied, codes are turned
+ * into values. Which of the two a query reads depends on its position (the visibility rule), so a
+ * tile near the line is loaded both ways: of scores one is chosen for each pair, and probabilities
+ * go to the values they belong to. */
 #include "kv_launch.h"
 #include "kv_rows.cuh"
 #include "kv_tile.cuh"
@@ -24,9 +24,7 @@ struct prompt_args {
 enum { TILE = 64, PROMPT_WARPS = 4, PROMPT_THREADS = PROMPT_WARPS * 32 };
 
 /* Halves of a row of a tile: 16 bytes more than D, so that eight rows lie in different banks. */
-template <int D> struct tile_shape {
-    static constexpr int STRIDE = D + 8, HALVES = TILE * STRIDE;
-};
+template <int D> struct tile_shape { static constexpr int STRIDE = D + 8, HALVES = TILE * STRIDE; };
 
 KI_DEV void load_matrices(uint32_t (&r)[4], const uint16_t *p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -96,8 +94,8 @@ KI_DEV void spread_codes(uint16_t *tile, uint32_t stride, const page_view &v, bo
                 ki_order_place p = ki_order_value(t, c, steps, 1);
                 code |= (((const uint32_t *)(v.sub + l.third_at))[p.word] >> p.bit & 1) << 2;
             }
-            tile[t * stride + c] =
-                bits == 16 ? (uint16_t)(word >> e * bits) : f16_bits(element_value(v, t, c, code, keys));
+            tile[t * stride + c] = bits == 16 ? (uint16_t)(word >> e * bits)
+                                              : f16_bits(element_value(v, t, c, code, keys));
         }
     }
 }
@@ -137,8 +135,8 @@ KI_DEV void load_coded(uint16_t *tile, const prompt_args &a, const tile_job &job
     }
 }
 
-/* The 16-bit rows of 64 tokens: old ones from the store, new ones from the step, others 0. Ends with
- * a barrier. */
+/* The 16-bit rows of 64 tokens: old ones from the store, new ones from the step, others 0. Ends
+ * with a barrier. */
 template <int D>
 KI_DEV void load_exact(uint16_t *tile, const prompt_args &a, const tile_job &job, uint32_t base) {
     constexpr int STRIDE = tile_shape<D>::STRIDE, FOURS = D / 8;
@@ -238,8 +236,8 @@ KI_DEV row_view view_rows(const prompt_args &a, const ki_cuda_seq &s, uint32_t r
     return v;
 }
 
-/* Which tokens of a tile anybody reads from codes or in 16 bit: lines of the block's first and last row
- * bound those of all between. */
+/* Which tokens of a tile anybody reads from codes or in 16 bit: lines of the block's first and last
+ * row bound those of all between. */
 struct tile_need {
     bool codes, exact;
 };
@@ -279,16 +277,15 @@ KI_DEV void tile_soften(float (&s)[8][4], float (&acc)[D / 8][4], float (&m)[2],
         }
 }
 
-template <int D> struct prompt_state {
-    float acc[D / 8][4], m[2], sum[2];
-};
+template <int D> struct prompt_state { float acc[D / 8][4], m[2], sum[2]; };
 
 /* One tile of 64 tokens. Barriers keep tiles apart: all warps call it alike. */
 template <int D>
 KI_DEV void one_tile(prompt_state<D> &st, uint16_t *shared, const prompt_args &a, tile_job job,
                      const row_view &rows, uint32_t base, tile_need k_need, tile_need v_need) {
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint16_t *q = shared + warp * 16 * tile_shape<D>::STRIDE, *tile = shared + tile_shape<D>::HALVES;
+    uint16_t *q = shared + warp * 16 * tile_shape<D>::STRIDE,
+             *tile = shared + tile_shape<D>::HALVES;
     uint32_t k_sinks = a.l.k_bits == 16 ? 0 : a.l.sink_tokens;
     uint32_t v_sinks = a.l.v_bits == 16 ? 0 : a.l.sink_tokens;
     float s[8][4], other[8][4];
@@ -353,7 +350,8 @@ KI_DEV void put_rows(float *row, const prompt_args &a, const ki_cuda_seq &s,
             }
         __syncthreads();
         if (a.l.is_plus)
-            for (int w = 0; w < PROMPT_WARPS; w++) turn_row(row + w * D, D, threadIdx.x, PROMPT_THREADS);
+            for (int w = 0; w < PROMPT_WARPS; w++)
+                turn_row(row + w * D, D, threadIdx.x, PROMPT_THREADS);
         uint32_t at = first_row + warp * 16 + r;
         if (at < s.n_rows)
             for (uint32_t c = lane; c < D; c += 32)
@@ -395,8 +393,10 @@ __global__ void __launch_bounds__(PROMPT_THREADS)
     prompt_state<D> st = {};
     st.m[0] = st.m[1] = -1e30f;
     for (uint32_t base = first / TILE * TILE; base < end; base += TILE) {
-        tile_need k = need_of(base, first, end, k_sinks, k_line(a.l, s, pos0), k_line(a.l, s, pos1));
-        tile_need v = need_of(base, first, end, v_sinks, v_line(a.l, s, pos0), v_line(a.l, s, pos1));
+        tile_need k =
+            need_of(base, first, end, k_sinks, k_line(a.l, s, pos0), k_line(a.l, s, pos1));
+        tile_need v =
+            need_of(base, first, end, v_sinks, v_line(a.l, s, pos0), v_line(a.l, s, pos1));
         tile_job job = {&s, head / a.l.head_group, first, end, true};
         one_tile<D>(st, tiles, a, job, rows, base, k, v);
     }

@@ -1,5 +1,5 @@
-/* kv_quant.cuh: the quantizers of quant.h and plus.h on the device, one thread block at a time, to the
- * CPU's bytes: true division, every operation rounded by itself.
+/* kv_quant.cuh: the quantizers of quant.h and plus.h on the device, one thread block at a time, to
+ * the CPU's bytes: true division, every operation rounded by itself.
  *
  * Rows come as float16 in shared memory, raw [tokens][D] from the first token of a block of 32 on;
  * codes go through shared memory [32][D] and into words from there. */
@@ -35,22 +35,49 @@ KI_DEV void range_scale(uint16_t *scale, uint16_t *zero, float low, float high, 
 }
 
 /* Words of one plane of a block from codes [32][stride] u8 of tokens [from, to): other tokens' bits
- * stay. shift, mask: which bits of a code. */
-KI_DEV void pack_block(uint32_t *plane, const uint8_t *codes, uint32_t stride, uint32_t n_steps,
-                       uint32_t bits, bool keys, uint32_t from, uint32_t to, uint32_t shift) {
-    uint32_t n = ki_order_words(n_steps, bits), mask = (1u << bits) - 1;
+ * stay. shift: how many low bits of a code belong to another plane. */
+template <int BITS>
+KI_DEV void pack_plane(uint32_t *plane, const uint8_t *codes, uint32_t stride, uint32_t n_steps,
+                       bool keys, uint32_t from, uint32_t to, uint32_t shift) {
+    constexpr uint32_t MASK = (1u << BITS) - 1;
+    uint32_t n = ki_order_words(n_steps, BITS);
+    bool is_whole = from == 0 && to == KI_SUB_TOKENS;
     for (uint32_t k = threadIdx.x; k < n * 32; k += blockDim.x) {
-        uint32_t lane = k % 32, w = k / 32, word = 0, keep = ~0u;
-        for (uint32_t e = 0; e < 32 / bits; e++) {
-            ki_order_element at = ki_order_at(w, e, lane, bits);
+        uint32_t lane = k % 32, w = k / 32, word = 0, keep = 0;
+#pragma unroll
+        for (uint32_t e = 0; e < 32 / BITS; e++) {
+            ki_order_element at = ki_order_at(w, e, lane, BITS);
             uint32_t t = at.i * 16 + (keys ? at.row : at.col);
             uint32_t c = at.j * 16 + (keys ? at.col : at.row);
-            if (t < from || t >= to) continue;
-            keep &= ~(mask << e * bits);
-            if (at.j < n_steps) word |= (codes[t * stride + c] >> shift & mask) << e * bits;
+            bool is_here = is_whole || (t >= from && t < to);
+            if (!is_here) keep |= MASK << e * BITS;
+            else if (BITS != 1 || at.j < n_steps)
+                word |= (codes[t * stride + c] >> shift & MASK) << e * BITS;
         }
         uint32_t *p = plane + ki_order_word_at(w, n, lane);
         if (keep != ~0u) *p = keep ? (*p & keep) | word : word;
+    }
+}
+KI_DEV void pack_block(uint32_t *plane, const uint8_t *codes, uint32_t stride, uint32_t n_steps,
+                       uint32_t bits, bool keys, uint32_t from, uint32_t to, uint32_t shift) {
+    if (bits == 2) pack_plane<2>(plane, codes, stride, n_steps, keys, from, to, shift);
+    else if (bits == 4) pack_plane<4>(plane, codes, stride, n_steps, keys, from, to, shift);
+    else if (bits == 8) pack_plane<8>(plane, codes, stride, n_steps, keys, from, to, shift);
+    else pack_plane<1>(plane, codes, stride, n_steps, keys, from, to, shift);
+}
+
+/* The codes [D] of one token's values into their plane: two channels of a tile share a word, and no
+ * other thread's channels do. bits 2, 4, 8. */
+KI_DEV void put_value_token(uint32_t *plane, const uint8_t *codes, uint32_t t, uint32_t n_steps,
+                            uint32_t bits) {
+    uint32_t mask = (1u << bits) - 1;
+    for (uint32_t k = threadIdx.x; k < n_steps * 8; k += blockDim.x) {
+        uint32_t c = k / 8 * 16 + k % 8;
+        ki_order_place low = ki_order_value(t, c, n_steps, bits);
+        ki_order_place high = ki_order_value(t, c + 8, n_steps, bits);
+        uint32_t keep = ~(mask << low.bit | mask << high.bit);
+        uint32_t two = (codes[c] & mask) << low.bit | (codes[c + 8] & mask) << high.bit;
+        plane[low.word] = (plane[low.word] & keep) | two;
     }
 }
 
@@ -74,6 +101,7 @@ KI_DEV void quantize_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layout &l
     constexpr int MAX = 256 / 32;
     float low[MAX], high[MAX], levels = (float)((1u << l.v_bits) - 1);
     uint32_t width = min(l.v_group, 32u);
+#pragma unroll
     for (int k = 0; k < MAX; k++) {
         uint32_t c = k * 32 + lane;
         low[k] = c < l.head_dim ? f16_value(row[c]) : 0;
@@ -144,6 +172,52 @@ KI_DEV uint16_t plus_value_scale(const uint16_t *row, uint32_t group, float half
         if (other < least) least = other, best = k;
     }
     return (uint16_t)__shfl_sync(~0u, (uint32_t)mine, best);
+}
+
+/* The same by a whole thread block, for a single row: all errors at once, then each candidate's sum
+ * from channel to channel. terms: [14][D] f32 of shared memory. Ends in step; scale [D / G]. */
+KI_DEV void plus_value_scales(uint16_t *scale, float *terms, const uint16_t *row,
+                              const ki_cuda_layout &l) {
+    uint32_t d = l.head_dim, group = l.v_group, n_groups = d / group;
+    float half = l.v_bits == 2 ? 1.5f : 3.5f;
+    __shared__ float largest[256 / 16];
+    __shared__ uint16_t tried[14][256 / 16];
+    for (uint32_t g = threadIdx.x / 32; g < n_groups; g += blockDim.x / 32) {
+        float m = 0;
+        for (uint32_t i = threadIdx.x % 32; i < group; i += 32)
+            m = fmaxf(m, fabsf(f16_value(row[g * group + i])));
+        for (int x = 16; x; x /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
+        largest[g] = m;
+    }
+    __syncthreads();
+    for (uint32_t k = threadIdx.x; k < 14 * n_groups; k += blockDim.x)
+        tried[k / n_groups][k % n_groups] = f16_up(
+            __fmul_rn(__fdiv_rn(largest[k % n_groups], half), plus_value_step(k / n_groups)));
+    __syncthreads();
+    for (uint32_t k = threadIdx.x; k < 14 * d; k += blockDim.x) {
+        float s = f16_value(tried[k / d][k % d / group]), x = f16_value(row[k % d]);
+        float e = __fsub_rn(x, __fmul_rn(__fsub_rn(plus_value_code(x, s, half), half), s));
+        terms[k] = __fmul_rn(e, e);
+    }
+    __syncthreads();
+    /* half a warp a group, a lane a candidate */
+    for (uint32_t g = threadIdx.x / 16; g < (n_groups + 1) / 2 * 2; g += blockDim.x / 16) {
+        uint32_t lane = threadIdx.x % 16, k = lane < 14 ? lane : 0;
+        float sum = 0;
+        if (g < n_groups) {
+            const float *mine = terms + k * d + g * group;
+#pragma unroll 16
+            for (uint32_t i = 0; i < group; i++) sum = __fadd_rn(sum, mine[i]);
+        }
+        uint32_t best = 0;
+        float least = __shfl_sync(~0u, sum, 0, 16);
+        for (uint32_t o = 1; o < 14; o++) {
+            float other = __shfl_sync(~0u, sum, o, 16);
+            if (other < least) least = other, best = o;
+        }
+        if (lane == 0 && g < n_groups) scale[g] = tried[best][g];
+    }
+    __syncthreads();
 }
 
 KI_DEV void quantize_plus_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layout &l,
@@ -257,7 +331,8 @@ KI_DEV void close_plus_page(uint8_t *page, const ki_cuda_layout &l, const uint16
         __syncthreads();
         pack_block((uint32_t *)(sub + l.k_at), codes, d, steps, bits, true, 0, 32, 0);
         if (bits == 2) {
-            /* wide codes, numbered: a token's first D/4 bytes from its own row, read before written */
+            /* wide codes, numbered: a token's first D/4 bytes from its own row, read before written
+             * */
             uint8_t *wide = codes + KI_SUB_TOKENS * d;
             for (uint32_t k = threadIdx.x; k < KI_SUB_TOKENS * d; k += blockDim.x)
                 if (p.is_wide[k % d]) wide[k / d * 64 + p.number[k % d]] = codes[k];

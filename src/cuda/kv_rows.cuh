@@ -6,7 +6,7 @@
 
 /* A block of 16-bit rows in the ring or with the sinks; side 0 keys, 1 values. */
 KI_DEV uint8_t *exact_block(const ki_cuda_layout &l, const ki_cuda_seq &s, uint32_t layer,
-                                  uint32_t head, uint32_t block, uint32_t side) {
+                            uint32_t head, uint32_t block, uint32_t side) {
     uint64_t slot = (uint64_t)layer * l.n_kv_heads + head, bytes = (uint64_t)l.head_dim * 64;
     if (block < l.sink_blocks)
         return (uint8_t *)s.sinks +
@@ -23,8 +23,8 @@ KI_DEV void store_out(void *out, ki_cuda_type type, uint64_t at, float x) {
     else ((__nv_bfloat16 *)out)[at] = __float2bfloat16(x);
 }
 
-/* Turns a row [D] in shared memory (plus.h), there and back alike. All threads of the block call it,
- * in step with whoever wrote the row. */
+/* Turns a row [D] in shared memory (plus.h), there and back alike. All threads of the block call
+ * it, in step with whoever wrote the row. */
 KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
     uint32_t block = head_dim & (0u - head_dim);
     for (uint32_t h = 1; h < block; h *= 2) {

@@ -3,9 +3,10 @@
  * Keys:    scores [32 tokens][8 heads] = codes [32][D] . q' [D][8]        q' = q * scale
  * Values:  acc [D channels][8 heads] += codes [D][32] . p' [32][8]        p' = p * scale
  *
- * A code is a float16 subnormal: code * 4^field * 2^-24. At 2 bits field 1 marks columns 8 to 15 and
- * field 2 rows 8 to 15 of a tile: the first factor, 4, is taken from the other operand's b1, the
- * second, 16, from the sums of rows 8 to 15, both by exact powers of two. At 4 bits rows have 16. */
+ * A code is a float16 subnormal: code * 4^field * 2^-24. At 2 bits field 1 marks columns 8 to 15
+ * and field 2 rows 8 to 15 of a tile: the first factor, 4, is taken from the other operand's b1,
+ * the second, 16, from the sums of rows 8 to 15, both by exact powers of two. At 4 bits rows have
+ * 16. */
 #ifndef KI_KV_TILE_CUH
 #define KI_KV_TILE_CUH
 #include "kv_mma.cuh"
@@ -77,8 +78,9 @@ KI_DEV void for_frags_of(uint32_t bits, const uint8_t *plane, uint32_t lane, F f
     else for_frags<NJ, 16>(plane, lane, f);
 }
 
-/* Third bits: the same tiles; a bit stands two places further left than it is stored, so that rows 8
- * to 15 have the factor 16 of the low plane. Columns 8 to 15 have 2, the unit 4, i = 1 another 4. */
+/* Third bits: the same tiles; a bit stands two places further left than it is stored, so that rows
+ * 8 to 15 have the factor 16 of the low plane. Columns 8 to 15 have 2, the unit 4, i = 1 another 4.
+ * */
 template <int NJ, class F> KI_DEV void for_third_frags(const uint8_t *plane, uint32_t lane, F f) {
     constexpr int N = (NJ + 1) / 2;
     const uint32_t *words = (const uint32_t *)plane;
@@ -93,10 +95,10 @@ template <int NJ, class F> KI_DEV void for_third_frags(const uint8_t *plane, uin
 
 /* ---- queries ---- */
 
-/* b operands of the warp's eight heads over NJ steps: q[2 j] b0, q[2 j + 1] b1. |q| < 1: each head's
- * largest is in [1/2, 1) and `unit` (of heads 2 t, 2 t + 1) takes the power of two back, so no product
- * with a scale leaves float16. quartered: b1 is divided by 4, for 2-bit keys. Scores come out in
- * units of log2. */
+/* b operands of the warp's eight heads over NJ steps: q[2 j] b0, q[2 j + 1] b1. |q| < 1: each
+ * head's largest is in [1/2, 1) and `unit` (of heads 2 t, 2 t + 1) takes the power of two back, so
+ * no product with a scale leaves float16. quartered: b1 is divided by 4, for 2-bit keys. Scores
+ * come out in units of log2. */
 template <int NJ> struct queries {
     uint32_t q[2 * NJ];
     float unit[2];
@@ -147,8 +149,8 @@ KI_DEV void scale_queries(uint32_t (&out)[2 * NJ], const uint32_t (&q)[2 * NJ],
     }
 }
 
-/* d[0], d[1] of lane 4 g + t: the zero terms of group g for heads 2 t and 2 t + 1; zeros are those of
- * the lane's own group. */
+/* d[0], d[1] of lane 4 g + t: the zero terms of group g for heads 2 t and 2 t + 1; zeros are those
+ * of the lane's own group. */
 template <int NJ>
 KI_DEV void zero_terms(float (&d)[4], const uint32_t (&q)[2 * NJ], bool quartered,
                        const uint16_t *zeros, uint32_t lane) {
@@ -171,10 +173,10 @@ template <int NJ>
 KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, const uint32_t (&q)[2 * NJ],
                          bool quartered, uint32_t lane) {
     uint32_t back = quartered ? TWO_FOURS : TWO_ONES;
-    for_frags<NJ, 16>(block, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3) {
-        mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
-    });
+    for_frags<NJ, 16>(block, lane,
+                      [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                          mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
+                      });
 }
 
 /* ---- values ---- */
@@ -198,8 +200,8 @@ KI_DEV void scale_probabilities(uint32_t (&out)[4], const uint32_t (&p)[4], cons
     out[3] = mul2(p[3], s.w);
 }
 
-/* d += zeros . p in rows 0 to 7 (row g: the lane's own channel group's zeros) and the sum of p in row
- * 8: d[2], d[3] of lanes 0 to 3. p is not quartered. */
+/* d += zeros . p in rows 0 to 7 (row g: the lane's own channel group's zeros) and the sum of p in
+ * row 8: d[2], d[3] of lanes 0 to 3. p is not quartered. */
 KI_DEV void zero_sums(float (&d)[4], const uint32_t (&p)[4], const uint16_t *zeros, bool ones,
                       uint32_t lane) {
     uint4 z = *(const uint4 *)(zeros + lane % 4 * 8);

@@ -81,6 +81,7 @@ void check_cache(void);
 void check_cache_random(void);
 void check_memory(void);
 void check_save(void);
+void check_cuda(void);
 void check_bench(void);
 void check_digest(void);
 #endif

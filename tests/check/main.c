@@ -205,6 +205,7 @@ int main(int argc, char **argv) {
     check_cache_random();
     check_memory();
     check_save();
+    check_cuda();
     if (check_opt.list) return 0;
     printf("%u passed, %u failed, %u skipped\n", state.n_passed, state.n_failed, state.n_skipped);
     return state.n_failed != 0;

@@ -1,76 +1,16 @@
-/* check-cuda: the CUDA kernels of the cache against the CPU's cache, the definition of the quantizer
- * and a float64 oracle. Needs a GPU. check-cuda [--seed=N] [--test=PREFIX] [--golden=DIR] [--small] */
+/* check-cuda: the CUDA kernels of the cache against the CPU's cache, the definition of the
+ * quantizer and a float64 oracle. Needs a GPU. check-cuda [--seed=N] [--test=PREFIX] [--golden=DIR]
+ * [--small] */
+#include "harness.cuh"
 #include "world.cuh"
 
-#include <stdarg.h>
-#include <string>
 #include <thread>
-#include <time.h>
-
-static struct {
-    uint64_t seed = 1;
-    std::string prefix, golden = "tests/golden", name, why;
-    bool small = false, failed = false;
-    unsigned n_passed = 0, n_failed = 0;
-    double started = 0;
-} run;
-
-static double seconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-void check_fail(const char *file, int line, const char *format, ...) {
-    if (run.failed) return;
-    char text[400];
-    const char *slash = strrchr(file, '/');
-    int n = snprintf(text, sizeof text, "%s:%d: ", slash ? slash + 1 : file, line);
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text + n, sizeof text - (size_t)n, format, args);
-    va_end(args);
-    run.failed = true;
-    run.why = text;
-}
-bool check_failed(void) { return run.failed; }
-
-static bool open_case(const std::string &name) {
-    if (name.compare(0, run.prefix.size(), run.prefix) != 0) return false;
-    run.name = name;
-    run.failed = false;
-    run.started = seconds();
-    return true;
-}
-static void end_case(const std::string &note = "") {
-    double took = seconds() - run.started;
-    (run.failed ? run.n_failed : run.n_passed)++;
-    printf("%s %s%s%s", run.failed ? "not ok" : "ok", run.name.c_str(), run.failed ? ": " : "",
-           run.failed ? run.why.c_str() : "");
-    if (!run.failed && !note.empty()) printf(" # %s", note.c_str());
-    if (took > 1) printf(" # %.1f s", took);
-    printf("\n");
-    fflush(stdout);
-}
-static rng case_rng() {
-    uint64_t h = run.seed;
-    for (char c : run.name) h = h * 0x100000001b3u ^ (uint64_t)(unsigned char)c;
-    return rng{h};
-}
-static std::string text(const char *format, ...) {
-    char s[200];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(s, sizeof s, format, args);
-    va_end(args);
-    return s;
-}
 
 /* ---- rows ---- */
 
 /* Keys with a few channels of large magnitude, as models have them. */
-static void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v, std::vector<uint16_t> &q,
-                        const world_options &o, uint32_t n_rows, rng &r) {
+static void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
+                        std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows, rng &r) {
     size_t d = o.head_dim;
     k.resize(n_rows * o.n_kv_heads * d), v.resize(k.size()), q.resize(n_rows * o.n_heads * d);
     for (size_t i = 0; i < k.size(); i++) {
@@ -94,11 +34,11 @@ struct error_sum {
     double relative() const { return sqrt(difference / (reference > 0 ? reference : 1)); }
 };
 
-/* q * scale and p * scale are rounded to float16 (2^-11 each at most, 2^-12.3 on average, independent),
- * q itself too: three such errors in a score, one in each term of the output. A score is a sum of D
- * products of size 1 and channels of size 8 times a query of size 1: its error has deviation up to
- * 2^-12.3 sqrt(3 (1 + 64 / 8)) = 0.001, and moves each probability by as much. Four times that bounds
- * what is seen by a factor of about three. */
+/* q * scale and p * scale are rounded to float16 (2^-11 each at most, 2^-12.3 on average,
+ * independent), q itself too: three such errors in a score, one in each term of the output. A score
+ * is a sum of D products of size 1 and channels of size 8 times a query of size 1: its error has
+ * deviation up to 2^-12.3 sqrt(3 (1 + 64 / 8)) = 0.001, and moves each probability by as much. Four
+ * times that bounds what is seen by a factor of about three. */
 static const double TOLERANCE = 4e-3;
 
 /* ---- against the CPU's cache ---- */
@@ -147,9 +87,10 @@ static void compare_pages(world &w, cpu_side &cpu) {
                     size_t n = cpu.cache->layout.page_bytes;
                     ki_cuda_page_to_cpu(plain.data(), page.data(), &w.l);
                     for (size_t b = 0; b < n; b++)
-                        CHECK(plain[b] == want[b],
-                              "sequence %u page %u layer %u head %u byte %zu of %zu: %02x, CPU %02x",
-                              i, p, layer, head, b, n, plain[b], want[b]);
+                        CHECK(
+                            plain[b] == want[b],
+                            "sequence %u page %u layer %u head %u byte %zu of %zu: %02x, CPU %02x",
+                            i, p, layer, head, b, n, plain[b], want[b]);
                 }
 }
 
@@ -175,7 +116,8 @@ static void run_case(const world_options &o, const std::vector<int> &steps) {
         for (int repeat = 0; repeat < (steps[n] < 0 ? -steps[n] : 1) && !check_failed(); repeat++) {
             bool prompt = steps[n] > 0;
             uint32_t rows = 0, most = 0;
-            size_t row_q = (size_t)o.n_heads * o.head_dim, row_k = (size_t)o.n_kv_heads * o.head_dim;
+            size_t row_q = (size_t)o.n_heads * o.head_dim,
+                   row_k = (size_t)o.n_kv_heads * o.head_dim;
             for (uint32_t i = 0; i < o.n_seqs; i++) {
                 ki_cuda_seq &c = w.state[i];
                 c.n_rows = prompt ? (uint32_t)steps[n] + 37 * i : 1;
@@ -260,6 +202,7 @@ static void check_kinds() {
         {64, 8, 2, 4, 2, 32, 128, 0, KIVI_RULE_STREAM, 0, 0, {200, -40}, false},
         {80, 4, 4, 2, 2, 16, 32, 0, KIVI_RULE_STREAM, 0, 0, {200, -70}, false},
         {80, 4, 2, 4, 8, 16, 48, 0, KIVI_RULE_PAPER, 0, 0, {200, -70}, false},
+        {64, 4, 2, 2, 2, 32, 320, 0, KIVI_RULE_STREAM, 0, 0, {400, -330}, false},
         {96, 6, 3, 2, 2, 32, 128, 0, KIVI_RULE_STREAM, 0, 0, {300, -140}, false},
         {96, 6, 3, 8, 4, 16, 32, 5, KIVI_RULE_STREAM, 0, 0, {150, -40}, false},
         {256, 4, 1, 2, 2, 32, 128, 0, KIVI_RULE_PAPER, 0, 0, {400, -140}, false},
@@ -281,7 +224,7 @@ static void check_kinds() {
             run_case(o, steps);
     }
     world_options o = base_options();
-    o.n_layers = 3, o.n_seqs = 40, o.max_tokens = 300, o.split_tokens = 128, o.pdl = true;
+    o.n_layers = 3, o.n_seqs = 40, o.max_tokens = 1700, o.split_tokens = 128, o.pdl = true;
     if (open_case("cpu/three-layers-40-sequences-pdl")) run_case(o, {5, -30});
     o = base_options();
     o.n_seqs = 2;
@@ -290,13 +233,14 @@ static void check_kinds() {
 
 /* ---- plus kinds: codes against the definition, attention against float64 ---- */
 
-/* The float64 answer for one query over positions [first, n] of one sequence and head. rows16: all keys
- * (values) so far as the window would have them. */
+/* The float64 answer for one query over positions [first, n] of one sequence and head. rows16: all
+ * keys (values) so far as the window would have them. */
 struct oracle {
     const world *w;
     std::vector<double> k, v; /* [n][D] as the query reads them */
-    void read(world &world_, uint32_t seq, uint32_t head, uint32_t n, const std::vector<uint16_t> &k16,
-              const std::vector<uint16_t> &v16, uint32_t k_exact, uint32_t v_exact) {
+    void read(world &world_, uint32_t seq, uint32_t head, uint32_t n,
+              const std::vector<uint16_t> &k16, const std::vector<uint16_t> &v16, uint32_t k_exact,
+              uint32_t v_exact) {
         w = &world_;
         uint32_t d = w->o.head_dim;
         k.resize((size_t)n * d), v.resize((size_t)n * d);
@@ -345,8 +289,9 @@ struct oracle {
  * float64. Rows as the store has them are kept for the oracle. */
 static void run_oracle(world_options o, uint32_t n, bool codes_too);
 
-static void check_plus_page(world &w, uint32_t head, uint32_t index, const std::vector<uint16_t> &k16,
-                            const std::vector<uint16_t> &v16, uint32_t v_packed) {
+static void check_plus_page(world &w, uint32_t head, uint32_t index,
+                            const std::vector<uint16_t> &k16, const std::vector<uint16_t> &v16,
+                            uint32_t v_packed) {
     uint32_t d = w.o.head_dim, base = index * 128;
     std::vector<uint16_t> transposed((size_t)128 * d), scale(d), zero(d);
     const uint16_t *blocks[8];
@@ -354,7 +299,8 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index, const std::
         blocks[b] = transposed.data() + (size_t)b * 16 * d;
         for (uint32_t c = 0; c < d; c++)
             for (uint32_t t = 0; t < 16; t++)
-                transposed[(size_t)b * 16 * d + c * 16 + t] = k16[(size_t)(base + b * 16 + t) * d + c];
+                transposed[(size_t)b * 16 * d + c * 16 + t] =
+                    k16[(size_t)(base + b * 16 + t) * d + c];
     }
     std::vector<uint32_t> low(16 * d), wide(2 * d);
     std::vector<uint8_t> list(d / 4), codes(d);
@@ -381,11 +327,12 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index, const std::
     }
     for (uint32_t t = 0; t < 128 && base + t < v_packed; t++) {
         if (base + t < w.o.sinks) continue;
-        ki_plus_quantize_values_scalar(codes.data(), scale.data(), v16.data() + (size_t)(base + t) * d,
-                                       d, w.l.v_bits);
+        ki_plus_quantize_values_scalar(codes.data(), scale.data(),
+                                       v16.data() + (size_t)(base + t) * d, d, w.l.v_bits);
         for (uint32_t c = 0; c < d; c++) {
-            CHECK(codes[c] == page.value_code(t, c), "page %u token %u channel %u: value code %u, CPU %u",
-                  index, t, c, page.value_code(t, c), codes[c]);
+            CHECK(codes[c] == page.value_code(t, c),
+                  "page %u token %u channel %u: value code %u, CPU %u", index, t, c,
+                  page.value_code(t, c), codes[c]);
             CHECK(memcmp(&scale[c / w.l.v_group], bytes.data() + page.value_scale_at(t, c), 2) == 0,
                   "page %u token %u channel %u: value scale", index, t, c);
         }
@@ -460,9 +407,9 @@ static void check_oracle() {
     }
     static const struct {
         uint32_t d, k, v, n, s;
-    } plus[] = {{128, 2, 2, 700, 4},  {128, 2, 2, 8192, 4}, {64, 2, 2, 700, 4},  {80, 2, 2, 400, 0},
-                {256, 2, 2, 700, 4},  {128, 4, 2, 700, 4},  {128, 4, 3, 700, 4}, {64, 4, 3, 400, 0},
-                {256, 4, 3, 400, 4}, {96, 2, 2, 400, 0}, {80, 4, 3, 400, 4}};
+    } plus[] = {{128, 2, 2, 700, 4}, {128, 2, 2, 8192, 4}, {64, 2, 2, 700, 4},  {80, 2, 2, 400, 0},
+                {256, 2, 2, 700, 4}, {128, 4, 2, 700, 4},  {128, 4, 3, 700, 4}, {64, 4, 3, 400, 0},
+                {256, 4, 3, 400, 4}, {96, 2, 2, 400, 0},   {80, 4, 3, 400, 4}};
     for (const auto &c : plus) {
         world_options o = base_options();
         o.plus = true, o.head_dim = c.d, o.k_bits = c.k, o.v_bits = c.v, o.sinks = c.s;
@@ -529,18 +476,21 @@ static void run_golden(uint32_t bits, uint32_t group) {
         for (uint32_t i = 0; i < group; i++) {
             uint32_t t = (uint32_t)(g / (d / group)), c = (uint32_t)(g % (d / group)) * group + i;
             page_reader pv = {&w.l, pages[t / 128].data()};
-            CHECK(pv.value_code(t % 128, c) == codes[g * group + i], "value group %zu code %u", g, i);
+            CHECK(pv.value_code(t % 128, c) == codes[g * group + i], "value group %zu code %u", g,
+                  i);
             CHECK(!memcmp(pv.page + pv.value_scale_at(t % 128, c), &scale[2 * g], 2) &&
-                      !memcmp(pv.page + pv.value_scale_at(t % 128, c) + w.l.v_zero_at - w.l.v_scale_at,
+                      !memcmp(pv.page + pv.value_scale_at(t % 128, c) + w.l.v_zero_at -
+                                  w.l.v_scale_at,
                               &zero[2 * g], 2),
                   "value group %zu scale or zero", g);
             t = (uint32_t)(g / d) * group + i, c = (uint32_t)(g % d);
             page_reader pk = {&w.l, pages[t / 128].data()};
             CHECK(pk.key_code(t % 128, c) == codes[g * group + i], "key group %zu code %u", g, i);
-            CHECK(!memcmp(pk.page + pk.key_scale_at(t % 128, c), &scale[2 * g], 2) &&
-                      !memcmp(pk.page + pk.key_scale_at(t % 128, c) + w.l.k_zero_at - w.l.k_scale_at,
-                              &zero[2 * g], 2),
-                  "key group %zu scale or zero", g);
+            CHECK(
+                !memcmp(pk.page + pk.key_scale_at(t % 128, c), &scale[2 * g], 2) &&
+                    !memcmp(pk.page + pk.key_scale_at(t % 128, c) + w.l.k_zero_at - w.l.k_scale_at,
+                            &zero[2 * g], 2),
+                "key group %zu scale or zero", g);
         }
     end_case(text("%zu groups", n_groups));
 }
@@ -586,7 +536,8 @@ static void run_random_codes(uint32_t bits, uint32_t group, uint32_t n_rows) {
         std::vector<uint8_t> codes(group);
         for (uint32_t p = (uint32_t)(n_pages * part / 16); p < n_pages * (part + 1) / 16; p++)
             for (uint32_t h = 0; h < heads; h++) {
-                page_reader page = {&w.l, pool.data() + w.table[p] * w.l.id_bytes + h * w.l.page_bytes};
+                page_reader page = {&w.l,
+                                    pool.data() + w.table[p] * w.l.id_bytes + h * w.l.page_bytes};
                 for (uint32_t g = 0; g < 128 / group; g++)
                     for (uint32_t c = 0; c < d; c++) {
                         uint16_t s, z;
@@ -595,18 +546,21 @@ static void run_random_codes(uint32_t bits, uint32_t group, uint32_t n_rows) {
                         ki_quantize_scalar(codes.data(), &s, &z, x.data(), 1, group, bits);
                         uint32_t at = page.key_scale_at(g * group, c);
                         wrong[part] += memcmp(page.page + at, &s, 2) != 0;
-                        wrong[part] += memcmp(page.page + at + w.l.k_zero_at - w.l.k_scale_at, &z, 2) != 0;
+                        wrong[part] +=
+                            memcmp(page.page + at + w.l.k_zero_at - w.l.k_scale_at, &z, 2) != 0;
                         for (uint32_t i = 0; i < group; i++)
                             wrong[part] += page.key_code(g * group + i, c) != codes[i];
                     }
                 for (uint32_t t = 0; t < 128; t++)
                     for (uint32_t g = 0; g < d / group; g++) {
                         uint16_t s, z;
-                        const uint16_t *row = &v[((size_t)(p * 128 + t) * heads + h) * d + g * group];
+                        const uint16_t *row =
+                            &v[((size_t)(p * 128 + t) * heads + h) * d + g * group];
                         ki_quantize_scalar(codes.data(), &s, &z, row, 1, group, bits);
                         uint32_t at = page.value_scale_at(t, g * group);
                         wrong[part] += memcmp(page.page + at, &s, 2) != 0;
-                        wrong[part] += memcmp(page.page + at + w.l.v_zero_at - w.l.v_scale_at, &z, 2) != 0;
+                        wrong[part] +=
+                            memcmp(page.page + at + w.l.v_zero_at - w.l.v_scale_at, &z, 2) != 0;
                         for (uint32_t i = 0; i < group; i++)
                             wrong[part] += page.value_code(t, g * group + i) != codes[i];
                     }
@@ -674,10 +628,13 @@ static void run_rope() {
                 want[0] = ki_f32_to_f16(a), want[1] = ki_f32_to_f16(b);
                 uint32_t n = h < o.n_heads ? o.n_heads : o.n_kv_heads, local = h;
                 if (h >= o.n_heads) local = (h - o.n_heads) % o.n_kv_heads;
-                const uint16_t *got = (h < o.n_heads ? q : value ? v : k).data() +
+                const uint16_t *got = (h < o.n_heads ? q
+                                       : value       ? v
+                                                     : k)
+                                          .data() +
                                       ((size_t)row * n + local) * d;
-                CHECK(got[j] == want[0] && got[half + j] == want[1], "row %u head %u pair %u", row, h,
-                      j);
+                CHECK(got[j] == want[0] && got[half + j] == want[1], "row %u head %u pair %u", row,
+                      h, j);
             }
     ki_cuda_counters counters = w.counters.get(0, 1)[0];
     CHECK(counters.n_saturated == 1 && counters.n_nonfinite == 0, "counters %llu %llu",

@@ -49,7 +49,8 @@ struct rng {
     }
     float normal() { /* sum of four uniforms of 16 bits, deviation 1 */
         uint64_t u = u64();
-        uint32_t sum = (uint32_t)((u & 0xffff) + (u >> 16 & 0xffff) + (u >> 32 & 0xffff) + (u >> 48));
+        uint32_t sum =
+            (uint32_t)((u & 0xffff) + (u >> 16 & 0xffff) + (u >> 32 & 0xffff) + (u >> 48));
         return ((float)sum - 131070.0f) * (1.0f / 37837.0f);
     }
 };
@@ -134,8 +135,7 @@ struct world {
         tables.make((size_t)table_stride * o.n_seqs);
         table.resize((size_t)table_stride * o.n_seqs);
         for (uint32_t i = 0; i < table.size(); i++) table[i] = i;
-        for (size_t i = table.size() - 1; i > 0; i--)
-            std::swap(table[i], table[r.u64() % (i + 1)]);
+        for (size_t i = table.size() - 1; i > 0; i--) std::swap(table[i], table[r.u64() % (i + 1)]);
         tables.put(table.data(), table.size());
         size_t d = o.head_dim;
         max_rows = batch_rows;
@@ -152,8 +152,7 @@ struct world {
             state[i].k_blocks = k_blocks, state[i].v_blocks = v_blocks;
             state[i].table = i;
         }
-        cache = {l,         pool.data, tables.data, table_stride,
-                 seqs.data, o.n_seqs,  counters.data};
+        cache = {l, pool.data, tables.data, table_stride, seqs.data, o.n_seqs, counters.data};
     }
     void put_state() { seqs.put(state.data(), state.size()); }
     ki_cuda_append_call append_call(uint32_t layer, uint32_t n_rows, uint32_t most) {
@@ -242,7 +241,8 @@ struct page_reader {
     }
     uint32_t key_code(uint32_t t, uint32_t c) const {
         uint32_t steps = l->head_dim / 16;
-        uint32_t code = bits_at(sub(t) + l->k_at, ki_order_key(t % 32, c, steps, l->k_bits), l->k_bits);
+        uint32_t code =
+            bits_at(sub(t) + l->k_at, ki_order_key(t % 32, c, steps, l->k_bits), l->k_bits);
         int w = wide_number(c);
         if (w < 0) return code;
         uint32_t n = (l->head_dim / 4 + 15) / 16;
@@ -256,7 +256,8 @@ struct page_reader {
     }
     uint32_t key_scale_at(uint32_t t, uint32_t c) const {
         uint32_t base = l->head_bytes ? 0 : sub(t), g = (l->head_bytes ? t : t % 32) / l->k_group;
-        return base + l->k_scale_at + (g * l->head_dim + ki_order_key_scale(c, l->head_dim / 16)) * 2;
+        return base + l->k_scale_at +
+               (g * l->head_dim + ki_order_key_scale(c, l->head_dim / 16)) * 2;
     }
     uint32_t value_scale_at(uint32_t t, uint32_t c) const {
         return sub(t) + l->v_scale_at + (c / l->v_group * 32 + ki_order_value_scale(t % 32)) * 2;
@@ -274,7 +275,8 @@ struct page_reader {
     }
     uint32_t key_code16(uint32_t t, uint32_t c, bool keys) const {
         uint32_t steps = l->head_dim / 16;
-        ki_order_place p = keys ? ki_order_key(t % 32, c, steps, 16) : ki_order_value(t % 32, c, steps, 16);
+        ki_order_place p =
+            keys ? ki_order_key(t % 32, c, steps, 16) : ki_order_value(t % 32, c, steps, 16);
         return bits_at(sub(t) + (keys ? l->k_at : l->v_at), p, 16);
     }
 };

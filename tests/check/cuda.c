@@ -1,0 +1,191 @@
+/* The CUDA backend's host side: the order of a page on the device is one permutation of the plain
+ * order, pages go to the CPU's order and back, and splits cover a sequence once. */
+#include "check.h"
+#include "kv_plan.h"
+
+static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
+enum { N_DIMS = sizeof head_dims / sizeof *head_dims };
+
+/* Every element of a block has a place of its own, all places are used, and the way back is right.
+ * */
+static void check_plane(uint32_t n_steps, uint32_t bits, bool keys) {
+    uint32_t n_words = ki_order_words(n_steps, bits) * 32, d = n_steps * 16;
+    uint32_t *seen = check_alloc((size_t)n_words * 4), *place = check_alloc((size_t)n_words * 4);
+    for (uint32_t w = 0; w < n_words / 32; w++)
+        for (uint32_t lane = 0; lane < 32; lane++) place[ki_order_word_at(w, n_words / 32, lane)]++;
+    for (uint32_t i = 0; i < n_words; i++)
+        CHECK(place[i] == 1, "word %u is named %u times", i, place[i]);
+    for (uint32_t t = 0; t < 32; t++)
+        for (uint32_t c = 0; c < d; c++) {
+            ki_order_place p =
+                keys ? ki_order_key(t, c, n_steps, bits) : ki_order_value(t, c, n_steps, bits);
+            CHECK(p.word < n_words && p.bit + bits <= 32, "place of (%u, %u)", t, c);
+            if (check_failed()) goto done;
+            uint32_t mask = (uint32_t)((1ull << bits) - 1) << p.bit;
+            CHECK(!(seen[p.word] & mask), "(%u, %u) has the place of another", t, c);
+            seen[p.word] |= mask;
+        }
+    for (uint32_t i = 0; i < n_words && (bits > 1 || n_steps % 2 == 0); i++)
+        CHECK(seen[i] == UINT32_MAX, "word %u has unused bits", i);
+    for (uint32_t w = 0; w < n_words / 32; w++)
+        for (uint32_t lane = 0; lane < 32; lane++)
+            for (uint32_t e = 0; e < 32 / bits; e++) {
+                ki_order_element at = ki_order_at(w, e, lane, bits);
+                if (at.j >= n_steps) continue;
+                ki_order_place p = ki_order_tile(at.j, at.i, at.row, at.col, n_steps, bits);
+                CHECK(p.word == ki_order_word_at(w, n_words / 32, lane) && p.bit == e * bits,
+                      "way back from word %u of lane %u, element %u", w, lane, e);
+            }
+done:
+    free(seen);
+    free(place);
+}
+
+static void check_orders(void) {
+    static const uint32_t all_bits[] = {1, 2, 4, 8, 16};
+    for (int i = 0; i < N_DIMS; i++)
+        for (int b = 0; b < 5; b++)
+            for (int keys = 0; keys < 2; keys++) check_plane(head_dims[i] / 16, all_bits[b], keys);
+    for (int i = 0; i < N_DIMS; i++) {
+        bool seen[256] = {false};
+        for (uint32_t c = 0; c < head_dims[i]; c++) {
+            uint32_t at = ki_order_key_scale(c, head_dims[i] / 16);
+            CHECK(at < head_dims[i] && !seen[at], "scale of channel %u at %u", c, at);
+            if (at < 256) seen[at] = true;
+            /* a pair of channels stays a pair: the kernels store and load two at once */
+            CHECK(c % 2 || ki_order_key_scale(c + 1, head_dims[i] / 16) == at + 1, "pair %u", c);
+        }
+    }
+}
+
+static void check_exchange(rng *r, uint32_t d, uint32_t k_bits, uint32_t v_bits, uint32_t group) {
+    kivi_cache_geometry g = kivi_cache_defaults();
+    ki_cuda_layout l;
+    ki_layout cpu;
+    g.n_layers = 2, g.n_heads = 8, g.n_kv_heads = 2, g.head_dim = d, g.n_pages = 1;
+    g.kv.k_bits = k_bits, g.kv.v_bits = v_bits, g.kv.group = group;
+    CHECK_OK(ki_layout_init(&cpu, &g, err));
+    g.kv = cpu.kv;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+    if (check_failed()) return;
+    CHECK(l.page_bytes == cpu.page_bytes, "%u bytes on the device, %zu here", l.page_bytes,
+          cpu.page_bytes);
+    CHECK(l.page_scale_bytes == cpu.page_scale_bytes, "bytes of scales");
+    uint8_t *page = check_alloc(cpu.page_bytes), *back = check_alloc(cpu.page_bytes);
+    guard there = guard_alloc(l.page_bytes);
+    for (size_t i = 0; i < cpu.page_bytes; i++) page[i] = (uint8_t)rng_u64(r);
+    ki_cuda_page_from_cpu(there.data, page, &l);
+    ki_cuda_page_to_cpu(back, there.data, &l);
+    CHECK(!memcmp(page, back, cpu.page_bytes), "D %u, %u/%u bits, group %u: not the same page", d,
+          k_bits, v_bits, group);
+    free(page);
+    free(back);
+    guard_free(&there);
+}
+
+static void check_pages(void) {
+    static const uint32_t bits[] = {2, 4, 8, 16};
+    rng r = check_rng();
+    for (int i = 0; i < N_DIMS; i++)
+        for (int k = 0; k < 4; k++)
+            for (int v = 0; v < 4; v++)
+                for (uint32_t group = 16; group <= 128; group *= 2)
+                    if (head_dims[i] % group == 0)
+                        check_exchange(&r, head_dims[i], bits[k], bits[v], group);
+}
+
+/* One sequence at one length: fast units and slow blocks cover what is visible, once; fast ones are
+ * all codes; the splits hand out each of them once, in order. */
+static void check_sequence(const ki_cuda_layout *l, uint32_t n, uint32_t window, uint32_t split) {
+    ki_cuda_seq s = {.n_tokens = n, .n_rows = 1};
+    ki_plan_ranges r = ki_plan_of(l, &s, window);
+    uint32_t unit = l->unit_subs, n_splits = ki_plan_splits(&r, split, KI_MAX_SPLITS);
+    uint32_t end_block = (r.end + 31) / 32, next = r.lead_begin;
+    CHECK(r.end == n + 1 && r.first == (window && n + 1 > window ? n + 1 - window : 0), "range");
+    CHECK(n_splits <= ki_plan_max_splits(n + 1, split), "more splits than there is room for");
+    for (uint32_t k = 0; k < r.n_lead; k++) CHECK(ki_plan_slow_block(&r, k) == next++, "lead");
+    if (r.fast_begin < r.fast_end) {
+        CHECK(next == r.fast_begin * unit, "fast units begin at %u, not %u", r.fast_begin * unit,
+              next);
+        CHECK(r.fast_begin * unit * 32 >= r.first, "a fast unit before the window");
+        CHECK(r.fast_begin * unit * 32 >= l->sink_tokens || l->k_bits + l->v_bits == 32, "sinks");
+        CHECK(r.fast_end * unit * 32 <= KI_MIN(r.k_exact, r.v_exact), "a fast unit in 16 bit");
+        next = r.fast_end * unit;
+    }
+    for (uint32_t k = r.n_lead; k < r.n_slow; k++)
+        CHECK(ki_plan_slow_block(&r, k) == next++, "tail: %u", k);
+    CHECK(next == end_block, "ends at block %u, not %u", next, end_block);
+    uint32_t units = r.fast_begin, slow = 0;
+    for (uint32_t k = 0; k < n_splits; k++) {
+        ki_plan_part p = ki_plan_split(&r, unit, k, n_splits);
+        CHECK(p.unit_begin == units && p.unit_end >= units, "split %u begins at unit %u", k,
+              p.unit_begin);
+        CHECK(p.slow_begin == slow && p.slow_end >= slow, "split %u begins at slow %u", k,
+              p.slow_begin);
+        units = p.unit_end, slow = p.slow_end;
+    }
+    CHECK(units == r.fast_end && slow == r.n_slow, "splits end at %u, %u", units, slow);
+}
+
+static void check_plan(void) {
+    rng r = check_rng();
+    for (int i = 0; i < 3000 && !check_failed(); i++) {
+        static const uint32_t bits[] = {2, 4, 16}, windows[] = {0, 1, 100, 4096};
+        kivi_cache_geometry g = kivi_cache_defaults();
+        ki_cuda_layout l;
+        uint32_t group = 32u << rng_below(&r, 3);
+        g.n_layers = 1, g.n_heads = 8, g.n_kv_heads = 8, g.head_dim = 128, g.n_pages = 1;
+        g.kv.k_bits = bits[rng_below(&r, 3)], g.kv.v_bits = bits[rng_below(&r, 3)];
+        g.kv.group = group, g.kv.residual_tokens = group * (1 + rng_below(&r, 3));
+        g.kv.sink_tokens = rng_below(&r, 2) ? rng_below(&r, 70) : 0;
+        CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+        if (check_failed()) return;
+        uint32_t n = rng_below(&r, 2) ? rng_below(&r, 700) : rng_below(&r, 140000);
+        check_sequence(&l, n, windows[rng_below(&r, 4)], 256u << rng_below(&r, 6));
+    }
+}
+
+static void check_layouts(void) {
+    kivi_cache_geometry g = kivi_cache_defaults();
+    ki_cuda_layout l;
+    kivi_error error = {0};
+    g.n_layers = 32, g.n_heads = 32, g.n_kv_heads = 8, g.head_dim = 128;
+    g.kv.k_bits = g.kv.v_bits = 2, g.kv.group = 32, g.kv.residual_tokens = 128;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+    CHECK(l.page_bytes == 12288 && l.sub_bytes == 3072, "kivi2 has %u bytes a page", l.page_bytes);
+    CHECK(l.k_ring_blocks == 4 && l.v_ring_blocks == 5, "rings of %u and %u blocks",
+          l.k_ring_blocks, l.v_ring_blocks);
+    CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+    /* DESIGN.md 11: 2.51 bits an element */
+    CHECK(fabs(l.page_bytes * 8.0 / (2 * 128 * 128) - 2.51) < 0.005, "kivi2+ has %u bytes a page",
+          l.page_bytes);
+    g.kv.k_bits = 4;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+    CHECK(fabs(l.page_bytes * 8.0 / (2 * 128 * 128) - 3.25) < 0.005, "k4v2+");
+    g.kv.v_bits = 3;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+    CHECK(fabs(l.page_bytes * 8.0 / (2 * 128 * 128) - 3.75) < 0.005, "k4v3+");
+    g.kv.k_bits = 2;
+    CHECK(ki_cuda_layout_init(&l, &g, true, &error) == KIVI_ARG, "2/3 bits: %s", error.text);
+    g.head_dim = 112;
+    CHECK(ki_cuda_layout_init(&l, &g, false, &error) == KIVI_UNSUPPORTED, "head size 112");
+}
+
+void check_cuda(void) {
+    if (check_case("cuda/order")) {
+        check_orders();
+        check_end();
+    }
+    if (check_case("cuda/pages")) {
+        check_pages();
+        check_end();
+    }
+    if (check_case("cuda/plan")) {
+        check_plan();
+        check_end();
+    }
+    if (check_case("cuda/layouts")) {
+        check_layouts();
+        check_end();
+    }
+}

@@ -1,0 +1,103 @@
+/* tune-cuda: decode attention in other shapes of its kernel than those that kv_decode_shapes.cuh
+ * picked, at several split sizes: what the choice rests on. */
+#include "kv_bench.cuh"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct candidate {
+    const char *name;
+    decode_kernel kernel;
+};
+
+/* blocks of a unit, warps, stages, thread blocks a multiprocessor */
+#define KIVI2(nb, w, s, b)                                                                         \
+    {                                                                                              \
+        "nb" #nb " w" #w " s" #s " b" #b,                                                          \
+            decode_entry<decode_shape<128, 2, 2, 32, 32, nb, w, s, b, false>>()                    \
+    }
+#define PLUS2(w, s, b)                                                                             \
+    { "w" #w " s" #s " b" #b, decode_entry<decode_shape<128, 2, 2, 128, 64, 4, w, s, b, true>>() }
+#define HALF(w, s, b)                                                                              \
+    { "w" #w " s" #s " b" #b, decode_entry<decode_shape<128, 16, 16, 0, 0, 1, w, s, b, false>>() }
+
+static const candidate kivi2_list[] = {
+    KIVI2(2, 4, 2, 3), KIVI2(2, 4, 4, 2), KIVI2(2, 8, 2, 2), KIVI2(4, 4, 2, 2), KIVI2(4, 2, 2, 4),
+    KIVI2(1, 4, 4, 3), KIVI2(1, 4, 4, 4), KIVI2(1, 8, 4, 2), KIVI2(4, 4, 1, 3),
+};
+static const candidate plus_list[] = {PLUS2(4, 2, 2), PLUS2(2, 2, 4), PLUS2(2, 3, 3),
+                                      PLUS2(4, 1, 3)};
+static const candidate half_list[] = {HALF(4, 2, 1), HALF(2, 2, 3)};
+
+static double read_gbs = 3198; /* the stream of this card, for the percentages; --read=N */
+
+static kivi_status tune(const char *kind_name, const bench_kind &kind, const bench_shape &s,
+                        const candidate *list, size_t n, kivi_error *err) {
+    bench_batch b;
+    KI_TRY(b.ki_make(s, kind, 1ull << 30, 24, err));
+    double mb = b.packed_bytes() * 1e-6;
+    for (size_t i = 0; i < n; i++) {
+        const decode_kernel *k = &list[i].kernel;
+        KI_TRY(ki_cuda_check(k->prepare(), list[i].name, err));
+        b.l.unit_subs = k->unit_subs;
+        printf("%-7s B%-2u %2u/%-2u T%-6u %-12s", kind_name, s.batch, s.n_heads, s.n_kv_heads,
+               s.tokens, list[i].name);
+        uint64_t rows = (uint64_t)s.batch * s.n_kv_heads;
+        static const uint32_t slots[] = {0, 264, 396, 528, 792, 1056, 2112, 4224};
+        uint32_t last = 0;
+        for (uint32_t slot : slots) { /* splits that make about so many thread blocks */
+            uint32_t splits = (uint32_t)(slot / rows);
+            if (splits < 1) splits = 1;
+            if (splits == last) continue;
+            last = splits;
+            uint32_t tokens = (s.tokens + splits - 1) / splits;
+            if (tokens < 256) continue;
+            for (int pdl = 0; pdl < 2; pdl++) {
+                double us;
+                KI_TRY(b.ki_plan(tokens, 0, pdl, err));
+                kivi_status status = time_launches(
+                    &us, bench_launches(b, mb / 2.0),
+                    [&](uint32_t launch, cudaStream_t stream) {
+                        return ki_cuda_decode_attend_by(&b.calls[launch % b.n_sets], k, stream,
+                                                        err);
+                    },
+                    err);
+                if (status != KIVI_OK) return status;
+                if (pdl) printf(" /%.1f", mb / us * 1e5 / read_gbs);
+                else printf("  x%u %.1f", splits, mb / us * 1e5 / read_gbs);
+            }
+        }
+        printf("\n");
+        fflush(stdout);
+    }
+    return KIVI_OK;
+}
+
+int main(int argc, char **argv) {
+    kivi_error error = {}, *err = &error;
+    static const bench_shape shapes[] = {{32, 32, 32, 4096},
+                                         {32, 32, 8, 8192},
+                                         {8, 32, 8, 32768},
+                                         {1, 32, 8, 131072},
+                                         {8, 32, 32, 32768}};
+    const bench_kind kivi2 = {"kivi2", 2, 2, 128, false, true},
+                     plus = {"kivi2+", 2, 2, 128, true, true};
+    const bench_kind half = {"f16", 16, 16, 128, false, true};
+    const char *only = argc > 1 ? argv[1] : "";
+    if (argc > 2) read_gbs = atof(argv[2]);
+    printf("percent of %.0f GB/s, plain / with programmatic dependent launch, by splits of a row\n",
+           read_gbs);
+    for (const bench_shape &s : shapes) {
+        kivi_status status = KIVI_OK;
+        if (strstr("kivi2", only))
+            status =
+                tune("kivi2", kivi2, s, kivi2_list, sizeof kivi2_list / sizeof *kivi2_list, err);
+        if (status == KIVI_OK && strstr("plus", only))
+            status = tune("kivi2+", plus, s, plus_list, sizeof plus_list / sizeof *plus_list, err);
+        if (status == KIVI_OK && strstr("half", only) && s.batch * s.n_kv_heads <= 256)
+            status = tune("f16", half, s, half_list, sizeof half_list / sizeof *half_list, err);
+        if (status != KIVI_OK) return fprintf(stderr, "tune-cuda: %s\n", error.text), 4;
+    }
+    return 0;
+}
