@@ -77,7 +77,12 @@ static const ki_cuda_kernels fused = {.name = "fused",
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
 
-/* The fused kernels wherever they are built for the head size, unless they are left out. */
+/* The fused kernels wherever they are built for the head size, unless they are left out: groups of
+ * 32 tokens and more, and lines between codes and window on blocks of 32. */
+static bool is_fused_kind(const ki_layout *l) {
+    return l->kv.group >= KI_SUB_TOKENS && l->kv.residual_tokens % KI_SUB_TOKENS == 0;
+}
+
 static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
     kivi_cache_geometry g = {.n_layers = l->n_layers,
                              .n_heads = l->n_heads,
@@ -86,7 +91,8 @@ static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_e
                              .kv = l->kv};
     ki_cuda_layout own;
     b->kernels = &plain;
-    if (b->no_fused || ki_cuda_layout_init(&own, &g, false, NULL) != KIVI_OK) return KIVI_OK;
+    if (b->no_fused || !is_fused_kind(l)) return KIVI_OK;
+    if (ki_cuda_layout_init(&own, &g, false, NULL) != KIVI_OK) return KIVI_OK;
     KI_TRY(ki_cuda_kernels_init(err));
     b->kernels = &fused;
     return KIVI_OK;

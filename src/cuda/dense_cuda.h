@@ -15,8 +15,8 @@ extern "C" {
 #endif
 
 /* out [n] of `type` from n / block_elements blocks of a file's type. n: whole blocks. */
-void ki_cuda_dequantize(void *out, const uint8_t *blocks, ki_dtype dtype, size_t n, ki_cuda_type type,
-                        void *stream);
+void ki_cuda_dequantize(void *out, const uint8_t *blocks, ki_dtype dtype, size_t n,
+                        ki_cuda_type type, void *stream);
 
 /* x[r][n] = embedding[tokens[r]] * scale; rows that are not used have token 0. */
 void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens, uint32_t n_rows,
