@@ -135,7 +135,8 @@ extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_nor
 static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows) {
     ki_pdl_launch();
     ki_pdl_wait();
-    uint32_t n_all = h.n_heads + 2 * h.n_kv_heads, unit = blockIdx.x * (UNIT_THREADS / 32) + threadIdx.x / 32;
+    uint32_t n_all = h.n_heads + 2 * h.n_kv_heads;
+    uint32_t unit = (blockIdx.x * UNIT_THREADS + threadIdx.x) / 32;
     uint32_t row = unit / n_all, head = unit % n_all, lane = threadIdx.x % 32;
     if (row >= n_rows) return;
     float *x = qkv + ((size_t)row * n_all + head) * h.head_dim, square = 0;

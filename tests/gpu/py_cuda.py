@@ -3,11 +3,11 @@
 
 With --compute f32 products are float32. What is left between the CPU engine or a golden file and the device is the
 order of sums, and that attention takes queries (and the fused kernels q * scale and p * scale) as float16: 2^-12 of a
-score, which a softmax of these models, whose logits spread over 3 to 8, turns into about QUERY of the spread. With float16
-products, the default, each input of a product is off by up to 2^-12 of itself and the errors of three layers add up
-like a random walk: PRODUCTS of the spread. Then float16 keys and values differ in their last bit, and where a code
-falls on the other side of a rounding the logits of these small random models move by a part of what quantization moves
-them: the share of a case's mean distance from a 16-bit cache, FEW_FLIPS and MANY_FLIPS.
+score, which a softmax of these models, whose logits spread over 3 to 8, turns into about QUERY of the spread. With
+float16 products, the default, each input of a product is off by up to 2^-12 of itself and the errors of three layers
+add up like a random walk: PRODUCTS of the spread. Then float16 keys and values differ in their last bit, and where a
+code falls on the other side of a rounding the logits of these small random models move by a part of what quantization
+moves them: the share of a case's mean distance from a 16-bit cache, FEW_FLIPS and MANY_FLIPS.
 """
 import concurrent.futures
 import itertools
