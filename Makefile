@@ -21,13 +21,13 @@ else
 CFLAGS_BASE += -DNDEBUG
 endif
 INC := -Iinclude -Isrc/base -Isrc/device -Isrc/kernel -Isrc/cache -Isrc/load -Isrc/token -Isrc/model \
-       -Isrc/engine -Isrc/cuda
+       -Isrc/engine -Isrc/serve -Isrc/cuda
 PKGS := jansson libpcre2-8 libutf8proc
 PKG_CFLAGS = $(shell pkg-config --cflags $(PKGS))
 PKG_LIBS = $(shell pkg-config --libs $(PKGS))
 LIBS = $(PKG_LIBS) -lm
-# The command's own: editing of lines in `kivi chat`. The library does not need it.
-PROG_PKGS := libedit
+# The command's own: editing of lines (chat), HTTP (serve). The library needs neither.
+PROG_PKGS := libedit libmicrohttpd
 PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
 # Instruction sets of the machine the compiler compiles for; no file of another's is compiled.
@@ -42,7 +42,7 @@ CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c p
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
             src/cuda/kv_layout.c
-PROG_SRC := $(wildcard programs/*.c)
+PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
 PROG_OBJ := $(PROG_SRC:%.c=$(BUILD)/%.o)
@@ -65,9 +65,10 @@ $(BUILD)/src/kernel/isa_avx512vnni.o: ISA := $(AVX512VNNI)
 # Every aarch64 has NEON. GCC's dot product intrinsics want Armv8.2; src/device/cpu.c asks for what that brings.
 $(BUILD)/src/kernel/isa_neon.o: ISA := $(KERNEL_OPT)
 $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
-$(BUILD)/src/kernel/isa_scalar.o: ISA := $(KERNEL_OPT)
+# The definition, not the fast way: at -O3 it takes the compiler four minutes.
+$(BUILD)/src/kernel/isa_scalar.o: ISA := -O1
 
-.PHONY: all run test test-gpu lint install uninstall clean help bench fuzz deps aarch64-syntax FORCE
+.PHONY: all run test test-gpu lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -81,6 +82,7 @@ $(BUILD)/libkivi.so: $(LIB_OBJ)
 	$(CC) -shared -Wl,-soname,libkivi.so.0 -Wl,--no-undefined $(LDFLAGS) $^ -o $@ $(LIBS) -pthread
 $(BUILD)/kivi: $(PROG_OBJ) $(BUILD)/libkivi.a
 	$(CC) $(LDFLAGS) $^ -o $@ $(PROG_LIBS) $(LIBS) -pthread
+$(BUILD)/programs/serve/page.o: programs/serve/page.html
 # One static program without libraries, to be carried to any machine of its kind.
 $(BUILD)/check-kernels: $(CHECK_OBJ) $(CORE_OBJ)
 	$(CC) $(if $(SAN),,-static) $(LDFLAGS) $^ -o $@ -lm -pthread
@@ -154,6 +156,10 @@ test: ; @tools/test.sh
 test-gpu: all $(BUILD)/gpu_engine ; @KIVI_BUILD=$(BUILD) python3 tests/run.py --stage gpu
 lint: ; @python3 tools/lint.py
 deps: ; @tools/deps.sh build
+# Twenty minutes and more: measures every kind, builds llama-cpp-python once. python3-matplotlib is the system's python.
+pareto: $(BUILD)/kivi
+	@tools/deps.sh model plots
+	@KIVI_BIN=$(abspath $(BUILD))/kivi /usr/bin/python3 tools/pareto.py $(PARETO)
 
 MAN := $(PREFIX)/share/man/man1
 COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
@@ -161,7 +167,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
 	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
-	install -m 644 include/kivi_convert.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi_convert.h include/kivi_serve.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -176,7 +182,7 @@ install: all
 	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
 	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert,_serve}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1
@@ -188,7 +194,8 @@ help:
 	@echo 'make test-gpu what needs an NVIDIA GPU; one closing line'
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'
+	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
--include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) $(TEST_SRC:%.c=$(BUILD)/%.d)
--include $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
+-include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d

@@ -109,16 +109,28 @@ typedef struct kivi_memory {
  * see, whichever is earlier. */
 typedef enum kivi_rule { KIVI_RULE_PAPER, KIVI_RULE_STREAM, KIVI_RULE_SPAN } kivi_rule;
 
-/* A cache kind. Zero bits, group or residual mean the default (kivi2: 2, 2, 32, 128). */
+/* The parts of a + kind; ARCHITECTURE.md 5 says what each is. All but the first can be left out, to
+ * measure what they are worth. */
+enum {
+    KIVI_PLUS = 1,       /* keys in groups of a page, values without a zero point */
+    KIVI_PLUS_WIDE = 2,  /* 2-bit keys: a quarter of the channels of each page has 4 bits */
+    KIVI_PLUS_FIT = 4,   /* 2-bit keys: ranges by least squares */
+    KIVI_PLUS_TURN = 8,  /* values: turned by a Hadamard matrix */
+    KIVI_PLUS_STEP = 16, /* values: steps by least squares */
+    KIVI_PLUS_ALL = 31
+};
+
+/* A cache kind; kivi_kv_by_name (kivi_cache.h) knows those that have a name. Zero bits, group or
+ * residual mean the default (kivi2: 2, 2, 32, 128). */
 typedef struct kivi_kv_options {
-    uint32_t k_bits, v_bits;  /* 2, 4, 8, or 16 for not quantized */
-    uint32_t group;           /* G: 16, 32, 64 or 128; divides the head size and R */
+    uint32_t k_bits, v_bits;  /* 2, 4, 8, or 16 for not quantized; + kinds: 2, 4, 16 and 2, 3, 16 */
+    uint32_t plus;            /* parts of a + kind; 0: a plain kind */
+    uint32_t group;           /* G: 16, 32, 64 or 128; divides the head size and R; + kinds: 128 */
     uint32_t residual_tokens; /* R: a multiple of G, at most 4096 */
-    uint32_t sink_tokens;     /* first positions that stay in 16 bit for good: 0 (default) to 4096 */
+    uint32_t sink_tokens; /* first positions that stay in 16 bit for good: 0 (default) to 4096 */
     kivi_rule rule;
     uint32_t span_tokens;   /* N of KIVI_RULE_SPAN, a multiple of the page (128) */
-    uint32_t rewind_tokens; /* how far a sequence can step back at once; costs that many rows of 16
-                               bit */
+    uint32_t rewind_tokens; /* how far a sequence can step back at once: rows of 16 bit it keeps */
 } kivi_kv_options;
 
 typedef struct kivi_engine_options {
@@ -127,11 +139,12 @@ typedef struct kivi_engine_options {
     uint32_t n_threads;    /* 0: one for each core this process may use */
     uint32_t ctx_tokens;   /* longest session; 0: the model's training context */
     uint32_t max_sessions; /* pages are made for this many sessions of ctx_tokens; 0: one */
+    uint64_t kv_bytes;     /* bytes of all pages; 0: as many as those sessions need at most */
     uint32_t step_rows;    /* most rows in one step; 0: 512 */
+    uint32_t logit_rows;   /* most rows of logits in one step; 0: one for each session */
     bool all_logits; /* keep logits of every row of a step, not of the last row of each item */
-    const char
-        *rope_type; /* "bf16", "f16": round the rotary frequencies so, as a checkpoint converted as
-                     * a whole (model.to(dtype)) has them; NULL: float32, as models are served */
+    const char *rope_type; /* "bf16", "f16": of the rotary frequencies, as a checkpoint converted as
+                            * a whole (model.to(dtype)) has them; NULL: float32, as is usual */
     bool dummy_weights; /* random weights of dummy_seed: model_path needs only config.json */
     uint64_t dummy_seed;
     const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
@@ -169,8 +182,8 @@ KIVI_API kivi_status kivi_engine_create(kivi_engine **out, const kivi_engine_opt
                                         kivi_error *err);
 /* Destroys and nulls; NULL is allowed. Sessions must be gone. */
 KIVI_API void kivi_engine_destroy(kivi_engine **engine);
-KIVI_API const kivi_engine_info *kivi_engine_info_get(
-    const kivi_engine *engine); /* lent for the engine's life */
+/* Lent for the engine's life. */
+KIVI_API const kivi_engine_info *kivi_engine_info_get(const kivi_engine *engine);
 KIVI_API kivi_memory kivi_engine_memory(const kivi_engine *engine); /* here and on the device */
 KIVI_API kivi_memory kivi_engine_device_memory(const kivi_engine *engine); /* there alone */
 /* What a plan with these options would hold for one session of ctx_tokens: the allocator's own
@@ -181,8 +194,7 @@ KIVI_API kivi_status kivi_engine_plan(kivi_memory *out, double *n_bits_out,
                                       uint32_t ctx_tokens, kivi_error *err);
 /* Allocated bits of a cached element of the engine's own kind, scales and zeros counted. */
 KIVI_API double kivi_engine_bits(const kivi_engine *engine);
-/* Rows that failed because a key or value was not finite, and values that left float16 and were
- * saturated. */
+/* Rows that failed as a key or value was not finite; values beyond float16 that were saturated. */
 KIVI_API void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfinite,
                                    uint64_t *n_saturated);
 
@@ -190,8 +202,7 @@ KIVI_API void kivi_engine_counters(const kivi_engine *engine, uint64_t *n_nonfin
 KIVI_API kivi_status kivi_session_create(kivi_session **out, kivi_engine *engine, kivi_error *err);
 KIVI_API void kivi_session_destroy(kivi_session **session);
 KIVI_API uint32_t kivi_session_length(const kivi_session *session); /* tokens evaluated */
-/* Announces that the next n_tokens rows fed are one prompt; they may come in any number of steps.
- */
+/* Announces that the next n_tokens rows fed are one prompt, in any number of steps. */
 KIVI_API kivi_status kivi_session_begin_prompt(kivi_session *session, size_t n_tokens,
                                                kivi_error *err);
 /* Gives up a prompt that is not fed to its end (a step was FULL, or somebody stopped it): back to
@@ -201,22 +212,19 @@ KIVI_API kivi_status kivi_session_abandon_prompt(kivi_session *session, kivi_err
 KIVI_API kivi_status kivi_session_prompt(kivi_session *session, const int32_t *tokens,
                                          size_t n_tokens, kivi_error *err);
 KIVI_API kivi_status kivi_session_decode(kivi_session *session, int32_t token, kivi_error *err);
-/* A second session with the same history. Full pages are shared, the window and the open page are
- * copied. */
+/* A second session with the same history. Full pages are shared, window and open page copied. */
 KIVI_API kivi_status kivi_session_fork(kivi_session **out, const kivi_session *from,
                                        kivi_error *err);
-/* Back to the first n_tokens, exactly as if the rest had never been. Within rewind_tokens it is
- * immediate; further back the remaining history is evaluated again. Logits are not valid until the
- * next step. */
+/* Back to the first n_tokens, exactly as if the rest had never been: at once within rewind_tokens,
+ * else the remaining history is evaluated again. No logits until the next step. */
 KIVI_API kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_error *err);
-/* The session's history and cache in a file: versioned, checksummed, refused where the model or
- * kind differs. */
+/* History and cache in a file: versioned, checksummed, refused where model or kind differ. */
 KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path,
                                        kivi_error *err);
 KIVI_API kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
                                        kivi_error *err);
 /* float32 [V] of a row of the session's item in the last step, lent until the next one. Without
- * all_logits there is one row, 0: the item's last. NULL when there is none. */
+ * all_logits (of engine or item) there is one row, 0: the item's last. NULL: there is none. */
 KIVI_API const float *kivi_session_logits(const kivi_session *session, uint32_t row);
 
 /* ---- step ---- */
@@ -224,6 +232,7 @@ typedef struct kivi_step_item {
     kivi_session *session;
     const int32_t *tokens; /* [n_tokens], n_tokens >= 1 */
     uint32_t n_tokens;
+    bool all_logits; /* logits of each of its rows; the step's rows of logits are at most logit_rows */
     kivi_status
         status;       /* out: this item's own result; a failed item does not touch its neighbours */
     kivi_error error; /* out */

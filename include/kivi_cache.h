@@ -54,19 +54,23 @@ typedef struct kivi_cache_geometry {
     uint32_t n_pages;       /* a page holds 128 tokens of all layers and KV heads of one sequence */
     uint32_t max_step_rows; /* most rows of one step of a sequence; 0: 512 */
     uint32_t n_threads;     /* 0: one for each core this process may use */
-    uint32_t window_tokens; /* a query at p sees positions > p - window only, and pages wholly behind
+    uint32_t
+        window_tokens;   /* a query at p sees positions > p - window only, and pages wholly behind
                                it are given back; 0: it sees all */
-    uint32_t max_tokens;    /* longest sequence; 0: as many as n_pages hold */
+    uint32_t max_tokens; /* longest sequence; 0: as many as n_pages hold */
 } kivi_cache_geometry;
 
 typedef struct kivi_cache kivi_cache;
 typedef struct kivi_seq kivi_seq;
 typedef enum kivi_float { KIVI_F32, KIVI_F16 } kivi_float;
 
+/* Bits, parts and sinks of "f16", "kivi8", "kivi4", "k4v2", "kivi2", "kivi2+", "k4v2+" or "k4v3+"
+ * (4 sinks for the last three, 0 for the others); the rest of *kv stays. ARG for another name. */
+KIVI_API kivi_status kivi_kv_by_name(kivi_kv_options *kv, const char *name, kivi_error *err);
 /* Fills in the defaults of a cache kind and refuses what cannot be, naming what could. */
 KIVI_API kivi_status kivi_kv_resolve(kivi_kv_options *kv, uint32_t head_dim, kivi_error *err);
-/* Allocated bits a cached element, scales and zeros counted; window and sinks not. kv must be
- * resolved. */
+/* Allocated bits a cached element: codes, scales, zeros and what fills a page up to whole lines;
+ * window and sinks not. kv must be resolved. */
 KIVI_API double kivi_kv_bits(const kivi_kv_options *kv, uint32_t head_dim);
 
 KIVI_API kivi_cache_geometry kivi_cache_defaults(void);

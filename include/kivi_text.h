@@ -48,6 +48,8 @@ enum {
 KIVI_API const char *kivi_chat_names(void);
 /* The format that the model's own template is known as; NULL: it has none, or one not known. */
 KIVI_API const char *kivi_chat_detect(const kivi_vocab *vocab);
+/* The model's own template as its file has it (Jinja), lent; NULL: it has none. */
+KIVI_API const char *kivi_vocab_chat_template(const kivi_vocab *vocab);
 /* The messages in a format (NULL: the model's own) as ids, BOS included. Control tokens come from
  * the format only, never from a message's text. *n_out is the number needed; when it exceeds
  * max_ids nothing is written and ARG is returned. UNSUPPORTED: the model's template is not known; ARG: no

@@ -227,9 +227,9 @@ static void model_type(char *text, size_t n_bytes, const kivi_engine_info *i) {
              i->weight_type);
 }
 
-static const char *cache_type(char *text, size_t n_bytes, uint32_t bits) {
+static const char *cache_type(char *text, size_t n_bytes, uint32_t bits, bool plus) {
     if (bits == 16) return "f16";
-    snprintf(text, n_bytes, "kivi%u", bits);
+    snprintf(text, n_bytes, "kivi%u%s", bits, plus ? "+" : "");
     return text;
 }
 
@@ -312,8 +312,8 @@ static void put_machine(writer *w, const bench *b) {
     put_whole(w, "n_ubatch", i->step_rows);
     put_whole(w, "n_threads", i->n_threads);
     put_text(w, "kv", b->kv);
-    put_text(w, "type_k", cache_type(k, sizeof k, i->kv.k_bits));
-    put_text(w, "type_v", cache_type(v, sizeof v, i->kv.v_bits));
+    put_text(w, "type_k", cache_type(k, sizeof k, i->kv.k_bits, i->kv.plus));
+    put_text(w, "type_v", cache_type(v, sizeof v, i->kv.v_bits, i->kv.plus));
 }
 
 static void put_result(writer *w, const bench *b, const test *t, const result *r) {
@@ -474,7 +474,7 @@ static int check_options(bench *b, const char *kinds) {
 }
 
 int command_bench(const options *o) {
-    const char *kinds = o->kv ? o->kv : "kivi2";
+    const char *kinds = options_kind(o);
     bench b = {.o = o};
     int code = check_options(&b, kinds);
     if (code) return code;

@@ -223,7 +223,7 @@ static double rate(uint64_t n, double seconds) { return seconds > 0 ? (double)n 
 
 static void print_stats(const chat *c) {
     kivi_memory memory = kivi_engine_memory(c->engine);
-    const char *name = c->o->kv ? c->o->kv : "kivi2";
+    const char *name = options_kind(c->o);
     fprintf(stderr, "%u of %u tokens, format %s\n", kivi_session_length(c->session),
             kivi_engine_info_get(c->engine)->ctx_tokens, c->format);
     fprintf(stderr, "prompts %8llu tokens %9.1f tokens/s\nanswers %8llu tokens %9.1f tokens/s\n",
@@ -308,7 +308,7 @@ static int prepare(chat *c) {
 int command_chat(const options *o) {
     chat c = {.o = o};
     struct sigaction action = {.sa_handler = on_interrupt};
-    int code = open_engine(&c.engine, o, o->kv ? o->kv : "kivi2", NULL, NULL);
+    int code = open_engine(&c.engine, o, options_kind(o), NULL, NULL);
     if (!code) code = prepare(&c);
     sigaction(SIGINT, &action, NULL);
     if (!code && c.is_terminal)

@@ -297,7 +297,8 @@ static int run_kind(evaluation *e, measure *m, uint32_t kind, uint32_t n_kinds) 
     side own = {0}, base = {0};
     options plain = *e->o; /* the base is the 16-bit cache, whatever finer options say */
     plain.k_bits = plain.v_bits = plain.group = plain.residual = plain.sinks = 0;
-    plain.type_k = plain.type_v = NULL;
+    plain.type_k = plain.type_v = plain.parts = NULL;
+    plain.sinks_given = false;
     size_t n = (size_t)e->n_windows * (e->ctx - e->skip);
     int code = open_engine(&own.engine, e->o, m->kv, shape_engine, e);
     if (!code && e->divergence) code = open_engine(&base.engine, &plain, "f16", shape_engine, e);
@@ -356,7 +357,7 @@ static void print_table(measure *m, uint32_t n, bool with_divergence) {
 }
 
 static int run_all(evaluation *e, measure *m, uint32_t *n) {
-    const char *kinds = e->o->kv ? e->o->kv : "kivi2";
+    const char *kinds = options_kind(e->o);
     uint32_t n_kinds = 0;
     kivi_engine *engine = NULL; /* its vocabulary cuts the texts once */
     while (n_kinds < MAX_LIST && options_list_item(m[n_kinds].kv, sizeof m->kv, kinds, n_kinds))

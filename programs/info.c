@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-static const char all_kinds[] = "f16,kivi8,kivi4,k4v2,kivi2";
+static const char plain_kinds[] = "f16,kivi8,kivi4,k4v2,kivi2",
+                  all_kinds[] = "f16,kivi8,kivi4,k4v2,kivi2,k4v3+,k4v2+,kivi2+";
 
 typedef struct plan {
     char kv[32];
@@ -13,7 +14,8 @@ typedef struct plan {
 
 static int make_plans(plan *plans, uint32_t *n, const options *o, const kivi_engine *engine,
                       uint32_t ctx) {
-    const char *kinds = o->kv ? o->kv : all_kinds;
+    /* bits, groups and windows of plain kinds are more than the others take */
+    const char *kinds = o->kv ? o->kv : options_shape_kind(o) ? plain_kinds : all_kinds;
     kivi_error err = {0};
     char name[sizeof plans->kv];
     for (*n = 0; options_list_item(name, sizeof name, kinds, *n); ++*n) {

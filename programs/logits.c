@@ -77,8 +77,7 @@ static int step(job *j, const int32_t *tokens, uint32_t n) {
     if (kivi_engine_step(j->engine, &item, 1, &j->err)) return fail_with(&j->err);
     if (item.status) return fail_with(&item.error);
     for (uint32_t r = 0; r < n; r++)
-        if (fwrite(kivi_session_logits(j->session, r), sizeof(float), n_vocab, j->file) !=
-            n_vocab)
+        if (fwrite(kivi_session_logits(j->session, r), sizeof(float), n_vocab, j->file) != n_vocab)
             return write_failed(j);
     return EXIT_OK;
 }
@@ -114,7 +113,7 @@ int command_logits(const options *o) {
     if (!o->tokens || !o->out)
         return usage_error("logits needs --tokens FILE.json and --out FILE.npy");
     int code = read_tokens(&tokens, &n_tokens, o->tokens);
-    if (!code) code = open_engine(&j.engine, o, o->kv ? o->kv : "kivi2", keep_all, (void *)o);
+    if (!code) code = open_engine(&j.engine, o, options_kind(o), keep_all, (void *)o);
     if (!code && !(j.file = fopen(o->out, "wb"))) code = write_failed(&j);
     if (!code) code = write_header(&j, n_tokens);
     if (!code) code = feed(&j, o, tokens, n_tokens);

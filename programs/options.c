@@ -1,5 +1,7 @@
 #include "options.h"
 
+#include "kivi_cache.h"
+
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -25,7 +27,7 @@ static const option table[] = {
     {"file", "-f", TEXT, CMD_RUN | CMD_TOKENIZE, AT(file), 0, "FILE", "read the prompt from FILE",
      0, 0},
     {"system", "-sys", TEXT, CMD_CHAT, AT(system), 0, "TEXT", "system message", 0, 0},
-    {"chat-template", "", TEXT, CMD_CHAT, AT(chat_template), 0, "NAME",
+    {"chat-template", "", TEXT, CMD_CHAT | CMD_SERVE | CMD_BATCH, AT(chat_template), 0, "NAME",
      "chat format instead of the model's own", 0, 0},
     {"load", "", TEXT, CMD_CHAT, AT(load), 0, "FILE", "go on with a saved conversation", 0, 0},
     {"ids", "", FLAG, CMD_TOKENIZE, AT(only_ids), 0, NULL, "print ids only, on one line", 0, 0},
@@ -49,7 +51,7 @@ static const option table[] = {
      "weaken recent tokens (1.1; 1: off)", 0.01, 100},
     {"repeat-last-n", "", UINT, CMD_RUN | CMD_CHAT, AT(repeat_tokens), 0, "N",
      "how many recent tokens (64)", 0, 1e9},
-    {"seed", "-s", UINT64, CMD_RUN | CMD_CHAT, AT(seed), 0, "N",
+    {"seed", "-s", UINT64, CMD_RUN | CMD_CHAT | CMD_BENCH_SERVE, AT(seed), 0, "N",
      "the same seed draws the same text (0)", 0, 1.8e19},
     {"stats", "", TEXT, CMD_RUN, AT(stats), 0, "FORM", "text, json or none (text)", 0, 0},
     {"json", "", FLAG, CMD_INFO, AT(json), 0, NULL, "print JSON", 0, 0},
@@ -77,12 +79,73 @@ static const option table[] = {
      0, 1e8},
     {"chunks", "", UINT, CMD_EVAL, AT(chunks), 0, "N", "windows of each file (all)", 1, 1e8},
     {"output", "-o", TEXT, CMD_EVAL, AT(format), 0, "FORM", "md or json (md)", 0, 0},
+    {"host", "", TEXT, CMD_SERVE, AT(host), 0, "ADDR", "address to listen at (127.0.0.1)", 0, 0},
+    {"port", "", UINT, CMD_SERVE, AT(port), 0, "P", "port to listen at (8080; 0: a free one)", 0,
+     65535},
+    {"api-key", "", TEXT, CMD_SERVE | CMD_BENCH_SERVE, AT(api_key), 0, "KEY,..",
+     "keys of which clients must have one", 0, 0},
+    {"api-key-file", "", TEXT, CMD_SERVE, AT(api_key_file), 0, "FILE", "more keys, one a line", 0,
+     0},
+    {"served-model-name", "--alias -a", TEXT, CMD_SERVE | CMD_BENCH_SERVE, AT(served_name), 0,
+     "NAME", "the model's name for clients (that of its file)", 0, 0},
+    {"tls-cert", "--ssl-certfile", TEXT, CMD_SERVE, AT(tls_cert), 0, "FILE",
+     "serve HTTPS: certificate chain, PEM", 0, 0},
+    {"tls-key", "--ssl-keyfile", TEXT, CMD_SERVE, AT(tls_key), 0, "FILE",
+     "private key of --tls-cert, PEM", 0, 0},
+    {"cors", "--cors-origin", TEXT, CMD_SERVE, AT(cors), 0, "ORIGIN",
+     "web pages of this origin may send requests (none; *: all)", 0, 0},
+    {"max-num-seqs", "-np --parallel", UINT, CMD_SERVE | CMD_BATCH, AT(max_seqs), 0, "N",
+     "sequences at once (16)", 1, 4096},
+    {"max-num-batched-tokens", "", UINT, CMD_SERVE | CMD_BATCH, AT(step_tokens), 0, "N",
+     "rows of a step, prompts' chunks included (512)", 1, 65536},
+    {"max-num-queued-reqs", "", UINT, CMD_SERVE, AT(max_queued), 0, "N",
+     "requests that may wait; more get 429 (1024)", 1, 1e6},
+    {"max-num-queued-tokens", "", UINT, CMD_SERVE, AT(max_queued_tokens), 0, "N",
+     "prompt tokens that may wait (1048576)", 1, 4e9},
+    {"kv-memory", "", UINT, CMD_SERVE | CMD_BATCH, AT(kv_memory_mib), AT(kv_memory_given), "MIB",
+     "most memory of cache pages (max-num-seqs contexts)", 1, 1e8},
+    {"no-prefix-cache", "", FLAG, CMD_SERVE | CMD_BATCH, AT(no_prefix_cache), 0, NULL,
+     "requests share no beginnings of prompts", 0, 0},
+    {"parse-special", "", FLAG, CMD_SERVE | CMD_BATCH, AT(parse_special), 0, NULL,
+     "control tokens spelled in a completion's prompt become themselves", 0, 0},
+    {"log-format", "", TEXT, CMD_SERVE, AT(log_format), 0, "FORM", "text, json or none (text)", 0,
+     0},
+    {"drain-timeout", "--shutdown-timeout", UINT, CMD_SERVE, AT(drain_s), 0, "S",
+     "SIGTERM: seconds for what runs to end (30)", 0, 1e6},
+    {"reader-timeout", "", UINT, CMD_SERVE, AT(reader_s), 0, "S",
+     "a client that reads nothing so long is dropped (30)", 1, 1e6},
+    {"request-timeout", "", UINT, CMD_SERVE, AT(request_s), 0, "S",
+     "longest life of a request (0: no limit)", 0, 4e6},
+    {"header-timeout", "", UINT, CMD_SERVE, AT(header_s), 0, "S",
+     "a request must have come after so long (30)", 1, 1e6},
+    {"keep-alive", "--sse-keep-alive-interval", UINT, CMD_SERVE, AT(keep_alive_s), 0, "S",
+     "silent streams get a comment, idle connections end (15)", 1, 1e6},
+    {"stream-buffer", "", UINT, CMD_SERVE, AT(stream_buffer_kib), 0, "KIB",
+     "unread part of a stream before it pauses (256)", 1, 1e6},
+    {"max-connections", "", UINT, CMD_SERVE, AT(max_connections), 0, "N", "connections (1024)", 1,
+     1e6},
+    {"max-body", "", UINT, CMD_SERVE, AT(max_body_kib), 0, "KIB", "longest request body (16384)", 1,
+     1e6},
+    {"num-prompts", "-n", UINT, CMD_BENCH_SERVE, AT(n_requests), 0, "N", "requests (100)", 1, 1e7},
+    {"request-rate", "", REAL, CMD_BENCH_SERVE, AT(request_rate), 0, "R",
+     "requests a second, Poisson (0: as fast as concurrency lets)", 0, 1e6},
+    {"max-concurrency", "-c", UINT, CMD_BENCH_SERVE, AT(concurrency), 0, "N",
+     "requests at once (16)", 1, 4096},
+    {"input-len", "--random-input-len", UINT, CMD_BENCH_SERVE, AT(input_len), 0, "N",
+     "tokens of a prompt (128)", 1, 1e7},
+    {"output-len", "--random-output-len", UINT, CMD_BENCH_SERVE, AT(output_len), 0, "N",
+     "tokens to generate (128)", 1, 1e7},
+    {"goodput-ttft", "", REAL, CMD_BENCH_SERVE, AT(goodput_ttft_ms), 0, "MS",
+     "a good request has its first token by then (0: no matter)", 0, 1e9},
+    {"goodput-tpot", "", REAL, CMD_BENCH_SERVE, AT(goodput_tpot_ms), 0, "MS",
+     "and at most so much for each further one (0: no matter)", 0, 1e9},
+    {"output", "-o", TEXT, CMD_BENCH_SERVE, AT(format), 0, "FORM", "text or json (text)", 0, 0},
     {"kv", "--kv-cache-dtype", TEXT, CMD_ALL, AT(kv), 0, "KIND",
-     "cache: f16 kivi8 kivi4 k4v2 kivi2 (kivi2)", 0, 0},
+     "cache: f16 kivi8 kivi4 k4v2 kivi2 kivi2+ k4v2+ k4v3+ (" DEFAULT_KIND ")", 0, 0},
     {"k-bits", "--kv-bits-k", UINT, CMD_ALL, AT(k_bits), 0, "B", "bits of keys: 2, 4, 8, 16", 2,
      16},
-    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B", "bits of values: 2, 4, 8, 16", 2,
-     16},
+    {"v-bits", "--kv-bits-v", UINT, CMD_ALL, AT(v_bits), 0, "B",
+     "bits of values: 2, 4, 8, 16; 3 in a + kind", 2, 16},
     {"cache-type-k", "-ctk", TEXT, CMD_ALL, AT(type_k), 0, "TYPE",
      "keys as in llama.cpp: f16 q8_0 q4_0 q4_1", 0, 0},
     {"cache-type-v", "-ctv", TEXT, CMD_ALL, AT(type_v), 0, "TYPE", "values as in llama.cpp", 0, 0},
@@ -90,8 +153,10 @@ static const option table[] = {
      4096},
     {"residual", "--kv-residual", UINT, CMD_ALL, AT(residual), 0, "R",
      "newest tokens kept in 16 bit (128)", 1, 1e6},
-    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S", "first tokens kept in 16 bit (0)",
-     0, 1e6},
+    {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S",
+     "first tokens kept in 16 bit (0; + kinds 4)", 0, 1e6},
+    {"parts", "", TEXT, CMD_ALL, AT(parts), 0, "LIST",
+     "of a + kind, to measure each: wide fit turn step, all or none (all)", 0, 0},
     {"rule", "", TEXT, CMD_ALL, AT(rule), 0, "RULE", "paper, stream or span:N (paper)", 0, 0},
     {"threads", "-t", UINT, CMD_ALL, AT(threads), 0, "N", "threads (one for each core)", 1, 1024},
     {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N",
@@ -124,8 +189,11 @@ static const struct {
     {"chat", CMD_CHAT, "talk with a model"},
     {"tokenize", CMD_TOKENIZE, "token ids of a text, with any vocabulary"},
     {"convert", CMD_CONVERT, "a Hugging Face folder as a GGUF file"},
+    {"serve", CMD_SERVE, "an OpenAI-compatible server, and a page to chat at"},
+    {"batch", CMD_BATCH, "answers to a file of requests in OpenAI's batch format"},
+    {"bench-serve", CMD_BENCH_SERVE, "load a server and time it: bench serve http://HOST:PORT"},
 };
-static const char *const later[] = {"serve", "study", "batch"};
+static const char *const later[] = {"study"};
 
 int usage_error(const char *format, ...) {
     va_list args;
@@ -157,6 +225,8 @@ int fail_with(const kivi_error *err) {
 
 /* What a command takes beside options. */
 static const char *words_of(unsigned command) {
+    if (command == CMD_BATCH) return "MODEL IN.jsonl OUT.jsonl";
+    if (command == CMD_BENCH_SERVE) return "URL";
     return command == CMD_CONVERT ? "FOLDER OUT.gguf" : "MODEL";
 }
 
@@ -172,7 +242,7 @@ void options_help(FILE *out, unsigned command) {
               "[options]\n\n",
               out);
         for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-            fprintf(out, "  %-8s %s\n", commands[i].name, commands[i].help);
+            fprintf(out, "  %-11s %s\n", commands[i].name, commands[i].help);
         fputs("\nMODEL is a GGUF file, a Hugging Face folder, or smollm2. kivi COMMAND --help "
               "lists options.\n",
               out);
@@ -314,12 +384,16 @@ static int take_word(options *o, const char *word) {
         o->what = word;
         return EXIT_OK;
     }
-    if (o->command == CMD_CONVERT && o->model && !o->target) {
+    if (o->command == CMD_BATCH && o->model && !o->source) {
+        o->source = word;
+        return EXIT_OK;
+    }
+    if ((o->command == CMD_CONVERT || o->command == CMD_BATCH) && o->model && !o->target) {
         o->target = word;
         return EXIT_OK;
     }
-    if (o->command == CMD_CONVERT && o->model)
-        return usage_error("'%s': a folder and a file are given already", word);
+    if ((o->command == CMD_CONVERT || o->command == CMD_BATCH) && o->model)
+        return usage_error("'%s': all files are given already", word);
     if (o->model && strcmp(word, o->model))
         return usage_error("'%s': the model is '%s' already", word, o->model);
     o->model = word;
@@ -384,7 +458,7 @@ static void forget(options *o, const bool *on_line, const char *name) {
  * environment; and so is one side's type. */
 static void hide_environment(options *o, const bool *on_line) {
     static const char *const of_a_kind[] = {"k-bits", "v-bits",   "cache-type-k", "cache-type-v",
-                                            "group",  "residual", "sinks"};
+                                            "group",  "residual", "sinks",        "parts"};
     for (size_t i = 0; i < sizeof of_a_kind / sizeof *of_a_kind; i++)
         if (is_there(on_line, "kv")) forget(o, on_line, of_a_kind[i]);
     if (is_there(on_line, "cache-type-k")) forget(o, on_line, "k-bits");
@@ -405,6 +479,10 @@ static int find_command(options *o, const char *name) {
 static int check(const options *o) {
     if (o->command == CMD_CONVERT && (!o->model || !o->target))
         return usage_error("convert needs a folder and the name of the file to make");
+    if (o->command == CMD_BENCH_SERVE && !o->model)
+        return usage_error("no URL given: http://HOST:PORT");
+    if (o->command == CMD_BATCH && (!o->model || !o->target))
+        return usage_error("batch needs MODEL, a file of requests and the file of answers");
     if (!o->model)
         return usage_error("no MODEL given: a GGUF file, a Hugging Face folder, or smollm2");
     if (o->stats && strcmp(o->stats, "text") && strcmp(o->stats, "json") &&
@@ -425,7 +503,20 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
                    .bench_prompt = {{512}, 1},
                    .bench_gen = {{128}, 1},
                    .bench_depth = {{0}, 1},
-                   .bench_batch = {{1}, 1}};
+                   .bench_batch = {{1}, 1},
+                   .port = 8080,
+                   .max_seqs = 16,
+                   .drain_s = 30,
+                   .reader_s = 30,
+                   .header_s = 30,
+                   .keep_alive_s = 15,
+                   .stream_buffer_kib = 256,
+                   .max_connections = 1024,
+                   .max_body_kib = 16384,
+                   .n_requests = 100,
+                   .concurrency = 16,
+                   .input_len = 128,
+                   .output_len = 128};
     bool on_line[N_OPTIONS] = {false};
     *done = false;
     if (argc == 0 || !strcmp(argv[0], "--help") || !strcmp(argv[0], "-h") ||
@@ -444,10 +535,11 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
         *done = true;
         return (is_man ? manual_page : manual_completion)(stdout, argc > 1 ? argv[1] : NULL);
     }
-    int code = find_command(o, argv[0]);
+    bool two_words = argc > 1 && !strcmp(argv[0], "bench") && !strcmp(argv[1], "serve");
+    int code = find_command(o, two_words ? "bench-serve" : argv[0]);
     if (!code) code = from_environment(o);
     const char *prompt = o->prompt, *file = o->file; /* of the environment */
-    if (!code) code = parse_words(o, on_line, argc - 1, argv + 1, done);
+    if (!code) code = parse_words(o, on_line, argc - 1 - two_words, argv + 1 + two_words, done);
     hide_environment(o, on_line);
     /* Two ways to say one thing: the command line's hides the environment's other one. */
     if (o->prompt != prompt && o->file == file) o->file = NULL;
@@ -470,21 +562,31 @@ bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i)
     return true;
 }
 
-static int kind_by_name(kivi_kv_options *out, const char *name) {
+static int parts_by_name(uint32_t *parts, const char *text) {
     static const struct {
         const char *name;
-        uint32_t k, v;
-    } kinds[] = {
-        {"f16", 16, 16}, {"kivi8", 8, 8}, {"kivi4", 4, 4}, {"k4v2", 4, 2}, {"kivi2", 2, 2}};
-    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        if (!strcmp(kinds[i].name, name)) {
-            out->k_bits = kinds[i].k;
-            out->v_bits = kinds[i].v;
-            return EXIT_OK;
-        }
-    if (!strcmp(name, "kivi2+") || !strcmp(name, "k4v2+") || !strcmp(name, "k4v3+"))
-        return usage_error("--kv: '%s' is not built yet", name);
-    return usage_error("--kv: '%s', expected f16, kivi8, kivi4, k4v2 or kivi2", name);
+        uint32_t part;
+    } all[] = {{"wide", KIVI_PLUS_WIDE}, {"fit", KIVI_PLUS_FIT}, {"turn", KIVI_PLUS_TURN},
+               {"step", KIVI_PLUS_STEP}, {"all", KIVI_PLUS_ALL}, {"none", 0}};
+    enum { N = sizeof all / sizeof *all };
+    char name[16];
+    *parts = KIVI_PLUS;
+    for (uint32_t k = 0; options_list_item(name, sizeof name, text, k); k++) {
+        uint32_t i = 0;
+        while (i < N && strcmp(all[i].name, name) != 0) i++;
+        if (i == N)
+            return usage_error("--parts: '%s', expected wide, fit, turn, step, all or none", name);
+        *parts |= all[i].part;
+    }
+    return EXIT_OK;
+}
+
+bool options_shape_kind(const options *o) {
+    return o->k_bits || o->v_bits || o->type_k || o->type_v || o->group || o->residual;
+}
+
+const char *options_kind(const options *o) {
+    return o->kv ? o->kv : options_shape_kind(o) ? "kivi2" : DEFAULT_KIND;
 }
 
 static int bits_by_type(uint32_t *bits, const char *name, const char *where) {
@@ -515,14 +617,19 @@ static int rule_by_name(kivi_kv_options *out, const char *text) {
 
 int options_kv(kivi_kv_options *out, const options *o, const char *name) {
     *out = kivi_engine_defaults().kv;
-    int code = kind_by_name(out, name);
+    kivi_error err = {0};
+    int code = EXIT_OK;
+    if (kivi_kv_by_name(out, name, &err)) code = usage_error("--%s", err.text);
     if (!code && o->type_k) code = bits_by_type(&out->k_bits, o->type_k, "-ctk");
     if (!code && o->type_v) code = bits_by_type(&out->v_bits, o->type_v, "-ctv");
     if (o->k_bits) out->k_bits = o->k_bits;
     if (o->v_bits) out->v_bits = o->v_bits;
     out->group = o->group;
     out->residual_tokens = o->residual;
-    out->sink_tokens = o->sinks;
+    if (o->sinks_given) out->sink_tokens = o->sinks;
+    if (!code && o->parts && !out->plus)
+        code = usage_error("--parts: %s is no + kind, it has none", name);
+    if (!code && o->parts) code = parts_by_name(&out->plus, o->parts);
     if (!code && o->rule) code = rule_by_name(out, o->rule);
     return code;
 }

@@ -7,6 +7,7 @@
 #include <stdio.h>
 
 enum { MAX_LIST = 16, MAX_FILES = 64 };
+#define DEFAULT_KIND "kivi2"
 
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
@@ -19,9 +20,13 @@ enum command {
     CMD_BENCH = 8,
     CMD_EVAL = 16,
     CMD_CHAT = 32,
-    CMD_ALL = 63,
     CMD_TOKENIZE = 64,
-    CMD_CONVERT = 128
+    CMD_CONVERT = 128,
+    CMD_SERVE = 256,
+    CMD_BATCH = 512,
+    CMD_BENCH_SERVE = 1024,
+    CMD_ALL =
+        CMD_RUN | CMD_INFO | CMD_LOGITS | CMD_BENCH | CMD_EVAL | CMD_CHAT | CMD_SERVE | CMD_BATCH
 };
 
 typedef struct list {
@@ -32,10 +37,22 @@ typedef struct list {
 typedef struct options {
     enum command command;
     const char *model;
-    const char *target, *type; /* convert: the file to make, and its matrices' */
+    const char *source; /* batch: the requests */
+    const char *target,
+        *type; /* convert: the file to make, and its matrices'; batch: the answers */
     const char *prompt, *file, *tokens, *out, *stats, *device, *compute, *format;
     const char *system, *chat_template, *load;
-    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type;
+    /* serve and batch */
+    const char *host, *api_key, *api_key_file, *served_name, *tls_cert, *tls_key, *cors,
+        *log_format;
+    uint32_t port, max_seqs, step_tokens, max_queued, max_queued_tokens, kv_memory_mib;
+    uint32_t drain_s, reader_s, request_s, header_s, keep_alive_s, stream_buffer_kib;
+    uint32_t max_connections, max_body_kib;
+    bool no_prefix_cache, parse_special, kv_memory_given;
+    /* bench-serve */
+    uint32_t n_requests, concurrency, input_len, output_len;
+    double request_rate, goodput_ttft_ms, goodput_tpot_ms;
+    const char *kv, *rule, *type_k, *type_v, *rope_type, *dummy_type, *parts;
     uint32_t k_bits, v_bits, group, residual, sinks;
     bool sinks_given;
     uint32_t n_predict, n_prompt, prompt_chunk, threads, ctx, gpu_memory, repeats, top_k;
@@ -77,6 +94,10 @@ int manual_completion(FILE *out, const char *shell);
 
 /* One cache kind by its name in tables ("f16", "kivi2", ...) and the finer options over it. */
 int options_kv(kivi_kv_options *out, const options *o, const char *name);
+/* The kind a command uses: --kv's; without it the default, or kivi2 where bits, group or residual
+ * are given, which not every kind takes. */
+const char *options_kind(const options *o);
+bool options_shape_kind(const options *o); /* bits, group or residual are given */
 /* The i-th name of a comma-separated list into name; false past its end. */
 bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i);
 

@@ -125,7 +125,7 @@ static double rate(double n, double seconds) { return seconds > 0 ? n / seconds 
 
 static void print_stats_text(const generation *g, const kivi_memory *memory) {
     kivi_memory columns[2] = {*memory};
-    const char *names[2] = {g->o->kv ? g->o->kv : "kivi2", "f16"};
+    const char *names[2] = {options_kind(g->o), "f16"};
     kivi_kv_options f16 = {.k_bits = 16, .v_bits = 16};
     const kivi_engine_info *i = kivi_engine_info_get(g->engine);
     double bits[2] = {kivi_engine_bits(g->engine)};
@@ -174,7 +174,7 @@ int command_run(const options *o) {
                                /* A second one kills; a write that waits for its reader goes on. */
                                .sa_flags = (int)SA_RESETHAND | SA_RESTART};
     int code = read_prompt(&text, &n_bytes, o);
-    if (!code) code = open_engine(&g.engine, o, o->kv ? o->kv : "kivi2", NULL, NULL);
+    if (!code) code = open_engine(&g.engine, o, options_kind(o), NULL, NULL);
     if (!code) code = tokenize(&g, text, n_bytes);
     if (!code) code = prepare(&g);
     sigaction(SIGINT, &action, NULL);

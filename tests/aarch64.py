@@ -18,7 +18,7 @@ SETS = ('scalar', 'neon', 'neondot')
 # bytes are compared all the same, with those of each set here and with this machine's in the digests.
 PARTS = [['--test=attn/', '--isa=neon'], ['--test=attn/', '--isa=neondot'], ['--test=cache/isa/'], ['--test=quant/'],
          ['--test=save/'], ['--test=dense/'], ['--test=base/'], ['--test=memory/'], ['--test=workers/'],
-         ['--test=pack/'], ['--test=cpu/']]
+         ['--test=pack/'], ['--test=plus/'], ['--test=kinds/'], ['--test=cpu/']]
 failures = 0
 
 

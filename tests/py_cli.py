@@ -58,7 +58,7 @@ def usage():
     refused(
         'usage',
         ('unknown-command', 2, "'walk'", ['walk', GQA]),
-        ('command-not-built', 2, 'serve', ['serve', GQA]),
+        ('command-not-built', 2, 'study', ['study', GQA]),
         ('no-model', 2, 'MODEL', ['info']),
         ('two-models', 2, None, ['info', GQA, os.path.join(GOLDEN, 'llama')]),
         ('unknown-option', 2, '--nothing', ['info', GQA, '--nothing']),
@@ -115,11 +115,18 @@ def usage():
 
 
 def cache_kinds():
-    for name in ('kivi2+', 'k4v2+', 'k4v3+'):
-        refused('kv', (name, 2, 'not built yet', ['info', GQA, '--kv', name]))
     refused(
         'kv',
         ('unknown', 2, "'kivi3'", ['info', GQA, '--kv', 'kivi3']),
+        ('unknown-plus', 2, 'kivi2+, k4v2+ or k4v3+', ['info', GQA, '--kv', 'kivi4+']),
+        ('plus-group', 2, 'key groups of a page (128)', ['info', GQA, '--kv', 'kivi2+', '--group', '32']),
+        ('plus-residual', 2, 'multiple of the group (128)', ['info', GQA, '--kv', 'k4v3+', '--residual', '64']),
+        ('plus-k-bits', 2, 'expected 2, 4 or 16', ['info', GQA, '--kv', 'kivi2+', '--k-bits', '8']),
+        ('plus-v-bits', 2, 'expected 2, 3 or 16', ['info', GQA, '--kv', 'kivi2+', '--v-bits', '4']),
+        ('plus-in-a-list', 2, 'key groups of a page', ['info', GQA, '--kv', 'f16,kivi2+', '--group', '32']),
+        ('parts', 2, "'wild', expected wide", ['info', GQA, '--kv', 'kivi2+', '--parts', 'fit,wild']),
+        ('parts-empty', 2, '--parts', ['info', GQA, '--kv', 'kivi2+', '--parts=']),
+        ('parts-of-a-plain-kind', 2, 'kivi2 is no + kind', ['info', GQA, '--kv', 'kivi2', '--parts', 'all']),
         ('unknown-in-run', 2, "'q4'", ['run', GQA, '-p', 'a', '--kv', 'q4']),
         ('empty', 2, '--kv', ['info', GQA, '--kv=']),
         ('empty-in-list', 2, '--kv', ['info', GQA, '--kv', 'f16,,kivi2']),
@@ -271,17 +278,34 @@ def bytes_of_f16(layers, kv_heads, dim):
     return layers * kv_heads * dim * 2 * 2
 
 
+def check_plus_plan(p, k, v, heads, dim, token):
+    """ARCHITECTURE.md 5: codes, then scales, zeros and the list of wide channels, up to whole lines of 64 bytes."""
+    wide, group = dim // 4 if k == 2 else 0, min(dim & -dim, 64)
+    codes = 128 * (dim * k + wide * 2 + dim * v) // 8
+    scales = 2 * dim + 2 * dim + 2 * 128 * dim // group + wide
+    page = -(-(codes + scales) // 64) * 64
+    b = p['bytes']
+    assert abs(p['bits'] - page * 8 / (256 * dim)) < 1e-3 * p['bits'], p
+    assert p['bytes_per_token'] * 128 == page * heads, p
+    assert b['kv_codes'] == 8 * heads * codes and b['kv_scales'] == 8 * heads * (page - codes), p
+    rows = b['kv_residual'] / token
+    assert 128 <= rows <= 128 + 64, p
+
+
 def info():
     for name, layers, kv_heads, dim in (('llama', 3, 4, 32), ('llama-gqa', 3, 1, 64), ('smollm2', 30, 3, 64)):
         with case(f'info/{name}'):
             model = needs_model() if name == 'smollm2' else os.path.join(GOLDEN, name)
             kinds = {'f16': (16, 16), 'kivi8': (8, 8), 'kivi4': (4, 4), 'k4v2': (4, 2), 'kivi2': (2, 2)}
+            plus = {'k4v3+': (4, 3), 'k4v2+': (4, 2), 'kivi2+': (2, 2)}
             answer = json.loads(good('info', model, '--json', '--ctx', 1024).out)
             m, plans = answer['model'], answer['memory_plan']
             assert (m['n_layers'], m['n_kv_heads'], m['head_dim']) == (layers, kv_heads, dim), m
-            assert [p['kv'] for p in plans] == list(kinds), plans
+            assert [p['kv'] for p in plans] == [*kinds, *plus], plans
             token = bytes_of_f16(layers, kv_heads, dim)
-            for p in plans:
+            for p in plans[len(kinds):]:
+                check_plus_plan(p, *plus[p['kv']], layers * kv_heads, dim, token)
+            for p in plans[:len(kinds)]:
                 (k, v), b = kinds[p['kv']], p['bytes']
                 overhead = 32 / 32 if p['kv'] != 'f16' else 0  # a scale and a zero of 16 bit for 32 values
                 assert list(b) == TAGS and all(isinstance(n, int) and n >= 0 for n in b.values()), p

@@ -104,6 +104,11 @@ FILES = [write(f'text{i}.txt', t) for i, t in enumerate(TEXTS)]
 WINDOWS = [[3 + b for b in t[at:at + CTX]] for t in TEXTS[:2] for at in (0, CTX)]
 ARGS = [LLAMA, '-f', FILES[0], '-f', FILES[1], '--ctx', CTX, '--skip', SKIP, '--chunks', 2, '--threads', 2]
 SMALL = ('--residual', 32)  # so that 96 tokens have codes
+# A + kind has codes from 128 tokens on.
+LONG = text(4, 600)
+LONG_WINDOWS = [[3 + b for b in LONG[at:at + 290]] for at in (0, 290)]
+LONG_ARGS = [LLAMA, '-f', write('long.txt', LONG), '--ctx', 290, '--skip', SKIP]
+PLUS_KINDS = (('kivi2+', ()), ('k4v2+', ()), ('k4v3+', ('--sinks', 0)), ('kivi2+', ('--parts', 'wide,turn')))
 
 
 def numbers():
@@ -122,6 +127,16 @@ def numbers():
             want = expected(LLAMA, WINDOWS, '--kv', kv, *more)
             assert want['kld']['mean'] > 1e-9, 'the kinds do not differ'
             compare(got[0], want)
+    for kv, more in PLUS_KINDS:
+        with case('eval/kld-is-numpy/' + '-'.join([kv, *(str(m).strip('-') for m in more)])):
+            got = evaluate('kld', *LONG_ARGS, '--kv', kv, *more)
+            want = expected(LLAMA, LONG_WINDOWS, '--kv', kv, *more)
+            assert want['kld']['mean'] > 1e-9, 'the kinds do not differ'
+            compare(got[0], want)
+    with case('eval/parts-differ'):
+        parts = ('all', 'fit,turn,step', 'wide,turn,step', 'wide,fit,step', 'wide,fit,turn')
+        means = {evaluate('kld', *LONG_ARGS, '--kv', 'kivi2+', '--parts', p)[0]['kld']['mean'] for p in parts}
+        assert len(means) == len(parts), means
     with case('eval/ppl-is-the-same-without-a-base'):
         whole, alone = evaluate('kld', *ARGS, '--kv', 'kivi2', *SMALL)[0], evaluate('ppl', *ARGS, '--kv', 'kivi2',
                                                                                    *SMALL)[0]
@@ -146,6 +161,12 @@ def same_everywhere():
         for off in ('avx512', 'avx512,avx2'):
             out = good('eval', 'kld', *ARGS, '--kv', 'kivi2,k4v2', *SMALL, '-o', 'json', env={'KIVI_DISABLE': off}).out
             assert out == one, off
+    with case('eval/plus-kinds-everywhere'):
+        args = ('eval', 'kld', *LONG_ARGS, '--kv', 'kivi2+,k4v2+,k4v3+', '-o', 'json')
+        want = good(*args, '--threads', 1).out
+        assert good(*args, '--threads', 3).out == want
+        for off in ('avx512', 'avx512,avx2'):
+            assert good(*args, env={'KIVI_DISABLE': off}).out == want, off
     with case('eval/lists-are-single-runs'):
         both = json.loads(one)
         assert both == [evaluate('kld', *ARGS, '--kv', kv, *SMALL)[0] for kv in ('kivi2', 'k4v2')]

@@ -11,7 +11,7 @@ from blackbox import GOLDEN, ROOT, SCRATCH, case, finish, needs_model, skip
 from extract_examples import example
 
 BUILD = os.path.join(ROOT, os.environ.get('KIVI_BUILD') or 'build')
-HEADERS = ('kivi', 'kivi_cache', 'kivi_text', 'kivi_convert')
+HEADERS = ('kivi', 'kivi_cache', 'kivi_text', 'kivi_convert', 'kivi_serve')
 EXAMPLES = ('kivi', 'kivi_cache')  # those whose first comment is a program
 PKGS = ('jansson', 'libpcre2-8', 'libutf8proc')
 STRICT = ['-Wall', '-Wextra', '-Wpedantic', '-Werror']
@@ -116,7 +116,8 @@ with case('headers/make install'):
     found = installed()
     version = re.search(r'KIVI_VERSION "(.*)"', open(f'{ROOT}/include/kivi.h').read())[1]
     expected = {'usr/bin/kivi', 'usr/include/kivi.h', 'usr/include/kivi_cache.h',
-                'usr/include/kivi_text.h', 'usr/include/kivi_convert.h', 'usr/lib/libkivi.a',
+                'usr/include/kivi_text.h', 'usr/include/kivi_convert.h', 'usr/include/kivi_serve.h',
+                'usr/lib/libkivi.a',
                 'usr/lib/libkivi.so', 'usr/lib/libkivi.so.0', f'usr/lib/libkivi.so.{version}',
                 'usr/lib/pkgconfig/kivi.pc'}
     assert expected <= found, f'missing: {sorted(expected - found)}'

@@ -21,6 +21,14 @@ def environment():
     with case('kv/of the command line is a whole'):
         assert bits(**fine) == 8.5 and bits('--kv', 'kivi2', **fine) == bits('--kv', 'kivi2') == 3
         assert bits('--kv', 'f16', **fine) == 16
+        assert bits('--kv', 'k4v2+', KIVI_PARTS='none', **fine) == bits('--kv', 'k4v2+')
+    with case('kv/parts of a + kind'):
+        assert bits('--kv', 'kivi2+', '--parts', 'fit,turn,step') < bits('--kv', 'kivi2+') < 3
+        assert abs(bits('--kv', 'kivi2+', '--v-bits', 3) - bits('--kv', 'kivi2+') - 0.5) < 1e-3
+    with case('kv/sizes without a name are of plain kinds'):
+        for size in ('--group', '--residual'):
+            plans = json.loads(good('info', GQA, '--json', '--ctx', 384, size, 64).text)['memory_plan']
+            assert [p['kv'] for p in plans] == ['f16', 'kivi8', 'kivi4', 'k4v2', 'kivi2'], plans
     with case('kv/finer settings beside it count'):
         assert bits('--kv', 'kivi2', '--k-bits', 4, **fine) == 4
         assert bits('--kv', 'kivi2', '--group', 64, **fine) == 2.5

@@ -259,6 +259,54 @@ static void test_steps(void **state) {
     close_world(&w);
 }
 
+/* An item's rows of logits one by one: those of the same tokens fed one at a time. */
+static void test_logits_of_an_item(void **state) {
+    (void)state;
+    kivi_engine_options o = tiny("llama");
+    o.max_sessions = 2;
+    o.logit_rows = 9;
+    kivi_engine *engine = open_engine(&o);
+    uint32_t n_vocab = kivi_engine_info_get(engine)->n_vocab;
+    kivi_session *a = open_session(engine), *b = open_session(engine), *c = open_session(engine);
+    float *rows = malloc(8 * n_vocab * sizeof *rows);
+    assert_non_null(rows);
+    for (uint32_t i = 0; i < 8; i++) {
+        MUST(kivi_session_decode(c, golden_tokens()[i], &err));
+        memcpy(rows + i * n_vocab, kivi_session_logits(c, 0), n_vocab * sizeof *rows);
+    }
+    kivi_step_item items[2] = {
+        {.session = a, .tokens = golden_tokens(), .n_tokens = 8, .all_logits = true},
+        {.session = b, .tokens = golden_tokens(), .n_tokens = 8}};
+    MUST(kivi_engine_step(engine, items, 2, &err));
+    for (uint32_t i = 0; i < 8; i++)
+        assert_memory_equal(kivi_session_logits(a, i), rows + i * n_vocab, n_vocab * sizeof *rows);
+    assert_null(kivi_session_logits(a, 8));
+    assert_memory_equal(kivi_session_logits(b, 0), rows + 7 * n_vocab, n_vocab * sizeof *rows);
+    assert_null(kivi_session_logits(b, 1));
+    items[1].all_logits = true;
+    FAILS(kivi_engine_step(engine, items, 2, &err), ARG, "16 rows of logits|at most 9");
+    assert_int_equal(kivi_session_length(a), 8);
+    free(rows);
+    kivi_session_destroy(&a), kivi_session_destroy(&b), kivi_session_destroy(&c);
+    close_engine(engine);
+}
+
+/* A pool of any size: less than one page is refused. */
+static void test_pool_size(void **state) {
+    (void)state;
+    kivi_engine_options o = tiny("llama");
+    kivi_engine *engine = open_engine(&o);
+    uint64_t page = kivi_engine_memory(engine).kv_codes + kivi_engine_memory(engine).kv_scales;
+    page /= engine->cache->pool.n_pages;
+    close_engine(engine);
+    o.kv_bytes = 7 * page + page / 2;
+    engine = open_engine(&o);
+    assert_int_equal(free_pages(engine), 7);
+    close_engine(engine);
+    o.kv_bytes = page - 1;
+    create_fails(&o, KIVI_ARG, "kv_bytes|a page");
+}
+
 /* Logits are lent until the next step: afterwards they are nobody's, or the new item's. */
 static void test_logits_of_last_step(void **state) {
     (void)state;
@@ -533,6 +581,8 @@ int main(void) {
         cmocka_unit_test(test_prompts),
         cmocka_unit_test(test_context_full),
         cmocka_unit_test(test_steps),
+        cmocka_unit_test(test_logits_of_an_item),
+        cmocka_unit_test(test_pool_size),
         cmocka_unit_test(test_logits_of_last_step),
         cmocka_unit_test(test_save_paths),
         cmocka_unit_test(test_full),

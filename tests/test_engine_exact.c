@@ -9,8 +9,15 @@ typedef struct kind {
 } kind;
 
 #define KV(k, v, r, s, rule_, n)                                                                   \
-    {.k_bits = (k), .v_bits = (v), .group = 32, .residual_tokens = (r), .sink_tokens = (s),        \
-     .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16}
+    {                                                                                              \
+        .k_bits = (k), .v_bits = (v), .group = 32, .residual_tokens = (r), .sink_tokens = (s),     \
+        .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16                         \
+    }
+#define PLUS(k, v, s, rule_, n)                                                                    \
+    {                                                                                              \
+        .k_bits = (k), .v_bits = (v), .plus = KIVI_PLUS_ALL, .sink_tokens = (s),                   \
+        .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16                         \
+    }
 static const kind kinds[] = {
     {"kivi2 paper", KV(2, 2, 32, 0, PAPER, 0)},
     {"kivi2 paper sinks", KV(2, 2, 32, 32, PAPER, 0)},
@@ -30,6 +37,11 @@ static const kind kinds[] = {
     {"kivi2 stream 4 sinks", KV(2, 2, 32, 4, STREAM, 0)},
     {"k4v2 paper 1 sink", KV(4, 2, 64, 1, PAPER, 0)},
     {"kivi2 span 20 sinks", KV(2, 2, 32, 20, SPAN, 128)},
+    {"kivi2+ paper", PLUS(2, 2, 4, PAPER, 0)},
+    {"kivi2+ stream", PLUS(2, 2, 4, STREAM, 0)},
+    {"kivi2+ span no sinks", PLUS(2, 2, 0, SPAN, 128)},
+    {"k4v2+ stream", PLUS(4, 2, 4, STREAM, 0)},
+    {"k4v3+ paper 20 sinks", PLUS(4, 3, 20, PAPER, 0)},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds, N_CASES = 2 * N_KINDS };
 
@@ -147,7 +159,7 @@ static void test_isa_neondot(void **state) { (void)state, check_isa("neondot", N
 /* Others of different prompts, lengths and chunks; some begin later, some end early, some give
  * their pages back while the rest goes on. */
 static void run_among(kivi_engine *engine, int i, uint32_t n_others) {
-    static const turn others[][2] = {{{90, 60}, {0, 0}}, {{1, 200}, {0, 0}}, {{130, 5}, {40, 0}},
+    static const turn others[][2] = {{{90, 60}, {0, 0}}, {{1, 200}, {0, 0}},   {{130, 5}, {40, 0}},
                                      {{20, 3}, {0, 0}},  {{64, 64}, {64, 64}}, {{0, 40}, {100, 9}},
                                      {{200, 1}, {7, 3}}};
     static const uint32_t chunks[] = {64, 1, 50, 7, 64, 33, 60};
@@ -352,7 +364,9 @@ static void check_rewind(kivi_engine *engine, int i, uint32_t from, uint32_t to)
 
 static void test_rewind(void **state) {
     (void)state;
-    static const struct { uint32_t from, to; } ways[] = {
+    static const struct {
+        uint32_t from, to;
+    } ways[] = {
         {270, 262}, {270, 254}, {270, 253}, {270, 245}, {270, 240}, {270, 210}, {241, 239},
         {185, 179}, {270, 180}, {270, 165}, {160, 149}, {270, 128}, {270, 70},  {150, 135},
         {150, 134}, {270, 1},   {270, 0},   {2, 1},     {33, 32},   {40, 31},
@@ -502,9 +516,16 @@ static void test_load_refused(void **state) {
     load_fails(engine, in_temp("absent"), KIVI_IO, "absent");
     load_fails(engine, golden("llama/model.safetensors"), KIVI_FORMAT, "model.safetensors|kivi");
     load_fails(engine, temp_folder, KIVI_OK, temp_folder);
-    static const struct { int other; const char *words; } others[] = {
-        {1, "another model"}, {2, "sinks 0|has 32"},      {4, "visibility rule"},
-        {18, "key bits 2|has 8"}, {12, "key bits 2|has 4"}, {28, "key bits 2|has 16"}};
+    static const struct {
+        int other;
+        const char *words;
+    } others[] = {{1, "another model"},
+                  {2, "sinks 0|has 32"},
+                  {4, "visibility rule"},
+                  {18, "key bits 2|has 8"},
+                  {12, "key bits 2|has 4"},
+                  {28, "key bits 2|has 16"},
+                  {36, "a plain kind|has a + kind"}};
     for (size_t k = 0; k < sizeof others / sizeof *others; k++) {
         kivi_engine_options other = case_options(others[k].other);
         kivi_engine *e = open_engine(&other);

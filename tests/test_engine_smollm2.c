@@ -10,12 +10,22 @@ typedef struct kind {
     kivi_kv_options kv;
 } kind;
 #define KV(k, v, r, s, rule_, n)                                                                   \
-    {.k_bits = (k), .v_bits = (v), .group = 32, .residual_tokens = (r), .sink_tokens = (s),        \
-     .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16}
+    {                                                                                              \
+        .k_bits = (k), .v_bits = (v), .group = 32, .residual_tokens = (r), .sink_tokens = (s),     \
+        .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16                         \
+    }
+#define PLUS(k, v, rule_, n)                                                                       \
+    {                                                                                              \
+        .k_bits = (k), .v_bits = (v), .plus = KIVI_PLUS_ALL, .sink_tokens = 4,                     \
+        .rule = KIVI_RULE_##rule_, .span_tokens = (n), .rewind_tokens = 16                         \
+    }
 static const kind kivi2 = {"kivi2", KV(2, 2, 32, 0, PAPER, 0)};
 static const kind kivi2_stream = {"kivi2 stream sinks", KV(2, 2, 32, 32, STREAM, 0)};
 static const kind kivi2_4 = {"kivi2 stream 4 sinks", KV(2, 2, 32, 4, STREAM, 0)};
 static const kind k4v2 = {"k4v2 span", KV(4, 2, 64, 0, SPAN, 128)};
+static const kind kivi2_plus = {"kivi2+", PLUS(2, 2, PAPER, 0)};
+static const kind kivi2_plus_stream = {"kivi2+ stream", PLUS(2, 2, STREAM, 0)};
+static const kind k4v3_plus = {"k4v3+ span", PLUS(4, 3, SPAN, 128)};
 static const kind kivi8 = {"kivi8", KV(8, 8, 32, 0, PAPER, 0)};
 static const kind k16v2 = {"k16v2", KV(16, 2, 32, 0, PAPER, 0)};
 static const kind f16 = {"f16", KV(16, 16, 32, 0, PAPER, 0)};
@@ -135,6 +145,9 @@ static void check_kind(const kind *k) {
 static void test_kivi2(void **state) { (void)state, check_kind(&kivi2); }
 static void test_kivi2_stream(void **state) { (void)state, check_kind(&kivi2_stream); }
 static void test_kivi2_4(void **state) { (void)state, check_kind(&kivi2_4); }
+static void test_kivi2_plus(void **state) { (void)state, check_kind(&kivi2_plus); }
+static void test_kivi2_plus_stream(void **state) { (void)state, check_kind(&kivi2_plus_stream); }
+static void test_k4v3_plus_span(void **state) { (void)state, check_kind(&k4v3_plus); }
 static void test_k4v2_span(void **state) { (void)state, check_kind(&k4v2); }
 static void test_kivi8(void **state) { (void)state, check_kind(&kivi8); }
 static void test_k16v2(void **state) { (void)state, check_kind(&k16v2); }
@@ -148,10 +161,16 @@ static int prepare(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kivi2), cmocka_unit_test(test_kivi2_stream),
+        cmocka_unit_test(test_kivi2),
+        cmocka_unit_test(test_kivi2_stream),
         cmocka_unit_test(test_kivi2_4),
-        cmocka_unit_test(test_k4v2_span), cmocka_unit_test(test_kivi8),
-        cmocka_unit_test(test_k16v2), cmocka_unit_test(test_f16),
+        cmocka_unit_test(test_kivi2_plus),
+        cmocka_unit_test(test_kivi2_plus_stream),
+        cmocka_unit_test(test_k4v3_plus_span),
+        cmocka_unit_test(test_k4v2_span),
+        cmocka_unit_test(test_kivi8),
+        cmocka_unit_test(test_k16v2),
+        cmocka_unit_test(test_f16),
     };
     return cmocka_run_group_tests(tests, prepare, remove_temp);
 }

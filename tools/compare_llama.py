@@ -30,9 +30,9 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KIVI = os.environ.get('KIVI_BIN') or os.path.join(ROOT, 'build', 'kivi')
 PACKAGE, VERSION = 'llama-cpp-python', '0.3.36'
-KINDS = 'llama:f16,llama:q8_0,llama:q4_0,kivi:f16,kivi:kivi4,kivi:kivi2'
+KINDS = 'llama:f16,llama:q8_0,llama:q4_0,kivi:f16,kivi:kivi4,kivi:kivi2,kivi:kivi2+'
 LLAMA_TYPES = {'f16': 'GGML_TYPE_F16', 'q8_0': 'GGML_TYPE_Q8_0', 'q4_0': 'GGML_TYPE_Q4_0',
-               'q4_1': 'GGML_TYPE_Q4_1'}
+               'q4_1': 'GGML_TYPE_Q4_1', 'q5_0': 'GGML_TYPE_Q5_0'}
 PROMPT_ROWS = 512          # tokens of a prompt batch, kivi's default too
 MAX_FILLED = 16384         # batches above 1 are left out where batch * depth is more
 RUN_TIMEOUT_S = 3600

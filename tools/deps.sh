@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# deps.sh [build|test|model]...: the Debian packages that each job needs (default: build). Installs the missing ones as
-# root; for anyone else prints the line to run and exits 2. When nothing is missing no network is touched.
+# deps.sh [build|test|model|plots]...: the Debian packages that each job needs (default: build). Installs the missing
+# ones as root; for anyone else prints the line to run and exits 2. When nothing is missing no network is touched.
 set -euo pipefail
 
 packages() {
     case $1 in
-        build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev ;;
+        build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev \
+            libmicrohttpd-dev ;;
         test) echo g++ libcmocka-dev python3 python3-numpy python3-jinja2 valgrind # g++: headers compile as C++
             # the other architecture; on it, the kernels are tested as they are
             [ "$(uname -m)" != x86_64 ] || echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user ;;
         model) echo python3 python3-pip ca-certificates ;;             # the model comes inside a Python package
-        *) echo "kivi: error: deps.sh: unknown set '$1', known: build test model" >&2; return 2 ;;
+        plots) echo python3-matplotlib ;;
+        *) echo "kivi: error: deps.sh: unknown set '$1', known: build test model plots" >&2; return 2 ;;
     esac
 }
 
@@ -19,10 +21,12 @@ probes() {
     case $1 in
         build) printf '%s\n' 'cc --version' 'make --version' \
             'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' \
-            'pkg-config --exists libutf8proc' 'pkg-config --exists libedit' ;;
+            'pkg-config --exists libutf8proc' 'pkg-config --exists libedit' \
+            'pkg-config --exists libmicrohttpd' ;;
         test) printf '%s\n' 'g++ --version' 'pkg-config --exists cmocka' \
             'python3 -c import\ numpy' 'valgrind --version' ;;
         model) printf '%s\n' 'python3 -m pip --version' ;;
+        plots) printf '%s\n' 'python3 -c import\ matplotlib' ;;
     esac
 }
 

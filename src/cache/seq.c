@@ -105,8 +105,8 @@ static kivi_status ring_init(void **out, const kivi_cache *cache, uint32_t n_blo
     return ki_alloc(out, cache->mem, KI_TAG_kv_residual, n_bytes, err);
 }
 
-static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
-                              uint32_t v_blocks, kivi_error *err) {
+kivi_status ki_store_init(ki_store *s, const kivi_cache *cache, uint32_t k_blocks,
+                          uint32_t v_blocks, kivi_error *err) {
     const ki_layout *l = &cache->layout;
     void *p;
     *s = (ki_store){.k_blocks = l->kv.k_bits < 16 ? k_blocks : 0,
@@ -125,14 +125,14 @@ static kivi_status store_init(ki_store *s, const kivi_cache *cache, uint32_t k_b
 }
 
 /* On a device a sequence's sinks have blocks for both sides, whichever are in pages. */
-static kivi_status sinks_init(ki_store *s, const kivi_cache *cache, kivi_error *err) {
+kivi_status ki_sinks_init(ki_store *s, const kivi_cache *cache, kivi_error *err) {
     uint32_t n = cache->layout.sink_blocks;
-    if (!cache->device) return store_init(s, cache, n, n, err);
+    if (!cache->device) return ki_store_init(s, cache, n, n, err);
     *s = (ki_store){.k_blocks = n, .v_blocks = n};
     return n ? ring_init(&s->there, cache, 2 * n, err) : KIVI_OK;
 }
 
-static void store_deinit(ki_store *s, const kivi_cache *cache) {
+void ki_store_deinit(ki_store *s, const kivi_cache *cache) {
     if (cache->device) cache->device->free(cache->device->context, s->there);
     ki_free(cache->mem, s->k);
     ki_free(cache->mem, s->v);
@@ -152,10 +152,10 @@ static void copy_blocks(const ki_layout *l, uint16_t *to, uint32_t to_blocks, co
 }
 
 /* The newest rows, as many as both rings hold. */
-static void copy_store(const kivi_seq *seq, const ki_store *to, const ki_store *from,
-                       uint32_t n_tokens) {
-    const ki_layout *l = &seq->cache->layout;
-    const ki_device *d = seq->cache->device;
+void ki_store_copy(const kivi_cache *cache, const ki_store *to, const ki_store *from,
+                   uint32_t n_tokens) {
+    const ki_layout *l = &cache->layout;
+    const ki_device *d = cache->device;
     uint32_t end = (n_tokens + l->block_tokens - 1) / l->block_tokens,
              kn = KI_MIN(to->k_blocks, from->k_blocks), vn = KI_MIN(to->v_blocks, from->v_blocks);
     uint32_t k_first = end > kn ? end - kn : 0, v_first = end > vn ? end - vn : 0;
@@ -206,21 +206,21 @@ static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line,
     if (k_fits && v_fits) return KIVI_OK;
     ki_store larger;
     kivi_status status =
-        store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
+        ki_store_init(&larger, seq->cache, KI_MAX(k, s->k_blocks), KI_MAX(v, s->v_blocks), err);
     if (status != KIVI_OK) {
-        store_deinit(&larger, seq->cache);
+        ki_store_deinit(&larger, seq->cache);
         return status;
     }
-    copy_store(seq, &larger, s, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache);
+    ki_store_copy(seq->cache, &larger, s, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache);
     seq->large = larger;
     return KIVI_OK;
 }
 
 static void drop_large(kivi_seq *seq) {
     if (!is_made(&seq->large)) return;
-    copy_store(seq, &seq->window, &seq->large, seq->n_tokens);
-    store_deinit(&seq->large, seq->cache);
+    ki_store_copy(seq->cache, &seq->window, &seq->large, seq->n_tokens);
+    ki_store_deinit(&seq->large, seq->cache);
     note_valid(seq, seq->n_tokens);
 }
 
@@ -233,8 +233,8 @@ static kivi_status seq_init(kivi_seq *seq, kivi_cache *cache, kivi_error *err) {
     seq->max_pages = cache->max_seq_pages;
     KI_TRY(ki_alloc_array(&p, cache->mem, KI_TAG_other, seq->max_pages, sizeof(uint32_t), err));
     seq->pages = p;
-    KI_TRY(store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
-    return sinks_init(&seq->sinks, cache, err);
+    KI_TRY(ki_store_init(&seq->window, cache, l->k_ring_blocks, l->v_ring_blocks, err));
+    return ki_sinks_init(&seq->sinks, cache, err);
 }
 
 kivi_status kivi_seq_create(kivi_seq **out, kivi_cache *cache, kivi_error *err) {
@@ -261,9 +261,9 @@ void kivi_seq_destroy(kivi_seq **out) {
     if (!seq) return;
     ki_mem *mem = seq->cache->mem;
     release_pages(seq, 0);
-    store_deinit(&seq->window, seq->cache);
-    store_deinit(&seq->large, seq->cache);
-    store_deinit(&seq->sinks, seq->cache);
+    ki_store_deinit(&seq->window, seq->cache);
+    ki_store_deinit(&seq->large, seq->cache);
+    ki_store_deinit(&seq->sinks, seq->cache);
     ki_free(mem, seq->pages);
     ki_free(mem, seq);
     *out = NULL;
@@ -275,8 +275,7 @@ static uint32_t pages_for(uint32_t n_tokens) {
     return (n_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
-/* The first position whose bytes in a page may still change at length n. */
-static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
+uint32_t ki_first_unwritten(const ki_layout *l, uint32_t n) {
     uint32_t k = l->kv.k_bits == 16 ? n : ki_k_packed(l, n),
              v = l->kv.v_bits == 16 ? n : ki_v_packed(l, n);
     return KI_MIN(k, v);
@@ -284,7 +283,7 @@ static uint32_t first_unwritten(const ki_layout *l, uint32_t n) {
 
 uint32_t ki_seq_live_from(const ki_layout *l, uint32_t n) {
     uint32_t seen = n + 1 > l->window ? n + 1 - l->window : 0;
-    return l->window ? KI_MIN(seen, first_unwritten(l, n)) : 0;
+    return l->window ? KI_MIN(seen, ki_first_unwritten(l, n)) : 0;
 }
 
 /* Gives back what lies behind the window of all rows to come, and of those that a step back within
@@ -299,8 +298,7 @@ static void drop_behind_window(kivi_seq *seq) {
     }
 }
 
-/* A page that others read too is copied before it is written. */
-static kivi_status own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
+kivi_status ki_seq_own_page(kivi_seq *seq, uint32_t index, kivi_error *err) {
     ki_pool *pool = &seq->cache->pool;
     uint32_t old = seq->pages[index], fresh;
     if (pool->counts[old] == 1) return KIVI_OK;
@@ -326,9 +324,9 @@ kivi_status ki_seq_reserve(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         ki_pool_take(pool, &seq->pages[seq->n_pages]);
         seq->n_pages++;
     }
-    uint32_t first = first_unwritten(&seq->cache->layout, seq->n_tokens) / KI_PAGE_TOKENS;
+    uint32_t first = ki_first_unwritten(&seq->cache->layout, seq->n_tokens) / KI_PAGE_TOKENS;
     for (uint32_t i = KI_MAX(first, seq->n_gone); i < had; i++) {
-        kivi_status status = own_page(seq, i, err);
+        kivi_status status = ki_seq_own_page(seq, i, err);
         if (status == KIVI_OK) continue;
         release_pages(seq, had);
         return status;
@@ -419,7 +417,7 @@ void kivi_seq_abort(kivi_seq *seq) {
 
 /* ---- forks and steps back ---- */
 
-static void copy_whole_store(const kivi_cache *cache, const ki_store *to, const ki_store *from) {
+void ki_store_copy_whole(const kivi_cache *cache, const ki_store *to, const ki_store *from) {
     const ki_device *d = cache->device;
     size_t unit = n_slots(&cache->layout) * block_bytes(&cache->layout);
     if (to->k) memcpy(to->k, from->k, to->k_blocks * unit);
@@ -435,9 +433,9 @@ static kivi_status fork_pages(kivi_seq *seq, const kivi_seq *from, kivi_error *e
         seq->pages[seq->n_pages++] = from->pages[i];
     }
     seq->n_gone = from->n_gone;
-    for (uint32_t i = first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
+    for (uint32_t i = ki_first_unwritten(&seq->cache->layout, from->n_tokens) / KI_PAGE_TOKENS;
          i < seq->n_pages; i++)
-        KI_TRY(own_page(seq, i, err));
+        KI_TRY(ki_seq_own_page(seq, i, err));
     return KIVI_OK;
 }
 
@@ -452,16 +450,15 @@ kivi_status kivi_seq_fork(kivi_seq **out, const kivi_seq *from, kivi_error *err)
     seq->run_start = from->run_start;
     seq->k_valid_from = from->k_valid_from;
     seq->v_valid_from = from->v_valid_from;
-    copy_whole_store(from->cache, &seq->window, &from->window);
-    copy_whole_store(from->cache, &seq->sinks, &from->sinks);
+    ki_store_copy_whole(from->cache, &seq->window, &from->window);
+    ki_store_copy_whole(from->cache, &seq->sinks, &from->sinks);
     kivi_status status = fork_pages(seq, from, err);
     if (status != KIVI_OK) kivi_seq_destroy(&seq);
     *out = seq;
     return status;
 }
 
-/* Whether the pages and the 16-bit rows that the state after n tokens needs are all still there. */
-static bool can_stand_at(const kivi_seq *seq, uint32_t n) {
+bool ki_seq_can_stand_at(const kivi_seq *seq, uint32_t n) {
     const ki_layout *l = &seq->cache->layout;
     if (ki_seq_live_from(l, n) / KI_PAGE_TOKENS < seq->n_gone) return false;
     uint32_t sinks = KI_MIN(l->kv.sink_tokens, n); /* these are never lost */
@@ -479,9 +476,9 @@ kivi_status kivi_seq_rewind(kivi_seq *seq, uint32_t n_tokens, kivi_error *err) {
         return KI_FAIL(err, ARG, "sequence: back to %u tokens, but there are only %u", n_tokens,
                        seq->n_tokens);
     if (n_tokens == 0) seq->k_valid_from = seq->v_valid_from = 0;
-    else if (!can_stand_at(seq, n_tokens)) {
+    else if (!ki_seq_can_stand_at(seq, n_tokens)) {
         uint32_t earliest = n_tokens;
-        while (!can_stand_at(seq, earliest)) earliest++;
+        while (!ki_seq_can_stand_at(seq, earliest)) earliest++;
         return KI_FAIL(
             err, ARG,
             "sequence: the 16-bit rows or pages for %u tokens are gone, %u is the earliest length "

@@ -17,6 +17,10 @@ static kivi_status layout_of(ki_cuda_layout *out, const ki_layout *l, kivi_error
                              .head_dim = l->head_dim,
                              .window_tokens = l->window,
                              .kv = l->kv};
+    if (l->kv.plus)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache, expected one of f16, kivi8, "
+                                         "kivi4, k4v2, kivi2: its kernels are there, its engine is "
+                                         "not built yet");
     return ki_cuda_layout_any(out, &g, false, err);
 }
 

@@ -56,7 +56,7 @@ static void put_item(batch_state *s, ki_batch_item *item) {
         put_frequencies(b, row, seq, pos);
     }
     item->logit_row = s->n_logits;
-    for (uint32_t r = s->batch->all_logits ? 0 : item->n_rows - 1; r < item->n_rows; r++)
+    for (uint32_t r = item->all_logits ? 0 : item->n_rows - 1; r < item->n_rows; r++)
         ((uint32_t *)up(b, b->upload_at.logit_rows))[s->n_logits++] = s->n_rows + r;
     s->n_rows += item->n_rows;
     s->n_slots++;
@@ -103,7 +103,7 @@ static void read_item(batch_state *s, ki_batch_item *item, uint32_t first_row) {
     const uint32_t *row_flags = (const uint32_t *)(const void *)(down + b->result_at.row_flags);
     const uint32_t *finite = (const uint32_t *)(const void *)(down + b->result_at.finite);
     const int32_t *best = (const int32_t *)(const void *)(down + b->result_at.best);
-    uint32_t n_logits = s->batch->all_logits ? item->n_rows : 1;
+    uint32_t n_logits = item->all_logits ? item->n_rows : 1;
     uint32_t first = item->seq->n_tokens, last = first + item->n_rows - 1;
     item->best = best[item->logit_row + n_logits - 1];
     if (any(row_flags + first_row, item->n_rows, 1))

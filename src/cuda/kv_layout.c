@@ -116,6 +116,8 @@ kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g
     if (g->n_kv_heads == 0 || g->n_heads % g->n_kv_heads)
         return KI_FAIL(err, ARG, "cuda: %u heads over %u KV heads, expected a multiple", g->n_heads,
                        g->n_kv_heads);
+    if (kv->plus && !plus)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: + kinds run on the CPU only, take --device cpu");
     if (plus) KI_TRY(check_plus(out, err));
     else {
         ki_layout cpu; /* the same refusals as the CPU's */

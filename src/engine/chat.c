@@ -11,6 +11,8 @@ const char *kivi_chat_detect(const kivi_vocab *vocab) {
     return ki_chat_detect(vocab->chat_template);
 }
 
+const char *kivi_vocab_chat_template(const kivi_vocab *vocab) { return vocab->chat_template; }
+
 static ki_span spelling(const kivi_vocab *vocab, int64_t id, char name[MAX_NAME]) {
     if (id < 0) return (ki_span){0};
     return (ki_span){name, ki_vocab_bytes(vocab->tables, (int32_t)id, name, MAX_NAME)};

@@ -82,8 +82,13 @@ static kivi_status make_cache(kivi_engine *e, const ki_backend_sizes *sizes, kiv
                            .max_tokens = o->ctx_tokens};
     co.geometry = geometry_of(&e->model->config, &o->kv);
     KI_TRY(layout_of(&layout, e, &o->kv, err));
+    size_t page_bytes = (size_t)layout.n_layers * layout.n_kv_heads * layout.page_bytes;
     uint64_t n_pages =
         (uint64_t)o->max_sessions * ki_layout_pages(&layout, o->ctx_tokens, o->step_rows);
+    if (o->kv_bytes) n_pages = o->kv_bytes / page_bytes;
+    if (n_pages == 0)
+        return KI_FAIL(err, ARG, "engine: kv_bytes %llu, expected at least those of a page, %zu",
+                       (unsigned long long)o->kv_bytes, page_bytes);
     if (n_pages > UINT32_MAX / KI_PAGE_TOKENS)
         return KI_FAIL(err, ARG, "engine: %u sessions of %u tokens are too many", o->max_sessions,
                        o->ctx_tokens);
@@ -98,7 +103,7 @@ static kivi_status make_cache(kivi_engine *e, const ki_backend_sizes *sizes, kiv
 static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
     const kivi_engine_options *o = &e->options;
     ki_backend_sizes sizes = {.n_rows = o->step_rows,
-                              .n_logit_rows = o->all_logits ? o->step_rows : o->max_sessions,
+                              .n_logit_rows = o->logit_rows,
                               .max_items = o->max_sessions,
                               .max_tokens = o->ctx_tokens};
     void *p;
@@ -116,6 +121,8 @@ static void fill_defaults(kivi_engine_options *o, const ki_config *c) {
     if (!o->ctx_tokens) o->ctx_tokens = c->ctx_tokens;
     if (!o->max_sessions) o->max_sessions = 1;
     if (!o->step_rows) o->step_rows = DEFAULT_STEP_ROWS;
+    if (o->all_logits) o->logit_rows = o->step_rows;
+    o->logit_rows = KI_MAX(o->logit_rows, o->max_sessions);
 }
 
 static kivi_status rope_type_of(ki_weight *out, const char *name, kivi_error *err) {

@@ -49,6 +49,19 @@ void ki_engine_log(const kivi_engine *engine, const char *format, ...)
 kivi_status ki_engine_load_vocab(kivi_engine *engine, const ki_file *file, kivi_error *err);
 /* A session without a history, for fork and load to fill. */
 kivi_status ki_session_new(kivi_session **out, kivi_engine *engine, kivi_error *err);
+/* ---- sample.c, without a session ---- */
+typedef struct ki_candidate {
+    float logit, p;
+    int32_t id;
+} ki_candidate;
+/* The id that u in [0, 1) falls on, or -1 where the logits are not numbers. Penalties and seed of
+ * the options are not looked at. all: scratch [V]. */
+int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
+                  const kivi_sampler_options *options, double u);
+/* In [0, 1): SplitMix64, one multiply-xor chain, the same everywhere. */
+double ki_sample_draw(uint64_t seed, uint64_t index);
+kivi_status ki_sampler_check(const kivi_sampler_options *options, kivi_error *err);
+
 uint32_t ki_session_runs(const kivi_session *session, const ki_run **runs);
 
 #endif

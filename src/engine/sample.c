@@ -3,19 +3,13 @@
 #include "engine.h"
 
 #include <math.h>
-#include <stdlib.h>
-
-typedef struct candidate {
-    float logit, p;
-    int32_t id;
-} candidate;
 
 struct kivi_sampler {
     ki_mem *mem;
     kivi_sampler_options options;
-    uint64_t state;        /* SplitMix64: one multiply-xor chain, the same everywhere */
-    candidate *candidates; /* [V] */
-    float *logits;         /* [V] */
+    uint64_t n_drawn;
+    ki_candidate *candidates; /* [V] */
+    float *logits;            /* [V] */
     uint32_t n_vocab;
 };
 
@@ -28,7 +22,7 @@ kivi_sampler_options kivi_sampler_defaults(void) {
                                   .repeat_tokens = 64};
 }
 
-static kivi_status check(const kivi_sampler_options *o, kivi_error *err) {
+kivi_status ki_sampler_check(const kivi_sampler_options *o, kivi_error *err) {
     if (!(o->temperature >= 0 && o->temperature <= 100))
         return KI_FAIL(err, ARG, "sampler: temperature %g, expected 0 to 100",
                        (double)o->temperature);
@@ -48,13 +42,12 @@ kivi_status kivi_sampler_create(kivi_sampler **out, const kivi_engine *engine,
     ki_mem *mem = &((kivi_engine *)engine)->mem; /* counting is all that is done to it */
     void *p;
     *out = NULL;
-    KI_TRY(check(options, err));
+    KI_TRY(ki_sampler_check(options, err));
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(kivi_sampler), err));
     kivi_sampler *s = p;
-    *s = (kivi_sampler){
-        .mem = mem, .options = *options, .state = options->seed, .n_vocab = engine->info.n_vocab};
+    *s = (kivi_sampler){.mem = mem, .options = *options, .n_vocab = engine->info.n_vocab};
     kivi_status status =
-        ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(candidate), err);
+        ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(ki_candidate), err);
     s->candidates = p;
     if (status == KIVI_OK)
         status = ki_alloc_array(&p, mem, KI_TAG_workspace, s->n_vocab, sizeof(float), err);
@@ -80,8 +73,8 @@ int32_t kivi_logits_argmax(const float *logits, uint32_t n_vocab) {
     return (int32_t)best;
 }
 
-static double draw(kivi_sampler *s) {
-    uint64_t z = s->state += 0x9e3779b97f4a7c15u;
+double ki_sample_draw(uint64_t seed, uint64_t index) {
+    uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
@@ -101,68 +94,99 @@ static void penalize(kivi_sampler *s, const kivi_session *session) {
     }
 }
 
-static int by_logit(const void *a, const void *b) {
-    const candidate *x = a, *y = b;
+/* A total order, best first, so that there is one outcome. */
+static int by_logit(const ki_candidate *x, const ki_candidate *y) {
     if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
-    return x->id < y->id ? -1 : 1; /* a total order, so that sorting has one outcome */
+    return x->id < y->id ? -1 : 1;
 }
 
-static int by_logit_reversed(const void *a, const void *b) { return by_logit(b, a); }
-
-static void sift_down(candidate *heap, uint32_t n, candidate c) {
-    uint32_t i = 0;
+/* Heaps: sign 1 has the worst on top, -1 the best. */
+static void sift_down(ki_candidate *heap, uint32_t n, uint32_t i, ki_candidate c, int sign) {
     for (uint32_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && by_logit(&heap[child + 1], &heap[child]) > 0) child++;
-        if (by_logit(&c, &heap[child]) >= 0) break;
+        if (child + 1 < n && sign * by_logit(&heap[child + 1], &heap[child]) > 0) child++;
+        if (sign * by_logit(&c, &heap[child]) >= 0) break;
         heap[i] = heap[child];
     }
     heap[i] = c;
 }
 
-/* The candidates worth sorting, best first: the top-k (a heap with the worst on top), or all whose
- * weight is not zero in float32 anyway. Sorting a whole vocabulary would take longer than a small
- * model's step. */
-static uint32_t gather(kivi_sampler *s) {
-    uint32_t k = s->options.top_k ? KI_MIN(s->options.top_k, s->n_vocab) : s->n_vocab, n = 0;
-    float best = s->logits[kivi_logits_argmax(s->logits, s->n_vocab)];
-    float floor = best - 104.0f * s->options.temperature; /* e^-104 is below the smallest float32 */
-    for (uint32_t i = 0; i < s->n_vocab; i++) {
-        candidate c = {.logit = s->logits[i], .id = (int32_t)i};
+static void make_heap(ki_candidate *all, uint32_t n, int sign) {
+    for (uint32_t i = n / 2; i-- > 0;) sift_down(all, n, i, all[i], sign);
+}
+
+/* Candidates best first, as far as they are asked for: a heap whose best moves behind it. Sorting a
+ * whole vocabulary would take longer than a small model's step. */
+typedef struct ranking {
+    ki_candidate *all;
+    uint32_t n, n_heap;
+    double sum; /* of all weights */
+} ranking;
+
+static const ki_candidate *ranked(ranking *r, uint32_t index) {
+    while (r->n - r->n_heap <= index) {
+        ki_candidate best = r->all[0];
+        r->n_heap--;
+        sift_down(r->all, r->n_heap, 0, r->all[r->n_heap], -1);
+        r->all[r->n_heap] = best;
+    }
+    return &r->all[r->n - 1 - index];
+}
+
+/* The top-k, or all whose weight is not zero in float32 anyway, with weights relative to the best
+ * one's. */
+static ranking gather(ki_candidate *all, const float *logits, uint32_t n_vocab,
+                      const kivi_sampler_options *o) {
+    uint32_t k = o->top_k ? KI_MIN(o->top_k, n_vocab) : n_vocab, n = 0;
+    float best = logits[kivi_logits_argmax(logits, n_vocab)];
+    float floor = best - 104.0f * o->temperature; /* e^-104 is below the smallest float32 */
+    for (uint32_t i = 0; i < n_vocab; i++) {
+        ki_candidate c = {.logit = logits[i], .id = (int32_t)i};
         if (!(c.logit >= floor)) continue;
         if (n == k) {
-            if (by_logit(&c, &s->candidates[0]) < 0) sift_down(s->candidates, n, c);
+            if (by_logit(&c, &all[0]) < 0) sift_down(all, n, 0, c, 1);
             continue;
         }
-        s->candidates[n++] = c;
-        if (n == k) qsort(s->candidates, n, sizeof c, by_logit_reversed); /* sorted: a heap */
+        all[n++] = c;
+        if (n == k && k < n_vocab) make_heap(all, n, 1);
     }
-    qsort(s->candidates, n, sizeof *s->candidates, by_logit);
-    return n;
+    ranking r = {.all = all, .n = n, .n_heap = n};
+    for (uint32_t i = 0; i < n; i++) {
+        all[i].p = expf((all[i].logit - best) / o->temperature);
+        r.sum += (double)all[i].p;
+    }
+    make_heap(all, n, -1);
+    return r;
 }
 
-/* Weights relative to the best one; returns how many candidates stay. */
-static uint32_t cut(kivi_sampler *s, uint32_t n) {
-    const kivi_sampler_options *o = &s->options;
-    double sum = 0, kept = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        s->candidates[i].p =
-            expf((s->candidates[i].logit - s->candidates[0].logit) / o->temperature);
-        sum += (double)s->candidates[i].p;
+/* How many candidates stay; their weights in *kept. */
+static uint32_t cut(double *kept, ranking *r, const kivi_sampler_options *o) {
+    *kept = r->sum;
+    if (o->top_p >= 1 && o->min_p == 0) return r->n;
+    *kept = 0;
+    for (uint32_t i = 0; i < r->n; i++) {
+        float p = ranked(r, i)->p;
+        if (i && (*kept >= (double)o->top_p * r->sum || p < o->min_p)) return i;
+        *kept += (double)p;
     }
-    for (uint32_t i = 0; i < n; i++) {
-        if (i && (kept >= (double)o->top_p * sum || s->candidates[i].p < o->min_p)) return i;
-        kept += (double)s->candidates[i].p;
-    }
-    return n;
+    return r->n;
 }
 
-static int32_t pick(kivi_sampler *s, uint32_t n) {
-    double sum = 0;
-    for (uint32_t i = 0; i < n; i++) sum += (double)s->candidates[i].p;
-    double left = draw(s) * sum;
-    for (uint32_t i = 0; i < n; i++)
-        if ((left -= (double)s->candidates[i].p) < 0) return s->candidates[i].id;
-    return s->candidates[n - 1].id;
+int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
+                  const kivi_sampler_options *o, double u) {
+    if (o->temperature == 0) {
+        int32_t id = kivi_logits_argmax(logits, n_vocab);
+        return isnan(logits[id]) ? -1 : id;
+    }
+    ranking r = gather(all, logits, n_vocab, o);
+    if (r.n == 0) return -1;
+    double kept;
+    uint32_t n = cut(&kept, &r, o);
+    double left = u * kept;
+    for (uint32_t i = 0; i + 1 < n; i++) {
+        const ki_candidate *c = ranked(&r, i);
+        if ((left -= (double)c->p) < 0) return c->id;
+    }
+    return ranked(&r, n - 1)->id;
 }
 
 kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *session,
@@ -178,13 +202,9 @@ kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *s, const kivi_session *
     if (!logits) return KI_FAIL(err, ARG, "sampler: the session has no logits yet");
     memcpy(s->logits, logits, s->n_vocab * sizeof *logits);
     if (s->options.repeat_penalty != 1) penalize(s, session);
-    if (s->options.temperature == 0) {
-        *id = kivi_logits_argmax(s->logits, s->n_vocab);
-        if (!isnan(s->logits[*id])) return KIVI_OK;
-        return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
-    }
-    uint32_t n = gather(s);
-    if (n == 0) return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
-    *id = pick(s, cut(s, n));
+    double u = ki_sample_draw(s->options.seed, s->n_drawn);
+    *id = ki_sample(s->candidates, s->logits, s->n_vocab, &s->options, u);
+    if (*id < 0) return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
+    s->n_drawn += s->options.temperature > 0;
     return KIVI_OK;
 }

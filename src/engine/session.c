@@ -127,9 +127,13 @@ static kivi_status check_item(const kivi_engine *e, const kivi_step_item *item, 
     return KIVI_OK;
 }
 
+static bool keeps_all(const kivi_engine *e, const kivi_step_item *item) {
+    return e->options.all_logits || item->all_logits;
+}
+
 static kivi_status check_step(const kivi_engine *e, const kivi_step_item *items, size_t n_items,
                               kivi_error *err) {
-    uint64_t n_rows = 0;
+    uint64_t n_rows = 0, n_logit_rows = 0;
     if (n_items == 0 || n_items > e->options.max_sessions)
         return KI_FAIL(err, ARG, "step: %zu sessions, expected 1 to %u", n_items,
                        e->options.max_sessions);
@@ -141,10 +145,14 @@ static kivi_status check_step(const kivi_engine *e, const kivi_step_item *items,
             if (items[j].session == items[i].session)
                 return KI_FAIL(err, ARG, "step: items %zu and %zu are the same session", j, i);
         n_rows += items[i].n_tokens;
+        n_logit_rows += keeps_all(e, &items[i]) ? items[i].n_tokens : 1;
     }
     if (n_rows > e->options.step_rows)
         return KI_FAIL(err, ARG, "step: %llu rows, expected at most %u", (unsigned long long)n_rows,
                        e->options.step_rows);
+    if (n_logit_rows > e->options.logit_rows)
+        return KI_FAIL(err, ARG, "step: %llu rows of logits, expected at most %u",
+                       (unsigned long long)n_logit_rows, e->options.logit_rows);
     return KIVI_OK;
 }
 
@@ -162,6 +170,7 @@ static size_t begin_items(kivi_engine *e, kivi_step_item *items, size_t n_items)
         e->batch[n] = (ki_batch_item){.seq = item->session->seq,
                                       .tokens = item->tokens,
                                       .n_rows = item->n_tokens,
+                                      .all_logits = keeps_all(e, item),
                                       .err = &item->error};
         e->owners[n++] = item;
     }
@@ -180,7 +189,7 @@ static void end_item(kivi_engine *e, kivi_step_item *item, const ki_batch_item *
     memmove(s->history + length, item->tokens, item->n_tokens * sizeof *item->tokens);
     s->logit_row = result->logit_row;
     s->best = result->best;
-    s->n_logit_rows = e->options.all_logits ? item->n_tokens : 1;
+    s->n_logit_rows = keeps_all(e, item) ? item->n_tokens : 1;
     s->logits_step = e->n_steps;
 }
 
@@ -188,7 +197,7 @@ kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t 
                              kivi_error *err) {
     KI_TRY(check_step(engine, items, n_items, err));
     engine->n_steps++;
-    ki_batch batch = {.items = engine->batch, .all_logits = engine->options.all_logits};
+    ki_batch batch = {.items = engine->batch};
     batch.n_items = begin_items(engine, items, n_items);
     ki_fpu fpu = ki_fpu_enter();
     engine->backend->api->forward(engine->backend, &batch);

@@ -2,18 +2,21 @@
  * queries.
  *
  * score(t) = q . k(t), softmax over the visible t, out = sum_t p(t) v(t), with q already divided by
- * sqrt(D). Packed keys:    q . (code * s + z) = (q * s) . code + q . z        q * s once per key
- * group,
- *                                                                   q . z one number per group
- * Packed values:  sum_t p (code * s + z) = sum_t (p * s) code + sum_t p z q * s and p * s become
- * 15-bit integers over their largest value (an error of 2^-15 of it, some hundred times below the
- * 2-bit error) in two signed bytes, 128 * high + low, so each product with the codes is an exact
- * integer dot product and the sums do not depend on the lane count. Everything else is float32 in a
- * fixed order.
+ * sqrt(D). With x = q and a group of keys, or x = p and a group of values:
  *
- * Codes are unpacked once a tile, as bytes in the L1 cache, for all its queries (the heads of the
- * group, and the rows of a prompt). The 16-bit part (window, sinks, or a cache that is not
- * quantized) comes in blocks of 16 tokens:
+ *     sum x (code s + z) = sum (x s) code + sum x z        the second sum is one number a group
+ *
+ * x s becomes an integer r of 15 bits in units of step = largest |x s| / 16256 of the group, in two
+ * signed bytes, 128 high + low; so a product with codes is an exact integer dot product, and does
+ * not depend on how many lanes add it up. What rounding took from x s meets the codes' centre
+ * (2^bits - 1) / 2 in float32, so that a weight rounded to 0 still counts:
+ *
+ *     sum x (code s + z) = step sum r code + bias,  bias = sum x (z + centre s) - step centre sum r
+ *
+ * The error is some hundred times below that of 2-bit codes. Everything else is float32 in a fixed
+ * order. Codes are unpacked in registers, once for up to four queries (heads of the group, rows of
+ * a prompt). The 16-bit part (window, sinks, or a cache that is not quantized) comes in blocks of
+ * 16 tokens:
  *     keys    [D][16] f16   tokens in the lanes      values  [16][D] f16   channels in the lanes
  *
  * An online softmax carries (m, l, acc) from tile to tile: m the largest score so far, l = sum e^(s
@@ -27,11 +30,15 @@ enum { KI_TILE_BLOCKS = KI_PAGE_TOKENS / KI_LANES, KI_MAX_HEAD_DIM = 256 };
 
 /* Where a tile's keys and values are. Planes of a kind that does not quantize are NULL. */
 typedef struct ki_attn_tile {
-    unsigned head_dim, group, k_bits, v_bits;
+    unsigned head_dim, k_group, v_group, k_bits, v_bits;
     const uint32_t *k_words;          /* quant.h's order */
-    const uint16_t *k_scale, *k_zero; /* [128 / G][D] f16 */
+    const uint32_t *k_wide;           /* plus.h's wide plane; NULL: no channel is wide */
+    const uint8_t *k_list;            /* [D / 4], its channels; NULL where k_wide is */
+    const uint16_t *k_scale, *k_zero; /* [128 / k_group][D] f16 */
     const uint32_t *v_words;
-    const uint16_t *v_scale, *v_zero; /* [D / G][128] f16 */
+    const uint32_t *v_third;          /* plus.h's third plane, of 3-bit values */
+    const uint16_t *v_scale, *v_zero; /* [D / v_group][128] f16; zero NULL: it is -scale times half
+                                         of the largest code */
     const uint16_t *
         k_blocks[KI_TILE_BLOCKS]; /* each [D][16] f16; read only where a query sees a key exactly */
     const uint16_t *v_blocks[KI_TILE_BLOCKS]; /* each [16][D] f16 */

@@ -57,14 +57,15 @@ KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, 
 }
 
 /* One group of nq rows x, n values each: x s to out, x . (z + centre s), and the largest |x s| a
- * lane. Past n come zeros up to a multiple of 64. */
+ * lane. Past n come zeros up to a multiple of 64. Without a zero point z is -centre s. */
 KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *x, unsigned nq,
                           const uint16_t *scale, const uint16_t *zero, unsigned n, float centre) {
     vf sum[QUERY_BLOCK], top[QUERY_BLOCK];
     unsigned c = 0;
     for (unsigned i = 0; i < nq; i++) sum[i] = top[i] = vf_set(0.0f);
     for (; c < n; c += 16) {
-        vf s = vf_load_f16(scale + c), z = vf_fma(s, vf_set(centre), vf_load_f16(zero + c));
+        vf s = vf_load_f16(scale + c), z = vf_set(0.0f);
+        if (zero) z = vf_fma(s, vf_set(centre), vf_load_f16(zero + c));
         for (unsigned i = 0; i < nq; i++) {
             vf v = vf_load(x + i * ROW + c), f = vf_mul(v, s);
             vf_store(out + i * ROW + c, f);
@@ -77,27 +78,48 @@ KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *x, uns
     for (unsigned i = 0; i < nq; i++) bias[i] = sum[i], largest[i] = top[i];
 }
 
+/* 4 x s of the wide channels, from rows x s [nq][256]: the high bits' side of fold_group. */
+KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, unsigned nq,
+                         const uint8_t *list, unsigned n_wide, float centre) {
+    for (unsigned i = 0; i < nq; i++, out += ROW, xs += ROW) {
+        vf sum = vf_set(0.0f), top = sum;
+        unsigned w = 0;
+        for (; w < n_wide; w++) out[w] = 4 * xs[list[w]];
+        for (; w % 64; w++) out[w] = 0;
+        for (w = 0; w < n_wide; w += 16) {
+            vf v = vf_load(out + w);
+            sum = vf_fma(v, vf_set(centre), sum);
+            top = vf_max2(vf_abs(v), top);
+        }
+        bias[i] = sum, largest[i] = top;
+    }
+}
+
 /* n_groups groups of nq rows x [nq][256] of n values, n_groups nq <= 16. Row g nq + i gets
  * integers, a step and a bias so that
  *   sum x (code s + z) = step (integers . codes) + bias  up to the rounding
  * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
- * integer rounded to zero still weighs its share. */
+ * integer rounded to zero still weighs its share. With a list of wide channels there is one group,
+ * and row nq + i is for the high bits of query i. */
 KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
-                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits) {
+                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
+                         const uint8_t *list) {
     const float centre = (float)((1u << bits) - 1) / 2;
-    const unsigned n_rows = n_groups * nq;
+    const unsigned n_low = n_groups * nq, n_rows = list ? n_low + nq : n_low;
     vf bias[FOLD_ROWS], largest[FOLD_ROWS];
     float inverse[FOLD_ROWS];
     for (unsigned r = n_rows; r < FOLD_ROWS; r++) bias[r] = largest[r] = vf_set(0.0f);
     for (unsigned g = 0; g < n_groups; g++)
         fold_group(s->x + g * nq * ROW, bias + g * nq, largest + g * nq, x, nq,
-                   scale + (size_t)g * n, zero + (size_t)g * n, n, centre);
+                   scale + (size_t)g * n, zero ? zero + (size_t)g * n : NULL, n, centre);
+    if (list)
+        fold_wide(s->x + n_low * ROW, bias + n_low, largest + n_low, s->x, nq, list, n / 4, centre);
     vf top = vf_maxes(largest, n_rows), limit = vf_set(FOLD_LIMIT), step = vf_div(top, limit);
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(top, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
         vi sum = fold_row(s->high + r * ROW, s->low + r * ROW, s->x + r * ROW, inverse[r],
-                          (n + 63) / 64 * 64);
+                          ((r < n_low ? n : n / 4) + 63) / 64 * 64);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
     vf_store(s->bias, vf_sums(bias, n_rows));
@@ -116,34 +138,122 @@ KI_INLINE void ask_ahead(attn_scratch *s) {
     s->next += 3 * 64;
 }
 
-/* Rows from `row` on, over n_words words that are `stride` apart; words of vector b start at
- * words + b * apart. */
-KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
-                         const uint32_t *words, size_t apart, size_t stride, unsigned n_words,
-                         unsigned bits) {
-    const unsigned per_word = 8 / bits;
-    const vi mask = vi_set(bits == 2 ? 0x03030303 : bits == 4 ? 0x0f0f0f0f : -1);
+/* Bits of a code that stand in the words; the third of three has a plane of its own. */
+KI_INLINE unsigned word_bits(unsigned bits) { return bits == 3 ? 2 : bits; }
+
+/* Sums of one part of nb vectors times nq rows. */
+typedef struct part_dots {
+    vs high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
+} part_dots;
+
+KI_INLINE void dots_clear(dots *sum, unsigned nq, unsigned nb) {
     for (unsigned b = 0; b < nb; b++)
         for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
-    for (unsigned w = 0; w < n_words; w++, words += stride) {
-        vi v[2];
-        ask_ahead(s);
-        for (unsigned b = 0; b < nb; b++) v[b] = vi_load((const int32_t *)words + b * apart);
-        size_t first = (size_t)row * ROW + fold_at(w * per_word);
-        for (unsigned k = 0; k < per_word; k++) {
-            size_t at = first + 16 * k; /* fold_at(w * per_word + k) */
-            vb codes[2];
-            for (unsigned b = 0; b < nb; b++) codes[b] = vi_and(vi_shr(v[b], bits * k), mask);
-            for (unsigned i = 0; i < nq; i++, at += ROW) {
-                vb x = vi_set_bytes(s->high + at);
-                vb y = vi_set_bytes(s->low + at);
-                for (unsigned b = 0; b < nb; b++) {
-                    sum->high[b][i] = bits == 8 ? vi_dot_u8(sum->high[b][i], codes[b], x)
-                                                : vi_dot_u7(sum->high[b][i], codes[b], x);
-                    sum->low[b][i] = bits == 8 ? vi_dot_u8(sum->low[b][i], codes[b], y)
-                                               : vi_dot_u7(sum->low[b][i], codes[b], y);
-                }
+}
+KI_INLINE void part_clear(part_dots *p, unsigned nq, unsigned nb) {
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) p->high[b][i] = p->low[b][i] = vs_zero();
+}
+KI_INLINE void dots_add(dots *sum, unsigned part, const part_dots *p, unsigned nq, unsigned nb) {
+    for (unsigned b = 0; b < nb; b++)
+        for (unsigned i = 0; i < nq; i++) {
+            sum->high[b][i] = vi_add_part(sum->high[b][i], part, p->high[b][i]);
+            sum->low[b][i] = vi_add_part(sum->low[b][i], part, p->low[b][i]);
+        }
+}
+
+/* A quad of codes of each of nb vectors times the bytes at `at` of nq rows. */
+KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
+                        const vp *codes) {
+    for (unsigned i = 0; i < nq; i++) {
+        vp x = vp_set_bytes(s->high + at + i * ROW), y = vp_set_bytes(s->low + at + i * ROW);
+        for (unsigned b = 0; b < nb; b++) {
+            p->high[b][i] = vs_dot(p->high[b][i], codes[b], x);
+            p->low[b][i] = vs_dot(p->low[b][i], codes[b], y);
+        }
+    }
+}
+
+/* Words of codes: `words`, and `apart` from them those of the next vector, `stride` those of the
+ * next word. third: of 3-bit codes, laid out as the words are, two of them to one. */
+typedef struct code_plane {
+    const uint32_t *words, *third;
+    size_t apart, stride;
+} code_plane;
+
+/* Part of word w of each of nb vectors times nq rows from byte `at` of the planes on. */
+KI_INLINE void dot_word(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
+                        const code_plane *c, unsigned w, unsigned part, unsigned bits) {
+    const unsigned in_word = word_bits(bits);
+    const vp mask = vp_set(in_word == 2 ? 0x03030303 : 0x0f0f0f0f);
+    vp v[2], top[2];
+    for (unsigned b = 0; b < nb; b++) {
+        v[b] = vp_load(c->words + w * c->stride + b * c->apart, part);
+        if (bits != 3) continue;
+        top[b] = vp_load(c->third + w / 2 * c->stride + b * c->apart, part);
+        top[b] = vp_shl(vp_field(top[b], 4 * (w % 2), vp_set(0x0f0f0f0f)), 2);
+    }
+    for (unsigned k = 0; k < 8 / in_word; k++, at += 16) { /* fold_at */
+        vp codes[2];
+        for (unsigned b = 0; b < nb; b++) {
+            codes[b] = vp_field(v[b], in_word * k, mask);
+            if (bits == 3) codes[b] = vp_or(codes[b], vp_field(top[b], k, vp_set(0x04040404)));
+        }
+        dot_quad(p, s, at, nq, nb, codes);
+    }
+}
+
+/* Rows from `row` on, over n_words words, of which at most KI_NARROW_SUMS quads are added up before
+ * they are widened. */
+KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
+                         const code_plane *c, unsigned n_words, unsigned bits) {
+    const unsigned per_word = 8 / word_bits(bits), at_once = KI_NARROW_SUMS(bits) / per_word;
+    const size_t at = (size_t)row * ROW;
+    dots_clear(sum, nq, nb);
+    for (unsigned w0 = 0; w0 < n_words; w0 += at_once)
+        for (unsigned part = 0; part < KI_PARTS; part++) {
+            part_dots p;
+            part_clear(&p, nq, nb);
+            for (unsigned w = w0; w < KI_MIN(w0 + at_once, n_words); w++) {
+                if (!part) ask_ahead(s);
+                dot_word(&p, s, at + fold_at(w * per_word), nq, nb, c, w, part, bits);
             }
+            dots_add(sum, part, &p, nq, nb);
+        }
+}
+
+/* High bits of the wide channels of nb blocks of tokens from `block` on: quads in one stream
+ * (plus.h), n_quads = D / 16 <= KI_NARROW_SUMS(2) a block. */
+KI_INLINE void dot_wide(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
+                        const uint32_t *wide, unsigned block, unsigned n_quads) {
+    dots_clear(sum, nq, nb);
+    for (unsigned part = 0; part < KI_PARTS; part++) {
+        part_dots p;
+        part_clear(&p, nq, nb);
+        for (unsigned i = 0; i < n_quads; i++) {
+            vp codes[2];
+            for (unsigned b = 0; b < nb; b++) {
+                unsigned quad = (block + b) * n_quads + i;
+                vp v = vp_load(wide + (size_t)(quad / 4) * 16, part);
+                codes[b] = vp_field(v, 2 * (quad % 4), vp_set(0x03030303));
+            }
+            dot_quad(&p, s, (size_t)row * ROW + fold_at(i), nq, nb, codes);
+        }
+        dots_add(sum, part, &p, nq, nb);
+    }
+}
+
+/* The same for codes of 8 bits, one vector at a time. */
+KI_INLINE void dot_bytes(dots *sum, attn_scratch *s, unsigned row, unsigned nq,
+                         const uint32_t *words, size_t stride, unsigned n_words) {
+    for (unsigned i = 0; i < nq; i++) sum->high[0][i] = sum->low[0][i] = vi_set(0);
+    for (unsigned w = 0; w < n_words; w++, words += stride) {
+        vb codes = vi_load((const int32_t *)words);
+        size_t at = (size_t)row * ROW + fold_at(w);
+        ask_ahead(s);
+        for (unsigned i = 0; i < nq; i++, at += ROW) {
+            sum->high[0][i] = vi_dot_u8(sum->high[0][i], codes, vi_set_bytes(s->high + at));
+            sum->low[0][i] = vi_dot_u8(sum->low[0][i], codes, vi_set_bytes(s->low + at));
         }
     }
 }
@@ -165,7 +275,7 @@ KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, uns
     ((bits) == 8    ? FOLD_NQ(f, nq, 1, 8, __VA_ARGS__)                                            \
      : (bits) == 4  ? FOLD_NQ(f, nq, 1, 4, __VA_ARGS__)                                            \
      : (group) % 32 ? FOLD_NQ(f, nq, 1, 2, __VA_ARGS__)                                            \
-                    : FOLD_NQ(f, nq, 2, 2, __VA_ARGS__))
+                    : FOLD_NQ(f, nq, KI_DOT_VECTORS, 2, __VA_ARGS__))
 
 /* ---- scores ---- */
 
@@ -200,26 +310,41 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
     return exact < q->end ? exact : q->end;
 }
 
+/* The high bits' share of the scores of nb blocks of tokens; its rows follow the low bits'. */
+KI_INLINE void add_wide(const ki_attn_tile *t, const attn_scratch *s, unsigned token, unsigned nq,
+                        unsigned nb) {
+    dots sum;
+    dot_wide(&sum, s, nq, nq, nb, t->k_wide, token / 16, t->head_dim / 16);
+    for (unsigned i = 0; i < nq; i++)
+        for (unsigned b = 0; b < nb; b++) {
+            float *at = s->p + i * ROW + token + b * 16;
+            vf_store(at, vf_add(vf_load(at), fold_result(s, nq + i, &sum, b, i)));
+        }
+}
+
 /* All packed keys of nq queries, blocks [from / 16, to / 16): as many groups are folded at a time
  * as there are rows for. */
 KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, unsigned to,
                             unsigned nq, unsigned nb, unsigned bits) {
     const unsigned n = t->head_dim, n_words = n * bits / 32, at_once = FOLD_ROWS / nq;
-    const unsigned end = (to + t->group - 1) / t->group;
-    for (unsigned g0 = from / t->group; g0 < end; g0 += at_once) {
+    const unsigned end = (to + t->k_group - 1) / t->k_group;
+    for (unsigned g0 = from / t->k_group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, s->q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
-                  bits);
+                  bits, t->k_list);
         for (unsigned g = 0; g < n_groups; g++) {
-            unsigned token = (g0 + g) * t->group, stop = KI_MIN(token + t->group, to);
+            unsigned token = (g0 + g) * t->k_group, stop = KI_MIN(token + t->k_group, to);
             for (; token < stop; token += nb * 16) {
+                const uint32_t *words = t->k_words + (size_t)token * n_words;
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->k_words + (size_t)token * n_words,
-                          (size_t)n_words * 16, 16, n_words, bits);
+                const code_plane c = {words, NULL, (size_t)n_words * 16, 16};
+                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, words, 16, n_words);
+                else dot_words(&sum, s, g * nq, nq, nb, &c, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++)
                         vf_store(s->p + i * ROW + token + b * 16,
                                  fold_result(s, g * nq + i, &sum, b, i));
+                if (bits == 2 && t->k_wide) add_wide(t, s, token, nq, nb);
             }
         }
     }
@@ -233,7 +358,7 @@ static void score_packed_blocks(const ki_attn_tile *t, attn_scratch *s, ki_attn_
         if (a < b) from = KI_MIN(from, a), to = KI_MAX(to, b);
         memcpy(s->q + i * ROW, qs[i].q, t->head_dim * sizeof(float));
     }
-    if (from < to) FOLD_DISPATCH(score_packed, nq, t->group, t->k_bits, t, s, from, to);
+    if (from < to) FOLD_DISPATCH(score_packed, nq, t->k_group, t->k_bits, t, s, from, to);
 }
 
 /* A block whose first tokens are sinks and whose others a query reads from the codes: only the
@@ -292,17 +417,20 @@ static void softmax_update(ki_attn_query *q, float *p, unsigned head_dim) {
  * folded over all 128 tokens, as many groups of channels at a time as there are rows for. */
 KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p, float *const *acc,
                           unsigned to, unsigned nq, unsigned nb, unsigned bits) {
-    const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->group;
-    const unsigned n_words = (to * bits + 31) / 32;
+    const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->v_group;
+    const unsigned n_words = (to * word_bits(bits) + 31) / 32;
     for (unsigned g0 = 0; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
-        fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n, t->v_zero + (size_t)g0 * n, n_groups, n,
-                  bits);
+        fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n,
+                  t->v_zero ? t->v_zero + (size_t)g0 * n : NULL, n_groups, n, bits, NULL);
         for (unsigned g = 0; g < n_groups; g++) {
-            unsigned c = (g0 + g) * t->group, stop = c + t->group;
+            unsigned c = (g0 + g) * t->v_group, stop = c + t->v_group;
             for (; c < stop; c += nb * 16) {
                 dots sum;
-                dot_words(&sum, s, g * nq, nq, nb, t->v_words + c, 16, t->head_dim, n_words, bits);
+                const code_plane plane = {t->v_words + c, bits == 3 ? t->v_third + c : NULL, 16,
+                                          t->head_dim};
+                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, plane.words, t->head_dim, n_words);
+                else dot_words(&sum, s, g * nq, nq, nb, &plane, n_words, bits);
                 for (unsigned i = 0; i < nq; i++)
                     for (unsigned b = 0; b < nb; b++) {
                         float *at = acc[i] + c + b * 16;
@@ -334,7 +462,10 @@ static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, const ki_a
             memcpy(s->masked + i * ROW + first, s->p + i * ROW + first,
                    (end - first) * sizeof(float));
     }
-    FOLD_DISPATCH(add_packed, nq, t->group, t->v_bits, t, s, whole ? s->p : s->masked, acc, to);
+    const float *p = whole ? s->p : s->masked;
+    if (t->v_bits != 3) FOLD_DISPATCH(add_packed, nq, t->v_group, t->v_bits, t, s, p, acc, to);
+    else if (t->v_group % 32) FOLD_NQ(add_packed, nq, 1, 3, t, s, p, acc, to);
+    else FOLD_NQ(add_packed, nq, KI_DOT_VECTORS, 3, t, s, p, acc, to);
 }
 
 /* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, for nq queries and n_vectors

@@ -52,14 +52,70 @@ KI_INLINE void unpack_codes(vb *w, const uint8_t *codes, const ki_form *f) {
     }
 }
 
-/* sum + n operands of 16 rows times one plane of an activation row. */
-KI_INLINE vi dot_codes(vi sum, const vb *w, const int8_t *x, unsigned n, bool all_bits) {
+/* Products of quads whose sums 16 bits hold: 2 * 128 * (2^bits - 1) * n < 32768. */
+KI_INLINE unsigned narrow_quads(unsigned bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : 2; }
+
+enum { SHARE_ROWS = KI_PARTS }; /* activation rows that share a loaded code */
+
+/* sum[r] = n operands of 16 rows times activations 4 k .. 4 k + 3 of nr rows that are `apart` bytes
+ * apart, as 128 high + low. */
+KI_INLINE void dot_codes(vi *sum, const vb *w, const int8_t *high, const int8_t *low, size_t apart,
+                         unsigned nr, unsigned n, unsigned bits) {
+    vs h[SHARE_ROWS][KI_PARTS], l[SHARE_ROWS][KI_PARTS];
+    vi lows[SHARE_ROWS];
+    for (unsigned r = 0; r < nr; r++) sum[r] = lows[r] = vi_set(0);
+#pragma GCC unroll 8
     for (unsigned k = 0; k < n; k++) {
-        vb v = vi_set_bytes(x + k * 4);
-        sum = all_bits ? vi_dot_u8(sum, w[k], v) : vi_dot_u7(sum, w[k], v);
+        bool first = k % narrow_quads(bits) == 0, last = (k + 1) % narrow_quads(bits) == 0;
+        for (unsigned r = 0; r < nr; r++) {
+            vp x = vp_set_bytes(high + r * apart + k * 4);
+            vp y = vp_set_bytes(low + r * apart + k * 4);
+            for (unsigned p = 0; p < KI_PARTS; p++) {
+                h[r][p] = vs_dot(first ? vs_zero() : h[r][p], vp_of(w[k], p), x);
+                l[r][p] = vs_dot(first ? vs_zero() : l[r][p], vp_of(w[k], p), y);
+                if (!last && k + 1 < n) continue;
+                sum[r] = vi_add_part(sum[r], p, h[r][p]);
+                lows[r] = vi_add_part(lows[r], p, l[r][p]);
+            }
+        }
     }
-    return sum;
+    for (unsigned r = 0; r < nr; r++) sum[r] = vi_add(vi_shl(sum[r], 7), lows[r]);
 }
+
+/* The same for codes of 8 bits; n is a multiple of 4. */
+#ifdef KI_DOT16
+KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
+                               size_t apart, unsigned nr, unsigned n) {
+    const vi bytes = vi_set(0x00ff00ff);
+    int16_t x[SHARE_ROWS][32];
+    for (unsigned r = 0; r < nr; r++) {
+        sum[r] = vi_set(0);
+        for (unsigned k = 0; k < n; k += 4)
+            store_pairs16(x[r] + k * 4, high + r * apart + k * 4, low + r * apart + k * 4);
+    }
+#pragma GCC unroll 8
+    for (unsigned k = 0; k < n; k++) {
+        vi even = vi_and(w[k], bytes), odd = vi_and(vi_shr(w[k], 8), bytes);
+        for (unsigned r = 0; r < nr; r++) {
+            sum[r] = vi_dot16(sum[r], even, vi_set_bytes((const int8_t *)(x[r] + k * 4)));
+            sum[r] = vi_dot16(sum[r], odd, vi_set_bytes((const int8_t *)(x[r] + k * 4 + 2)));
+        }
+    }
+}
+#else
+KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
+                               size_t apart, unsigned nr, unsigned n) {
+    for (unsigned r = 0; r < nr; r++) {
+        vi h = vi_set(0);
+        for (unsigned k = 0; k < n; k++)
+            h = vi_dot_u8(h, w[k], vi_set_bytes(high + r * apart + k * 4));
+        h = vi_shl(h, 7);
+        for (unsigned k = 0; k < n; k++)
+            h = vi_dot_u8(h, w[k], vi_set_bytes(low + r * apart + k * 4));
+        sum[r] = h;
+    }
+}
+#endif
 
 /* 32 columns of a tile, ready for any number of activation rows. */
 typedef struct unpacked {
@@ -83,26 +139,28 @@ KI_INLINE void unpack_32(unpacked *u, const uint8_t *p, vf d, vf m, const ki_for
     unpack_codes(u->codes, p + ki_form_scale_bytes(f) * 16, f);
 }
 
-/* acc + 32 columns, the b-th, of 16 rows times one row of activations. */
-KI_INLINE vf add_32(vf acc, const unpacked *u, const ki_activations *a, size_t row, size_t b,
-                    const ki_form *f) {
-    const int8_t *high = a->high + row * a->n_cols + b * 32;
-    const int8_t *low = a->low + row * a->n_cols + b * 32;
-    const int32_t *sums = a->sums + (row * a->n_cols + b * 32) / KI_SUM_COLS;
-    float dx = a->scales[row * (a->n_cols / 32) + b];
-    unsigned n_parts = f->n_scales == 2 ? 2 : 1, n = 8 / n_parts;
-    bool all_bits = f->low_bits == 8;
+/* acc[r] + 32 columns, the b-th, of 16 rows times activation row `row` + r, nr <= SHARE_ROWS. */
+KI_INLINE void add_32(vf *acc, const unpacked *u, const ki_activations *a, size_t row, unsigned nr,
+                      size_t b, const ki_form *f) {
+    const size_t at = row * a->n_cols + b * 32;
+    const unsigned n_parts = f->n_scales == 2 ? 2 : 1, n = 8 / n_parts;
+    const unsigned bits = f->low_bits + f->high_bits;
     for (unsigned i = 0; i < n_parts; i++) {
-        vi sum = dot_codes(vi_set(0), u->codes + i * n, high + i * 16, n, all_bits);
-        sum = dot_codes(vi_shl(sum, 7), u->codes + i * n, low + i * 16, n, all_bits);
-        int32_t sx = n_parts == 2 ? sums[i] : sums[0] + sums[1];
-        if (f->zero) sum = vi_sub(sum, vi_set(f->zero * sx));
-        acc = vf_fma(vf_from_vi(sum), vf_mul(u->scale[i], vf_set(dx)), acc);
-        float x = dx * (float)sx;
-        if (f->min != KI_MIN_NONE)
-            acc = vf_fma(u->min[i], vf_set(f->min == KI_MIN_OWN ? x : -x), acc);
+        const int8_t *high = a->high + at + i * 16, *low = a->low + at + i * 16;
+        vi sum[SHARE_ROWS];
+        if (bits == 8) dot_whole_bytes(sum, u->codes + i * n, high, low, a->n_cols, nr, n);
+        else dot_codes(sum, u->codes + i * n, high, low, a->n_cols, nr, n, bits);
+        for (unsigned r = 0; r < nr; r++) {
+            const int32_t *sums = a->sums + (at + r * a->n_cols) / KI_SUM_COLS;
+            float dx = a->scales[(row + r) * (a->n_cols / 32) + b];
+            int32_t sx = n_parts == 2 ? sums[i] : sums[0] + sums[1];
+            if (f->zero) sum[r] = vi_sub(sum[r], vi_set(f->zero * sx));
+            acc[r] = vf_fma(vf_from_vi(sum[r]), vf_mul(u->scale[i], vf_set(dx)), acc[r]);
+            float x = dx * (float)sx;
+            if (f->min != KI_MIN_NONE)
+                acc[r] = vf_fma(u->min[i], vf_set(f->min == KI_MIN_OWN ? x : -x), acc[r]);
+        }
     }
-    return acc;
 }
 
 /* One tile times n <= ROW_BLOCK rows of activations, from row r0 on. */
@@ -121,7 +179,8 @@ KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, k
         unpacked u;
         unpack_32(&u, tile, d, m, f);
         tile += (ki_form_scale_bytes(f) + ki_form_code_bytes(f)) * 16;
-        for (unsigned i = 0; i < n; i++) acc[i] = add_32(acc[i], &u, a, r0 + i, b, f);
+        for (unsigned i = 0; i < n; i += SHARE_ROWS)
+            add_32(acc + i, &u, a, r0 + i, KI_MIN(n - i, (unsigned)SHARE_ROWS), b, f);
     }
     for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
 }

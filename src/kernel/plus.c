@@ -65,9 +65,9 @@ static void four_bits(uint16_t *scale, uint16_t *zero, key_range r) {
 }
 
 static void two_bits(uint16_t *scale, uint16_t *zero, key_range r, const uint16_t *const *blocks,
-                     unsigned n_sinks, unsigned c) {
+                     unsigned n_sinks, unsigned c, unsigned n_steps) {
     float mid = (r.min + r.max) / 2, least = 0;
-    for (int i = 0; i < KI_PLUS_KEY_STEPS; i++) {
+    for (unsigned i = 0; i < n_steps; i++) {
         float a = ki_plus_key_steps[i], lo = mid + (r.min - mid) * a, hi = mid + (r.max - mid) * a;
         uint16_t z = f16_down(lo), s = f16_up((hi - ki_f16_to_f32(z)) / 3);
         float e = squared_error(blocks, n_sinks, c, ki_f16_to_f32(s), ki_f16_to_f32(z));
@@ -88,7 +88,8 @@ static void code_channel(const ki_plus_keys *out, const uint16_t *const *blocks,
 }
 
 void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *blocks,
-                               unsigned n_sinks, unsigned head_dim, unsigned bits) {
+                               unsigned n_sinks, unsigned head_dim, unsigned n_steps) {
+    const unsigned bits = out->bits;
     float spread[256];
     bool wide[256] = {false};
     memset(out->low, 0, (size_t)KI_PAGE_TOKENS * head_dim * bits / 8);
@@ -96,7 +97,7 @@ void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *b
         key_range r = range_of(blocks, n_sinks, c);
         spread[c] = r.max - r.min;
     }
-    if (bits == 2) {
+    if (out->list) {
         memset(out->wide, 0, (size_t)KI_PAGE_TOKENS * head_dim / 16);
         ki_plus_choose(out->list, spread, head_dim);
         for (unsigned w = 0; w < head_dim / 4; w++) wide[out->list[w]] = true;
@@ -104,7 +105,7 @@ void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *b
     for (unsigned c = 0; c < head_dim; c++) {
         key_range r = range_of(blocks, n_sinks, c);
         if (bits == 4 || wide[c]) four_bits(out->scale + c, out->zero + c, r);
-        else two_bits(out->scale + c, out->zero + c, r, blocks, n_sinks, c);
+        else two_bits(out->scale + c, out->zero + c, r, blocks, n_sinks, c, n_steps);
         code_channel(out, blocks, n_sinks, c, head_dim, bits == 4 || wide[c] ? 15 : 3);
     }
 }
@@ -113,14 +114,14 @@ static float value_code(float x, float scale, float half) {
     return scale == 0 ? 0 : clamped(rintf(x / scale + half), 2 * half);
 }
 
-static uint16_t value_scale(const uint16_t *x, unsigned group, float half) {
+static uint16_t value_scale(const uint16_t *x, unsigned group, float half, unsigned n_steps) {
     float max = 0, least = 0;
     uint16_t best = 0;
     for (unsigned i = 0; i < group; i++) {
         float a = fabsf(ki_f16_to_f32(x[i]));
         max = a > max ? a : max;
     }
-    for (int k = 0; k < KI_PLUS_VALUE_STEPS; k++) {
+    for (unsigned k = 0; k < n_steps; k++) {
         uint16_t h = f16_up(max / half * ki_plus_value_steps[k]);
         float scale = ki_f16_to_f32(h), sum = 0;
         for (unsigned i = 0; i < group; i++) {
@@ -135,11 +136,11 @@ static uint16_t value_scale(const uint16_t *x, unsigned group, float half) {
 }
 
 void ki_plus_quantize_values_scalar(uint8_t *codes, uint16_t *scale, const uint16_t *x,
-                                    unsigned head_dim, unsigned bits) {
+                                    unsigned head_dim, unsigned bits, unsigned n_steps) {
     unsigned group = ki_plus_value_group(head_dim);
     float half = bits == 2 ? 1.5f : 3.5f;
     for (unsigned g = 0; g < head_dim / group; g++) {
-        scale[g] = value_scale(x + (size_t)g * group, group, half);
+        scale[g] = value_scale(x + (size_t)g * group, group, half, n_steps);
         for (unsigned i = g * group; i < (g + 1) * group; i++)
             codes[i] = (uint8_t)value_code(ki_f16_to_f32(x[i]), ki_f16_to_f32(scale[g]), half);
     }
@@ -210,7 +211,7 @@ static unsigned number_of(const uint8_t *list, unsigned channel, unsigned head_d
 
 unsigned ki_plus_key_code(const ki_plus_keys *keys, unsigned token, unsigned channel,
                           unsigned head_dim) {
-    if (!keys->list) return ki_key_code(keys->low, token, channel, head_dim, 4);
+    if (!keys->list) return ki_key_code(keys->low, token, channel, head_dim, keys->bits);
     unsigned w = number_of(keys->list, channel, head_dim);
     unsigned high = w < head_dim / 4 ? ki_plus_wide_code(keys->wide, token, w, head_dim) : 0;
     return ki_key_code(keys->low, token, channel, head_dim, 2) | high << 2;
@@ -218,7 +219,7 @@ unsigned ki_plus_key_code(const ki_plus_keys *keys, unsigned token, unsigned cha
 
 void ki_plus_put_key_code(const ki_plus_keys *keys, unsigned token, unsigned channel,
                           unsigned head_dim, unsigned code) {
-    unsigned bits = keys->list ? 2 : 4, n = 32 / bits;
+    unsigned bits = keys->bits, n = 32 / bits;
     size_t at =
         ((size_t)(token / KI_LANES) * (head_dim / n) + channel / n) * KI_LANES + token % KI_LANES;
     keys->low[at] |= (code & ((1u << bits) - 1)) << ki_code_bit(channel % n, bits);

@@ -81,30 +81,33 @@ static inline unsigned ki_plus_value_group(unsigned head_dim) {
 
 /* Where a page's keys go. All of it is written, whatever stood there. */
 typedef struct ki_plus_keys {
+    unsigned bits;          /* 2 or 4 */
     uint32_t *low;          /* bits 2: [8][D/16][16]; bits 4: [8][D/8][16] */
-    uint32_t *wide;         /* [D/8][16]; NULL at 4 bits */
-    uint8_t *list;          /* [D/4]; NULL at 4 bits */
+    uint32_t *wide;         /* [D/8][16]; NULL at 4 bits, or where no channel is wide */
+    uint8_t *list;          /* [D/4]; NULL where wide is */
     uint16_t *scale, *zero; /* [D] f16 */
 } ki_plus_keys;
 
 typedef struct ki_plus_kernels {
     /* blocks: 8 of [D][16] f16, as the 16-bit store has them; finite from token n_sinks on. n_sinks
-     * <= 127. Sinks' codes are those of token n_sinks and never read; their keys are not read. bits
-     * 2 (with wide channels) or 4. D a multiple of 16 up to 256. */
+     * <= 127. Sinks' codes are those of token n_sinks and never read; their keys are not read. Of
+     * the candidates the first n_steps are tried, 1 to KI_PLUS_KEY_STEPS. D a multiple of 16 up to
+     * 256. */
     void (*close_keys)(const ki_plus_keys *out, const uint16_t *const *blocks, unsigned n_sinks,
-                       unsigned head_dim, unsigned bits);
-    /* codes [D] u8, scale [D/G] f16 from a turned row x [D] f16, finite. bits 2 or 3. */
+                       unsigned head_dim, unsigned n_steps);
+    /* codes [D] u8, scale [D/G] f16 from a turned row x [D] f16, finite. bits 2 or 3; the first
+     * n_steps candidates are tried, 1 to KI_PLUS_VALUE_STEPS. */
     void (*quantize_values)(uint8_t *codes, uint16_t *scale, const uint16_t *x, unsigned head_dim,
-                            unsigned bits);
+                            unsigned bits, unsigned n_steps);
     /* x [D] f32 in place. */
     void (*turn)(float *x, unsigned head_dim);
 } ki_plus_kernels;
 
 /* The definition, element by element. */
 void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *blocks,
-                               unsigned n_sinks, unsigned head_dim, unsigned bits);
+                               unsigned n_sinks, unsigned head_dim, unsigned n_steps);
 void ki_plus_quantize_values_scalar(uint8_t *codes, uint16_t *scale, const uint16_t *x,
-                                    unsigned head_dim, unsigned bits);
+                                    unsigned head_dim, unsigned bits, unsigned n_steps);
 void ki_plus_turn_scalar(float *x, unsigned head_dim);
 
 /* list [D/4]: the wide channels of spread [D] f32, each >= 0. */
@@ -119,7 +122,7 @@ unsigned ki_plus_wide_code(const uint32_t *wide, unsigned token, unsigned number
                            unsigned head_dim);
 unsigned ki_plus_value_code(const uint32_t *low, const uint32_t *third, unsigned token,
                             unsigned head_dim, unsigned channel);
-/* The whole code of a key channel: low and, where list names it, wide. list NULL: 4-bit keys. */
+/* The whole code of a key channel: low and, where list names it, wide. */
 unsigned ki_plus_key_code(const ki_plus_keys *keys, unsigned token, unsigned channel,
                           unsigned head_dim);
 /* Puts a plain code (0..3, wide channels 0..15) into planes that were zeroed: for loading. */

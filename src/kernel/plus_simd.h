@@ -90,7 +90,7 @@ static void plus_try(plus_search *s, vf min, vf max, unsigned n_sinks) {
 
 /* Scale and zero of the n <= 16 channels of list; lanes behind them repeat the last. */
 static void plus_search_channels(const ki_plus_keys *out, const plus_page *p, const uint8_t *list,
-                                 unsigned n) {
+                                 unsigned n, unsigned n_steps) {
     plus_search s;
     float min[KI_LANES], max[KI_LANES];
     for (unsigned i = 0; i < KI_LANES; i++) {
@@ -103,8 +103,8 @@ static void plus_search_channels(const ki_plus_keys *out, const plus_page *p, co
     }
     plus_try(&s, vf_load(min), vf_load(max), p->n_sinks);
     for (unsigned i = 0; i < n; i++) {
-        int best = 0;
-        for (int k = 1; k < KI_PLUS_KEY_STEPS; k++)
+        unsigned best = 0;
+        for (unsigned k = 1; k < n_steps; k++)
             if (s.error[k][i] < s.error[best][i]) best = k;
         out->scale[list[i]] = s.scale[best][i];
         out->zero[list[i]] = s.zero[best][i];
@@ -146,11 +146,10 @@ static void plus_put_wide(uint32_t *wide, const vi *codes, unsigned w, unsigned 
 
 /* All codes, the tokens in the lanes, as the words have them. n_wide channels of the list are wide.
  */
-static void plus_write_codes(const ki_plus_keys *out, const plus_page *p, unsigned bits,
-                             unsigned n_wide) {
-    unsigned n = 32 / bits, n_words = p->head_dim / n, w = 0;
+static void plus_write_codes(const ki_plus_keys *out, const plus_page *p, unsigned n_wide) {
+    unsigned bits = out->bits, n = 32 / bits, n_words = p->head_dim / n, w = 0;
     memset(out->low, 0, (size_t)KI_PAGE_TOKENS * n_words * sizeof *out->low);
-    if (bits == 2) memset(out->wide, 0, (size_t)KI_PAGE_TOKENS * p->head_dim / 16);
+    if (out->wide) memset(out->wide, 0, (size_t)KI_PAGE_TOKENS * p->head_dim / 16);
     for (unsigned c = 0; c < p->head_dim; c++) {
         bool wide = w < n_wide && p->list[w] == c;
         vi codes[PLUS_BLOCKS], mask = vi_set((1 << bits) - 1);
@@ -163,22 +162,25 @@ static void plus_write_codes(const ki_plus_keys *out, const plus_page *p, unsign
 }
 
 static void plus_close_keys_simd(const ki_plus_keys *out, const uint16_t *const *blocks,
-                                 unsigned n_sinks, unsigned head_dim, unsigned bits) {
+                                 unsigned n_sinks, unsigned head_dim, unsigned n_steps) {
     plus_page p = {.blocks = blocks, .n_sinks = n_sinks, .head_dim = head_dim};
-    unsigned n_wide = bits == 2 ? head_dim / 4 : 0, n_narrow = 0;
+    unsigned n_wide = out->list ? head_dim / 4 : 0, n_narrow = 0;
     plus_ranges(&p);
     plus_four_bits(out, &p);
-    if (bits == 2) {
-        uint8_t narrow[PLUS_MAX_DIM];
+    if (out->list) {
         ki_plus_choose(p.list, p.spread, head_dim);
         memcpy(out->list, p.list, n_wide);
+    }
+    if (out->bits == 2) {
+        uint8_t narrow[PLUS_MAX_DIM];
         for (unsigned c = 0, w = 0; c < head_dim; c++)
             if (w < n_wide && p.list[w] == c) w++;
             else narrow[n_narrow++] = (uint8_t)c;
         for (unsigned i = 0; i < n_narrow; i += KI_LANES)
-            plus_search_channels(out, &p, narrow + i, KI_MIN(n_narrow - i, (unsigned)KI_LANES));
+            plus_search_channels(out, &p, narrow + i, KI_MIN(n_narrow - i, (unsigned)KI_LANES),
+                                 n_steps);
     }
-    plus_write_codes(out, &p, bits, n_wide);
+    plus_write_codes(out, &p, n_wide);
 }
 
 /* ---- values ---- */
@@ -190,7 +192,7 @@ KI_INLINE vf plus_value_code(vf x, vf scale, vf half, vf levels) {
 
 /* One group: the candidates in the lanes, so that each sum runs from channel to channel. */
 static void plus_value_group(uint8_t *codes, uint16_t *scale, const uint16_t *x, unsigned group,
-                             float half1) {
+                             float half1, unsigned n_steps) {
     vf half = vf_set(half1), levels = vf_set(2 * half1), largest = vf_set(0.0f);
     float values[KI_PLUS_VALUE_GROUP], error[KI_LANES];
     uint16_t up[KI_LANES];
@@ -208,8 +210,8 @@ static void plus_value_group(uint8_t *codes, uint16_t *scale, const uint16_t *x,
         sum = vf_add(sum, vf_mul(d, d));
     }
     vf_store(error, sum);
-    int best = 0;
-    for (int k = 1; k < KI_PLUS_VALUE_STEPS; k++)
+    unsigned best = 0;
+    for (unsigned k = 1; k < n_steps; k++)
         if (error[k] < error[best]) best = k;
     *scale = up[best];
     vf chosen = vf_set(ki_f16_to_f32(up[best]));
@@ -219,11 +221,11 @@ static void plus_value_group(uint8_t *codes, uint16_t *scale, const uint16_t *x,
 }
 
 static void plus_quantize_values_simd(uint8_t *codes, uint16_t *scale, const uint16_t *x,
-                                      unsigned head_dim, unsigned bits) {
+                                      unsigned head_dim, unsigned bits, unsigned n_steps) {
     unsigned group = ki_plus_value_group(head_dim);
     for (unsigned g = 0; g < head_dim / group; g++)
         plus_value_group(codes + (size_t)g * group, scale + g, x + (size_t)g * group, group,
-                         bits == 2 ? 1.5f : 3.5f);
+                         bits == 2 ? 1.5f : 3.5f, n_steps);
 }
 
 /* ---- turning ---- */

@@ -92,6 +92,7 @@ KI_INLINE vi dot_pairs_add(vi acc, __m512i pairs) {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #if defined(__AVX512VNNI__)
+#define KI_WIDE_SUMS 1
 KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
 KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) { return _mm512_dpbusd_epi32(acc, u, s); }
 #else
@@ -104,6 +105,16 @@ KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     acc = dot_pairs_add(acc, _mm512_maddubs_epi16(low, s));
     __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(top, s), _mm512_set1_epi16(1));
     return _mm512_add_epi32(acc, _mm512_slli_epi32(high, 7));
+}
+typedef __m512i vs;
+KI_INLINE vs vs_zero(void) { return _mm512_setzero_si512(); }
+KI_INLINE vs vs_dot(vs acc, vb u, vb s) {
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(u, s));
+}
+KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, dot_pairs_add(acc, a); }
+#define KI_DOT16 1
+KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 }
 #endif
 KI_INLINE float vf_sum(vf a) {
@@ -305,6 +316,38 @@ KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) {
 KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     return VI2(dot_half_u8(acc.lo, u.lo, s.lo), dot_half_u8(acc.hi, u.hi, s.hi));
 }
+typedef __m256i vp, vs;
+#define KI_PARTS 2
+#define KI_DOT_VECTORS 1 /* sixteen registers */
+KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
+    return _mm256_loadu_si256((const __m256i *)(p + part * 8));
+}
+KI_INLINE vp vp_of(vb a, unsigned part) { return part ? a.hi : a.lo; }
+KI_INLINE vp vp_set(uint32_t x) { return _mm256_set1_epi32((int)x); }
+KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) {
+    return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128((int)shift)), mask);
+}
+KI_INLINE vp vp_shl(vp a, unsigned n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
+KI_INLINE vp vp_or(vp a, vp b) { return _mm256_or_si256(a, b); }
+KI_INLINE vs vs_zero(void) { return _mm256_setzero_si256(); }
+KI_INLINE vs vs_dot(vs acc, vp u, vp s) {
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
+    __asm__("" : "+x"(acc)); /* or the compiler makes all products first and spills them */
+    return acc;
+}
+KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) {
+    const __m256i wide = _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+    if (part) acc.hi = _mm256_add_epi32(acc.hi, wide);
+    else acc.lo = _mm256_add_epi32(acc.lo, wide);
+    return acc;
+}
+#define KI_DOT16 1
+KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
+    acc = VI2(_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
+              _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)));
+    __asm__("" : "+x"(acc.lo), "+x"(acc.hi));
+    return acc;
+}
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(a.lo, a.hi);
     __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -445,6 +488,7 @@ KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     return acc;
 }
 KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return vi_dot_u8(acc, u, s); }
+#define KI_WIDE_SUMS 1
 KI_INLINE float vf_sum(vf a) {
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++) a.v[i] += a.v[i + n];
@@ -496,6 +540,50 @@ KI_INLINE vi vi_set_bytes(const int8_t *four) {
     int32_t w;
     memcpy(&w, four, 4);
     return vi_set(w);
+}
+
+#ifndef KI_DOT_VECTORS
+#define KI_DOT_VECTORS 2 /* vectors of codes that share a loaded integer: thirty-two registers */
+#endif
+/* Parts of a vector of words whose sums of byte products fit the registers: vp_load(p, part),
+ * vp_of(a, part), vp_field(a, shift, mask) = a >> shift & mask, vp_set the same word in all lanes.
+ */
+#ifndef KI_PARTS
+#define KI_PARTS 1
+typedef vb vp;
+KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
+    return vi_load((const int32_t *)p + part * 16);
+}
+KI_INLINE vp vp_of(vb a, unsigned part) { return (void)part, a; }
+KI_INLINE vp vp_set(uint32_t x) { return vi_set((int32_t)x); }
+KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) { return vi_and(vi_shr(a, shift), mask); }
+KI_INLINE vp vp_shl(vp a, unsigned n) { return vi_shl(a, n); }
+KI_INLINE vp vp_or(vp a, vp b) { return vi_or(a, b); }
+#endif
+/* Sums of vi_dot_u7's products for u below 64, which may be held in 16 bit until vi_add_part widens
+ * them: 2 * 128 * (2^bits - 1) a quad, so 32 quads of 2 bits, 16 of 3, 8 of 4. */
+#define KI_NARROW_SUMS(bits) ((bits) == 2 ? 32u : (bits) == 3 ? 16u : 8u)
+#ifdef KI_WIDE_SUMS
+typedef vi vs;
+KI_INLINE vs vs_zero(void) { return vi_set(0); }
+KI_INLINE vs vs_dot(vs acc, vp u, vp s) { return vi_dot_u7(acc, u, s); }
+KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, vi_add(acc, a); }
+#endif
+/* Where bytes of 8 bits times bytes overflow 16 bit: vi_dot16(acc, a, b) adds the two products of
+ * signed 16-bit numbers of each lane; activations meet it as 16-bit numbers, in order 0 2 1 3. */
+#ifdef KI_DOT16
+KI_INLINE void store_pairs16(int16_t *out, const int8_t *high, const int8_t *low) {
+    __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)high));
+    __m256i l = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)low));
+    __m256i x = _mm256_add_epi16(_mm256_slli_epi16(h, 7), l);
+    x = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8);
+    _mm256_storeu_si256((__m256i *)out, x);
+}
+#endif
+KI_INLINE vp vp_set_bytes(const int8_t *four) {
+    uint32_t w;
+    memcpy(&w, four, 4);
+    return vp_set(w);
 }
 
 /* e^x for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, a degree 6 polynomial for e^r (Taylor

@@ -219,6 +219,7 @@ KI_INLINE int32x4_t quad_dot_u8(int32x4_t acc, int32x4_t u, int32x4_t s) {
 #endif
 KI_INLINE vi vi_dot_u7(vi acc, vb u, vb s) { return KI_QUADS3(vi, quad_dot_u7, acc, u, s); }
 KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) { return KI_QUADS3(vi, quad_dot_u8, acc, u, s); }
+#define KI_WIDE_SUMS 1
 
 /* ---- across lanes: i + 8, then i + 4, i + 2, i + 1 ---- */
 

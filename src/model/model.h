@@ -122,16 +122,16 @@ typedef struct ki_batch_item {
     kivi_seq *seq;         /* in a step of n_rows rows (kivi_seq_begin) */
     const int32_t *tokens; /* [n_rows], checked */
     uint32_t n_rows;
+    bool all_logits;    /* of every row, not of the last one */
     kivi_status status; /* in and out: only KIVI_OK items are evaluated */
     kivi_error *err;
-    uint32_t logit_row; /* out: of its logits, [V], or [n_rows][V] when the batch keeps all */
+    uint32_t logit_row; /* out: of its logits, [V], or [n_rows][V] with all_logits */
     int32_t best;       /* out: the largest of its last row, where a device knows it; else -1 */
 } ki_batch_item;
 
 typedef struct ki_batch {
     ki_batch_item *items;
     size_t n_items;
-    bool all_logits;
 } ki_batch;
 
 /* Floats between two rows of logits: whole tiles of the output matrix. */

@@ -350,7 +350,7 @@ static void make_logits(ki_pass *p) {
     uint32_t n = 0;
     for (size_t i = 0; i < p->batch->n_items; i++) {
         ki_batch_item *item = &p->batch->items[i];
-        uint32_t rows = a->places[i].n_rows, first = p->batch->all_logits || !rows ? 0 : rows - 1;
+        uint32_t rows = a->places[i].n_rows, first = item->all_logits || !rows ? 0 : rows - 1;
         item->logit_row = n;
         item->best = -1;
         for (uint32_t r = first; r < rows; r++, n++) {

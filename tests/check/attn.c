@@ -1,5 +1,6 @@
 /* Attention against an oracle in doubles that knows nothing of pages, lanes or integers: it
- * quantizes by DESIGN.md 2, decides by DESIGN.md 3 what a row sees exactly, and adds up. */
+ * quantizes by DESIGN.md 2, or by plus.c's definition (which tests/check/plus.c compares with
+ * golden vectors), decides by DESIGN.md 3 what a row sees exactly, and adds up. */
 #include "world.h"
 
 typedef struct plan_step {
@@ -20,9 +21,9 @@ typedef struct attn_case {
 /* ---- the oracle ---- */
 
 typedef struct side {
-    float *exact;        /* [T][Hk][D] the float16 rows */
-    float *scale, *zero; /* the same shape, of the element's group */
-    uint8_t *code;
+    float *exact;         /* [T][Hk][D] the float16 rows; values as they are kept, turned or not */
+    float *scale, *zero;  /* the same shape, of the element's group */
+    uint8_t *code, *wide; /* wide: of a channel with 4 bits in a page of 2-bit keys */
 } side;
 typedef struct oracle {
     ki_layout l;
@@ -55,15 +56,60 @@ static void side_init(side *s, size_t n) {
     s->scale = check_alloc(n * 4);
     s->zero = check_alloc(n * 4);
     s->code = check_alloc(n);
+    s->wide = check_alloc(n);
+}
+
+/* A page of one head's keys, the first token t, by plus.c. */
+static void oracle_plus_page(oracle *o, uint32_t t, uint32_t head) {
+    const ki_layout *l = &o->l;
+    uint32_t d = l->head_dim, row = l->n_kv_heads * d, sinks = l->kv.sink_tokens;
+    uint16_t *store = check_alloc((size_t)128 * d * 2), scale[256], zero[256];
+    uint8_t list[64];
+    const uint16_t *blocks[8];
+    ki_plus_keys keys = {.bits = l->kv.k_bits, .scale = scale, .zero = zero};
+    keys.low = check_alloc((size_t)128 * d);
+    uint32_t *wide = check_alloc((size_t)128 * d);
+    if (l->kv.plus & KIVI_PLUS_WIDE) keys.wide = wide, keys.list = list;
+    for (uint32_t b = 0; b < 8; b++) blocks[b] = store + (size_t)b * 16 * d;
+    for (uint32_t i = 0; i < 128 * d; i++) {
+        float x = o->k.exact[(size_t)(t + i / d) * row + head * d + i % d];
+        store[((size_t)(i / d / 16) * d + i % d) * 16 + i / d % 16] = ki_f32_to_f16(x);
+    }
+    ki_plus_close_keys_scalar(&keys, blocks, sinks > t ? sinks - t : 0, d,
+                              l->kv.plus & KIVI_PLUS_FIT ? KI_PLUS_KEY_STEPS : 1);
+    for (uint32_t i = 0; i < 128 * d; i++) {
+        size_t at = (size_t)(t + i / d) * row + head * d + i % d;
+        o->k.code[at] = (uint8_t)ki_plus_key_code(&keys, i / d, i % d, d);
+        o->k.scale[at] = ki_f16_to_f32(scale[i % d]);
+        o->k.zero[at] = ki_f16_to_f32(zero[i % d]);
+        for (uint32_t w = 0; keys.list && w < d / 4; w++) o->k.wide[at] |= list[w] == i % d;
+    }
+    free(store), free(keys.low), free(wide);
+}
+
+/* One head's row of values at element `at`: the zero that makes (code - half) scale. */
+static void oracle_plus_values(oracle *o, size_t at) {
+    const ki_layout *l = &o->l;
+    uint32_t d = l->head_dim, bits = l->kv.v_bits, group = ki_plus_value_group(d);
+    uint16_t x[256], scale[16];
+    for (uint32_t c = 0; c < d; c++) x[c] = ki_f32_to_f16(o->v.exact[at + c]);
+    ki_plus_quantize_values_scalar(o->v.code + at, scale, x, d, bits,
+                                   l->kv.plus & KIVI_PLUS_STEP ? KI_PLUS_VALUE_STEPS : 1);
+    for (uint32_t c = 0; c < d; c++) {
+        o->v.scale[at + c] = ki_f16_to_f32(scale[c / group]);
+        o->v.zero[at + c] = -(float)((1u << bits) - 1) / 2 * o->v.scale[at + c];
+    }
 }
 
 static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, uint32_t n_tokens) {
     size_t row = (size_t)l->n_kv_heads * l->head_dim, n = row * n_tokens;
-    uint32_t group = l->kv.group;
+    uint32_t group = l->k_group;
     *o = (oracle){.l = *l, .n_tokens = n_tokens};
     side_init(&o->k, n);
     side_init(&o->v, n);
     world_rows(o->k.exact, o->v.exact, NULL, l, tokens, 0, 0, n_tokens);
+    for (size_t at = 0; ki_is_turned(l) && at < n; at += l->head_dim)
+        ki_plus_turn_scalar(o->v.exact + at, l->head_dim);
     for (size_t i = 0; i < n; i++) {
         o->k.exact[i] = ki_f16_to_f32(ki_f32_to_f16(o->k.exact[i]));
         o->v.exact[i] = ki_f16_to_f32(ki_f32_to_f16(o->v.exact[i]));
@@ -71,17 +117,22 @@ static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, u
     for (uint32_t t = 0; l->kv.k_bits < 16 && t + group <= n_tokens;
          t += group) { /* whole groups of tokens; sinks do not count in theirs */
         uint32_t first = KI_MAX(t, KI_MIN(l->kv.sink_tokens, t + group));
-        for (size_t c = 0; c < row && first < t + group; c++)
+        if (first == t + group) continue;
+        for (uint32_t head = 0; l->kv.plus && head < l->n_kv_heads; head++)
+            oracle_plus_page(o, t, head);
+        for (size_t c = 0; !l->kv.plus && c < row; c++)
             oracle_group(&o->k, first * row + c, row, t + group - first, l->kv.k_bits);
     }
-    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += group)
-        oracle_group(&o->v, i, 1, group, l->kv.v_bits);
+    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += l->kv.plus ? l->head_dim : l->v_group)
+        if (l->kv.plus) oracle_plus_values(o, i);
+        else oracle_group(&o->v, i, 1, l->v_group, l->kv.v_bits);
 }
 
 static void oracle_deinit(oracle *o) {
     side *sides[] = {&o->k, &o->v};
     for (int i = 0; i < 2; i++)
-        free(sides[i]->exact), free(sides[i]->scale), free(sides[i]->zero), free(sides[i]->code);
+        free(sides[i]->exact), free(sides[i]->scale), free(sides[i]->zero), free(sides[i]->code),
+            free(sides[i]->wide);
 }
 
 /* DESIGN.md 3's table. A later prompt sees what a generated row at its start would, and everything
@@ -109,38 +160,63 @@ static double fold_centre(uint32_t bits) { return ((1u << bits) - 1) / 2.0; }
  * independent, their sum has a deviation of step / sqrt(12) sqrt(sum (code - centre)^2), of which
  * we allow six. With `folded` the oracle rounds q s itself, as documented in attn.h, and only
  * float32 is left: the product q s, the chain for the bias (D / 16 + 1 steps and 4 of the tree),
- * whose parts are as large as centre |q s|, a conversion and a last fused step. */
+ * whose parts are as large as centre |q s|, a conversion and a last fused step. Of a wide channel
+ * the low two bits are in that row; the high two, with 4 q s, in a second one with its own step. */
+typedef struct fold_row {
+    float inverse, step; /* of the integers of one row */
+} fold_row;
+
+static fold_row row_of(float largest) {
+    return (fold_row){largest > 0 ? fold_limit / largest : 0, largest / fold_limit};
+}
+
+typedef struct folded_sum {
+    double sum, size, squares;
+} folded_sum;
+
+/* x code, x = q s in float32, its integer in place of x if `folded`. */
+static void add_part(folded_sum *f, float x, double code, double centre, const fold_row *r,
+                     bool folded) {
+    double exact = (double)x;
+    double rounded = folded ? (double)nearbyintf(x * r->inverse) * (double)r->step : exact;
+    f->sum += rounded * (code - centre) + exact * centre;
+    f->size += fabs(exact) * (code + 2 * centre);
+    f->squares += (double)r->step * (double)r->step * (code - centre) * (code - centre);
+}
+
 static double score(double *error, const oracle *o, const float *q, uint32_t t, uint32_t kv_head,
                     bool exact, bool folded) {
     uint32_t d = o->l.head_dim;
     size_t at = ((size_t)t * o->l.n_kv_heads + kv_head) * d;
-    double sum = 0, size = 0, squares = 0;
-    float largest = 0;
+    folded_sum f = {0};
+    float largest = 0, largest_wide = 0;
     if (exact) {
         for (uint32_t c = 0; c < d; c++) {
             double x = (double)q[c] * (double)o->k.exact[at + c];
-            sum += x;
-            size += fabs(x);
+            f.sum += x;
+            f.size += fabs(x);
         }
-        *error = size * 0x1p-24 * (4 * sqrt(d) + 4);
-        return sum;
+        *error = f.size * 0x1p-24 * (4 * sqrt(d) + 4);
+        return f.sum;
     }
-    for (uint32_t c = 0; c < d; c++) largest = fmaxf(largest, fabsf(q[c] * o->k.scale[at + c]));
-    float limit = fold_limit, inverse = largest > 0 ? limit / largest : 0;
-    float step = largest / limit;
-    double centre = fold_centre(o->l.kv.k_bits);
     for (uint32_t c = 0; c < d; c++) {
-        double code = o->k.code[at + c], qs = (double)q[c] * (double)o->k.scale[at + c];
-        double z = (double)q[c] * (double)o->k.zero[at + c], rounded = qs;
-        if (folded)
-            rounded = (double)nearbyintf((q[c] * o->k.scale[at + c]) * inverse) * (double)step;
-        sum += rounded * (code - centre) + qs * centre + z;
-        size += fabs(qs) * (code + 2 * centre) + fabs(z);
-        squares += (code - centre) * (code - centre);
+        float x = fabsf(q[c] * o->k.scale[at + c]);
+        largest = fmaxf(largest, x);
+        if (o->k.wide[at + c]) largest_wide = fmaxf(largest_wide, 4 * x);
     }
-    *error =
-        size * 0x1p-24 * (d / 16 + 10) + (folded ? 0 : 6 * (double)step / sqrt(12) * sqrt(squares));
-    return sum;
+    const fold_row low = row_of(largest), high = row_of(largest_wide);
+    const double centre = fold_centre(o->l.kv.k_bits);
+    for (uint32_t c = 0; c < d; c++) {
+        float x = q[c] * o->k.scale[at + c];
+        double z = (double)q[c] * (double)o->k.zero[at + c];
+        uint32_t code = o->k.code[at + c], is_wide = o->k.wide[at + c];
+        add_part(&f, x, is_wide ? code & 3 : code, centre, &low, folded);
+        if (is_wide) add_part(&f, 4 * x, code >> 2, centre, &high, folded);
+        f.sum += z;
+        f.size += fabs(z);
+    }
+    *error = f.size * 0x1p-24 * (d / 16 + 10) + (folded ? 0 : 6 / sqrt(12) * sqrt(f.squares));
+    return f.sum;
 }
 
 typedef struct row_state {
@@ -285,14 +361,33 @@ static void run_plan(float *out, const attn_case *a, ki_isa isa, const uint32_t 
     kivi_cache_destroy(&cache);
 }
 
+/* The output as it was before it was turned back, in doubles, and what that turn's float32 may have
+ * moved any of it: log2 B stages and a product, 2^-24 of the norm each (tests/check/plus.c). */
+static double turn_again(double *out, const float *got, uint32_t d) {
+    uint32_t block = ki_plus_block(d);
+    double norm = 0;
+    for (uint32_t i = 0; i < d; i++) {
+        out[i] = 0;
+        norm += (double)got[i] * (double)got[i];
+        for (uint32_t j = i / block * block; j < (i / block + 1) * block; j++)
+            out[i] += (__builtin_popcount(i & j & (block - 1)) % 2 ? -1 : 1) * (double)got[j];
+        out[i] /= sqrt(block);
+    }
+    return 1.01 * (log2(block) + 2) * 0x1p-24 * sqrt(norm);
+}
+
 static void compare_head(const float *got, const row_state *r, const char *which, double *worst) {
+    double turned[256], moved = 0;
+    bool is_turned = ki_is_turned(&r->o->l);
+    if (is_turned) moved = turn_again(turned, got, r->o->l.head_dim);
     for (uint32_t c = 0; c < r->o->l.head_dim; c++) {
         double want, tolerance;
         one_channel(&want, &tolerance, r, c);
-        double error = fabs((double)got[c] - want);
+        tolerance += moved;
+        double error = fabs((is_turned ? turned[c] : (double)got[c]) - want);
         CHECK(error <= tolerance,
-              "%s oracle: position %u, KV head %u, channel %u is %g, expected %g +- %g", which,
-              r->p, r->kv_head, c, (double)got[c], want, tolerance);
+              "%s oracle: position %u, KV head %u, channel %u is off by %g from %g, allowed %g",
+              which, r->p, r->kv_head, c, error, want, tolerance);
         *worst = fmax(*worst, error / tolerance);
     }
 }
@@ -358,8 +453,8 @@ static const struct { uint32_t h, hk; } head_sets[] = {{4, 4}, {6, 2}, {4, 1}};
 static const uint32_t bit_sets[][2] = {{2, 2}, {4, 2},   {2, 4},  {4, 4},
                                        {8, 8}, {16, 16}, {16, 2}, {2, 16}};
 
-static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint32_t residual,
-                uint32_t sinks, uint32_t rule, uint32_t n, bool decode_only) {
+static void one_kind(uint32_t d, uint32_t heads, const kivi_kv_options *kv, uint32_t rule,
+                     uint32_t n, bool decode_only) {
     static attn_case a;
     char name[120];
     a = (attn_case){.w = world_small()};
@@ -368,18 +463,60 @@ static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint3
     g->n_kv_heads = head_sets[heads].hk;
     if (decode_only) g->n_heads = g->n_kv_heads = 1;
     g->n_pages = n / 128 + 2;
-    g->kv = (kivi_kv_options){.k_bits = bit_sets[bits][0],
-                              .v_bits = bit_sets[bits][1],
-                              .group = group,
-                              .residual_tokens = residual,
-                              .sink_tokens = sinks};
+    g->kv = *kv;
     g->kv.rule = rule == 0 ? KIVI_RULE_PAPER : rule == 1 ? KIVI_RULE_STREAM : KIVI_RULE_SPAN;
     g->kv.span_tokens = rule < 2 ? 0 : rule == 2 ? 128 : 256;
     make_plan(&a, n, decode_only);
-    snprintf(name, sizeof name, "d%u-h%u.%u-b%u.%u-g%u-r%u-s%u-%s-n%u", d, g->n_heads,
-             g->n_kv_heads, g->kv.k_bits, g->kv.v_bits, group, residual, sinks,
+    snprintf(name, sizeof name, "d%u-h%u.%u-b%u.%u-%c%u-r%u-s%u-%s-n%u", d, g->n_heads,
+             g->n_kv_heads, kv->k_bits, kv->v_bits, kv->plus ? 'p' : 'g',
+             kv->plus ? kv->plus : kv->group, kv->residual_tokens, kv->sink_tokens,
              world_rule_name(&g->kv), n);
     attn_cases(&a, name);
+}
+
+static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint32_t residual,
+                uint32_t sinks, uint32_t rule, uint32_t n, bool decode_only) {
+    const kivi_kv_options kv = {.k_bits = bit_sets[bits][0],
+                                .v_bits = bit_sets[bits][1],
+                                .group = group,
+                                .residual_tokens = residual,
+                                .sink_tokens = sinks};
+    one_kind(d, heads, &kv, rule, n, decode_only);
+}
+
+/* The + kinds: every head size, every pair of bits and parts left out, rules and sinks in turn. */
+static void plus_kinds(void) {
+    static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
+    static const uint32_t bits[][3] = {{2, 2, KIVI_PLUS_ALL},
+                                       {4, 2, KIVI_PLUS_ALL},
+                                       {4, 3, KIVI_PLUS_ALL},
+                                       {2, 3, KIVI_PLUS_ALL},
+                                       {2, 16, KIVI_PLUS_ALL},
+                                       {16, 3, KIVI_PLUS_ALL},
+                                       {2, 2, KIVI_PLUS},
+                                       {2, 2, KIVI_PLUS | KIVI_PLUS_WIDE | KIVI_PLUS_STEP},
+                                       {2, 3, KIVI_PLUS | KIVI_PLUS_FIT | KIVI_PLUS_TURN}};
+    static const uint32_t sinks[] = {4, 0, 20, 1, 130, 100};
+    enum { N = sizeof bits / sizeof *bits };
+    for (uint32_t i = 0; i < 8; i++)
+        for (uint32_t b = 0; b < N; b++) {
+            uint32_t turn = i * N + b;
+            const kivi_kv_options kv = {.k_bits = bits[b][0],
+                                        .v_bits = bits[b][1],
+                                        .plus = bits[b][2],
+                                        .residual_tokens = turn % 5 ? 128 : 256,
+                                        .sink_tokens = sinks[turn % 6]};
+            one_kind(dims[i], turn % 3, &kv, turn % 4, turn % 7 ? 450 : 150, false);
+        }
+    for (uint32_t b = 0; b < 4; b++) {
+        const kivi_kv_options kv = {.k_bits = bits[b][0],
+                                    .v_bits = bits[b][1],
+                                    .plus = KIVI_PLUS_ALL,
+                                    .residual_tokens = 128,
+                                    .sink_tokens = 4};
+        one_kind(64, 1, &kv, 1, 1500, false);
+        one_kind(128, 0, &kv, 0, 8192, true);
+    }
 }
 
 /* Groups that divide the head size, in turn. */
@@ -420,4 +557,5 @@ void check_attn(void) {
     one(128, 2, 0, 32, 128, 0, 0, 1000, false);
     one(64, 0, 0, 32, 128, 0, 1, 32768, true);
     one(128, 0, 3, 128, 128, 128, 1, 32768, true);
+    plus_kinds();
 }

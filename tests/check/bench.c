@@ -31,7 +31,8 @@ static void run_attend(void *context) {
     ki_attend_batch(b->cache, &b->item, 1, 0, 0);
 }
 
-static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads, uint32_t bits) {
+static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads,
+                         const char *kind) {
     enum { N = 8192 };
     world w = world_small();
     w.isa = isa;
@@ -42,8 +43,8 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
                                        .n_pages = N / 128 + 1,
                                        .max_step_rows = 512,
                                        .n_threads = 1};
-    w.geometry.kv = (kivi_kv_options){
-        .k_bits = bits, .v_bits = bits, .residual_tokens = 128, .rule = KIVI_RULE_STREAM};
+    w.geometry.kv = (kivi_kv_options){.rule = KIVI_RULE_STREAM};
+    if (kivi_kv_by_name(&w.geometry.kv, kind, NULL)) return;
     static uint32_t tokens[N + 1];
     attend_bench b = {0};
     kivi_seq *seq = NULL;
@@ -58,8 +59,8 @@ static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_hea
     b.item = (ki_attend_item){
         .seq = seq, .n_rows = 1, .q = q, .out = out, .q_stride = row, .out_stride = row};
     double ns = time_ns(run_attend, &b), bytes = (double)b.cache->pool.id_bytes * (N / 128);
-    printf("attend  %-10s D %3u  H %2u/%u  %2u bits  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
-           ki_isa_names[isa], d, heads, kv_heads, bits, N, ns, bytes / ns);
+    printf("attend  %-10s D %3u  H %2u/%u  %-6s  %d tokens  %9.0f ns  %6.2f GB/s of pages\n",
+           ki_isa_names[isa], d, heads, kv_heads, kind, N, ns, bytes / ns);
     fflush(stdout);
     kivi_seq_abort(seq);
     kivi_seq_destroy(&seq);
@@ -101,10 +102,9 @@ static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_
                            .sums = check_alloc(n_rows * n_cols / KI_SUM_COLS * 4)};
     b.out = check_alloc(n_rows * 1536 * 4);
     double ns = time_ns(run_matmul, &b);
-    printf(
-        "matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
-        ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
-        1536.0 * n_cols * (double)n_rows / ns);
+    printf("matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+           ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
+           1536.0 * n_cols * (double)n_rows / ns);
     fflush(stdout);
     free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
         free(b.out);
@@ -114,7 +114,7 @@ typedef struct plus_bench {
     const ki_plus_kernels *kernels;
     const uint16_t *blocks[8];
     ki_plus_keys keys;
-    unsigned head_dim, bits;
+    unsigned head_dim;
     uint8_t codes[256];
     uint16_t scale[16];
     float row[256];
@@ -122,11 +122,12 @@ typedef struct plus_bench {
 
 static void run_close(void *context) {
     plus_bench *b = context;
-    b->kernels->close_keys(&b->keys, b->blocks, 0, b->head_dim, b->bits);
+    b->kernels->close_keys(&b->keys, b->blocks, 0, b->head_dim, KI_PLUS_KEY_STEPS);
 }
 static void run_values(void *context) {
     plus_bench *b = context;
-    b->kernels->quantize_values(b->codes, b->scale, b->blocks[0], b->head_dim, b->bits);
+    b->kernels->quantize_values(b->codes, b->scale, b->blocks[0], b->head_dim, 2,
+                                KI_PLUS_VALUE_STEPS);
 }
 static void run_turn(void *context) {
     plus_bench *b = context;
@@ -135,13 +136,14 @@ static void run_turn(void *context) {
 
 /* What kivi2+ costs beside attention, for one KV head: a page of keys, a row of values. */
 static void bench_plus(ki_isa isa, unsigned d) {
-    plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d, .bits = 2};
+    plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d};
     uint16_t *x = check_alloc((size_t)128 * d * 2);
     rng r = rng_make(1);
     for (size_t i = 0; i < (size_t)128 * d; i++) x[i] = ki_f32_to_f16(rng_normal(&r));
     for (unsigned i = 0; i < 8; i++) b.blocks[i] = x + (size_t)i * d * 16;
     uint32_t *planes = check_alloc((size_t)128 * d * 2);
-    b.keys = (ki_plus_keys){.low = planes,
+    b.keys = (ki_plus_keys){.bits = 2,
+                            .low = planes,
                             .wide = planes + 8 * d,
                             .list = check_alloc(d),
                             .scale = check_alloc(d * 2),
@@ -151,7 +153,7 @@ static void bench_plus(ki_isa isa, unsigned d) {
     ki_plus_keys keys = b.keys;
     b.keys.list = NULL;
     b.keys.wide = NULL;
-    b.bits = 4;
+    b.keys.bits = 4;
     double four = time_ns(run_close, &b);
     printf("plus    %-10s D %3u  page of keys %6.0f ns, of 4 bits %6.0f ns  values %5.0f ns a row, "
            "turned %4.0f ns\n",
@@ -167,11 +169,12 @@ void check_bench(void) {
             continue;
         bench_plus(isa, 64);
         bench_plus(isa, 128);
-        bench_attend(isa, 64, 9, 3, 2);
-        bench_attend(isa, 64, 9, 3, 4);
-        bench_attend(isa, 64, 9, 3, 16);
-        bench_attend(isa, 128, 32, 8, 2);
-        bench_attend(isa, 128, 32, 8, 16);
+        static const char *const kinds[] = {"kivi2", "kivi2+", "k4v2", "k4v2+",
+                                            "k4v3+", "kivi4",  "f16"};
+        for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+            bench_attend(isa, 64, 9, 3, kinds[k]);
+            bench_attend(isa, 128, 32, 8, kinds[k]);
+        }
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 16);
         bench_matmul(isa, KI_WEIGHT_F16, "f16", 1);

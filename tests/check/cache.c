@@ -13,10 +13,23 @@ static void make_tokens(uint32_t part) {
     }
 }
 
-static const uint32_t kinds[][4] = {/* key bits, value bits, residual, sinks */
-                                    {2, 2, 32, 0},   {2, 2, 128, 0},   {4, 8, 32, 32},
-                                    {16, 2, 32, 64}, {2, 16, 128, 32}, {16, 16, 32, 0},
-                                    {2, 2, 32, 4},   {4, 2, 128, 20},  {2, 2, 32, 1}};
+static const uint32_t kinds[][5] = {
+    /* key bits, value bits, residual, sinks, parts of a + kind */
+    {2, 2, 32, 0},
+    {2, 2, 128, 0},
+    {4, 8, 32, 32},
+    {16, 2, 32, 64},
+    {2, 16, 128, 32},
+    {16, 16, 32, 0},
+    {2, 2, 32, 4},
+    {4, 2, 128, 20},
+    {2, 2, 32, 1},
+    {2, 2, 128, 4, KIVI_PLUS_ALL},
+    {4, 2, 128, 4, KIVI_PLUS_ALL},
+    {4, 3, 128, 130, KIVI_PLUS_ALL},
+    {2, 16, 128, 20, KIVI_PLUS_ALL},
+    {16, 3, 128, 0, KIVI_PLUS_ALL},
+    {2, 3, 256, 1, KIVI_PLUS | KIVI_PLUS_FIT}};
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
@@ -24,6 +37,7 @@ static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
     kivi_kv_options *kv = &w.geometry.kv;
     kv->k_bits = kinds[kind][0], kv->v_bits = kinds[kind][1];
     kv->residual_tokens = kinds[kind][2], kv->sink_tokens = kinds[kind][3];
+    kv->plus = kinds[kind][4];
     kv->rule = rule, kv->span_tokens = span;
     return w;
 }
@@ -31,8 +45,8 @@ static world world_of(uint32_t kind, kivi_rule rule, uint32_t span) {
 static const char *kind_name(const world *w) {
     static char name[80];
     const kivi_kv_options *kv = &w->geometry.kv;
-    snprintf(name, sizeof name, "b%u.%u-r%u-s%u-%s", kv->k_bits, kv->v_bits, kv->residual_tokens,
-             kv->sink_tokens, world_rule_name(kv));
+    snprintf(name, sizeof name, "b%u.%u%s-r%u-s%u-%s", kv->k_bits, kv->v_bits, kv->plus ? "+" : "",
+             kv->residual_tokens, kv->sink_tokens, world_rule_name(kv));
     return name;
 }
 
@@ -689,26 +703,28 @@ static void batch(const world *w, uint32_t n_threads) {
     check_end();
 }
 
-/* A window hides what is older: the weights are those of the visible tokens alone. Values are 1 in
- * a channel of the token's own, so the output shows the weights. */
+/* A window hides what is older: the weights are those of the visible tokens alone. Values are 1 or
+ * -1 by the token, so the output shows the weights; not turned, which would not keep them 2 bits
+ * apart. */
 static void sliding(const world *w, uint32_t n, uint32_t rows) {
     if (!check_case("cache/window/%u-%u/%s", n, rows, kind_name(w))) return;
-    stage s = stage_open(w);
+    world t = *w;
+    t.geometry.kv.plus &= ~(uint32_t)KIVI_PLUS_TURN;
+    stage s = stage_open(&t);
     make_tokens(0);
     const ki_layout *l = &s.cache->layout;
     size_t row = (size_t)l->n_heads * l->head_dim, kv = (size_t)l->n_kv_heads * l->head_dim;
     float *k = check_alloc((n + rows) * kv * 4), *v = check_alloc((n + rows) * kv * 4),
           *q = check_alloc(rows * row * 4);
     float *out = check_alloc(rows * row * 4);
-    for (uint32_t t = 0; t < n + rows;
-         t++) /* all keys alike: equal weights; value = 1 where visible is asked for */
-        for (size_t c = 0; c < kv; c++) k[t * kv + c] = 0.25f, v[t * kv + c] = t % 2 ? 1.0f : 0.0f;
+    for (uint32_t p = 0; p < n + rows; p++) /* all keys alike: equal weights */
+        for (size_t c = 0; c < kv; c++) k[p * kv + c] = 0.25f, v[p * kv + c] = p % 2 ? 1.0f : -1.0f;
     for (size_t i = 0; i < rows * row; i++) q[i] = 1;
-    for (uint32_t t = 0; t < n; t += 100) {
-        uint32_t m = n - t < 100 ? n - t : 100;
+    for (uint32_t p = 0; p < n; p += 100) {
+        uint32_t m = n - p < 100 ? n - p : 100;
         CHECK_OK(kivi_seq_begin(s.seq, m, err));
         for (uint32_t layer = 0; layer < 2; layer++)
-            CHECK_OK(kivi_seq_append(s.seq, layer, k + t * kv, v + t * kv, KIVI_F32, err));
+            CHECK_OK(kivi_seq_append(s.seq, layer, k + p * kv, v + p * kv, KIVI_F32, err));
         CHECK_OK(kivi_seq_commit(s.seq, err));
     }
     CHECK_OK(kivi_seq_begin(s.seq, rows, err));
@@ -720,8 +736,8 @@ static void sliding(const world *w, uint32_t n, uint32_t rows) {
         ki_attend_batch(s.cache, &item, 1, 0, windows[i]);
         for (uint32_t j = 0; j < rows; j++) {
             uint32_t p = n + j, from = p + 1 > windows[i] ? p + 1 - windows[i] : 0, odd = 0;
-            for (uint32_t t = from; t <= p; t++) odd += t % 2;
-            double want = (double)odd / (p + 1 - from);
+            for (uint32_t i_p = from; i_p <= p; i_p++) odd += i_p % 2;
+            double want = 2.0 * odd / (p + 1 - from) - 1;
             for (size_t c = 0; c < row; c++)
                 CHECK(fabs((double)out[j * row + c] - want) < 1e-3,
                       "window %u, position %u: %g, not %g", windows[i], p, (double)out[j * row + c],

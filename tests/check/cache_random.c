@@ -195,8 +195,9 @@ static void one_step(play *p) {
 static void random_play(const world *w, uint32_t n_steps) {
     char kind[80];
     const kivi_kv_options *kv = &w->geometry.kv;
-    snprintf(kind, sizeof kind, "b%u.%u-r%u-s%u-w%u-%s", kv->k_bits, kv->v_bits,
-             kv->residual_tokens, kv->sink_tokens, kv->rewind_tokens, world_rule_name(kv));
+    snprintf(kind, sizeof kind, "b%u.%u%s-r%u-s%u-w%u-%s", kv->k_bits, kv->v_bits,
+             kv->plus ? "+" : "", kv->residual_tokens, kv->sink_tokens, kv->rewind_tokens,
+             world_rule_name(kv));
     if (!check_case("cache-random/%s", kind)) return;
     static play p;
     world other = *w;
@@ -223,19 +224,27 @@ void check_cache_random(void) {
     static const struct {
         uint32_t k, v, group, residual, sinks, back;
         kivi_rule rule;
-        uint32_t span;
-    } kinds[] = {
-        {2, 2, 32, 32, 0, 16, KIVI_RULE_PAPER, 0},   {2, 2, 32, 128, 32, 16, KIVI_RULE_STREAM, 0},
-        {2, 2, 32, 32, 4, 16, KIVI_RULE_STREAM, 0},  {4, 8, 16, 32, 20, 16, KIVI_RULE_PAPER, 0},
-        {2, 4, 32, 64, 1, 40, KIVI_RULE_SPAN, 128},  {8, 2, 32, 32, 75, 16, KIVI_RULE_STREAM, 0},
-        {4, 2, 16, 32, 16, 0, KIVI_RULE_SPAN, 128},  {2, 16, 32, 64, 0, 16, KIVI_RULE_PAPER, 0},
-        {16, 8, 32, 32, 0, 33, KIVI_RULE_SPAN, 256}, {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0}};
+        uint32_t span, plus;
+    } kinds[] = {{2, 2, 32, 32, 0, 16, KIVI_RULE_PAPER, 0, 0},
+                 {2, 2, 32, 128, 32, 16, KIVI_RULE_STREAM, 0, 0},
+                 {2, 2, 32, 32, 4, 16, KIVI_RULE_STREAM, 0, 0},
+                 {4, 8, 16, 32, 20, 16, KIVI_RULE_PAPER, 0, 0},
+                 {2, 4, 32, 64, 1, 40, KIVI_RULE_SPAN, 128, 0},
+                 {8, 2, 32, 32, 75, 16, KIVI_RULE_STREAM, 0, 0},
+                 {4, 2, 16, 32, 16, 0, KIVI_RULE_SPAN, 128, 0},
+                 {2, 16, 32, 64, 0, 16, KIVI_RULE_PAPER, 0, 0},
+                 {16, 8, 32, 32, 0, 33, KIVI_RULE_SPAN, 256, 0},
+                 {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0, 0},
+                 {2, 2, 128, 128, 4, 16, KIVI_RULE_STREAM, 0, KIVI_PLUS_ALL},
+                 {4, 3, 128, 128, 130, 40, KIVI_RULE_PAPER, 0, KIVI_PLUS_ALL},
+                 {2, 2, 128, 128, 1, 0, KIVI_RULE_SPAN, 256, KIVI_PLUS_ALL}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         world w = world_small();
         w.geometry.n_heads = 2, w.geometry.n_kv_heads = 1, w.geometry.n_layers = 1,
         w.geometry.n_pages = 13;
         w.geometry.kv = (kivi_kv_options){.k_bits = kinds[i].k,
                                           .v_bits = kinds[i].v,
+                                          .plus = kinds[i].plus,
                                           .group = kinds[i].group,
                                           .residual_tokens = kinds[i].residual,
                                           .sink_tokens = kinds[i].sinks,

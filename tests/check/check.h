@@ -76,6 +76,7 @@ void check_quant(void);
 void check_pack(void);
 void check_plus(void);
 void check_dense(void);
+void check_kinds(void);
 void check_attn(void);
 void check_cache(void);
 void check_cache_random(void);

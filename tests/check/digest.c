@@ -68,6 +68,46 @@ static void digest_quant(ki_isa isa) {
     print_digest("to-f16", isa, hash_u64(h, n_saturated));
 }
 
+/* A page closed with 2 and 4 bits, rows turned and quantized with 2 and 3. */
+static void digest_plus(ki_isa isa, uint32_t d) {
+    enum { ROWS = 16, MAX = 256 };
+    static uint16_t x[128 * MAX], scale[MAX], zero[MAX];
+    static uint32_t low[16 * MAX], wide[2 * MAX];
+    static uint8_t list[MAX / 4], codes[MAX];
+    const ki_plus_kernels *k = &ki_kernels_get(isa)->plus;
+    const uint16_t *blocks[8];
+    char name[64];
+    snprintf(name, sizeof name, "plus/d%u", d);
+    rng r = digest_rng(name);
+    uint64_t h = 0;
+    for (size_t i = 0; i < (size_t)128 * d; i++) x[i] = any_f16(&r);
+    for (uint32_t b = 0; b < 8; b++) blocks[b] = x + (size_t)b * 16 * d;
+    for (unsigned bits = 2; bits <= 4; bits += 2) {
+        ki_plus_keys keys = {.bits = bits,
+                             .low = low,
+                             .wide = bits == 2 ? wide : NULL,
+                             .list = bits == 2 ? list : NULL,
+                             .scale = scale,
+                             .zero = zero};
+        k->close_keys(&keys, blocks, 4, d, KI_PLUS_KEY_STEPS);
+        h = hash_u64(h, world_hash(low, (size_t)16 * d * bits));
+        if (bits == 2) h = hash_u64(h, world_hash(wide, (size_t)8 * d));
+        for (uint32_t w = 0; w < d / 4; w++) h = hash_u64(h, list[w]);
+        h = hash_u64(h, world_hash(scale, (size_t)d * 2));
+        h = hash_u64(h, world_hash(zero, (size_t)d * 2));
+    }
+    for (uint32_t i = 0; i < ROWS; i++) {
+        float row[MAX];
+        for (uint32_t c = 0; c < d; c++) row[c] = rng_normal(&r) * (i % 3 ? 1.0f : 1000.0f);
+        k->turn(row, d);
+        h = hash_u64(h, world_hash(row, (size_t)d * 4));
+        k->quantize_values(codes, scale, x + (size_t)i * d, d, 2 + i % 2, KI_PLUS_VALUE_STEPS);
+        h = hash_u64(h, world_hash(codes, d));
+        for (uint32_t g = 0; g < d / ki_plus_value_group(d); g++) h = hash_u64(h, scale[g]);
+    }
+    print_digest(name, isa, h);
+}
+
 /* Tiles of random bytes. Without the bits 0x40 no number in them, of whatever format, has all
  * exponent bits set: nothing is infinite, and every type, also one added later, is covered. */
 static void digest_matmul(ki_isa isa, ki_weight type) {
@@ -126,8 +166,9 @@ static void digest_cache(ki_isa isa, uint32_t head_dim, const kivi_kv_options *k
     enum { N = 219 };
     static uint32_t tokens[N];
     char name[96];
-    snprintf(name, sizeof name, "cache/d%u-b%u.%u-g%u-r%u-s%u-%s", head_dim, kv->k_bits, kv->v_bits,
-             kv->group, kv->residual_tokens, kv->sink_tokens, world_rule_name(kv));
+    snprintf(name, sizeof name, "cache/d%u-b%u.%u%s-g%u-r%u-s%u-%s", head_dim, kv->k_bits,
+             kv->v_bits, kv->plus ? "+" : "", kv->group, kv->residual_tokens, kv->sink_tokens,
+             world_rule_name(kv));
     world w = world_small();
     w.isa = isa;
     w.geometry.head_dim = head_dim;
@@ -160,6 +201,17 @@ static void digest_cache(ki_isa isa, uint32_t head_dim, const kivi_kv_options *k
 static void digest_caches(ki_isa isa) {
     static const uint32_t dims[] = {32, 64, 80, 96, 128, 256};
     static const uint32_t bits[][2] = {{2, 2}, {4, 2}, {2, 4}, {8, 8}, {16, 16}, {16, 2}, {2, 16}};
+    static const uint32_t plus[][2] = {{2, 2}, {4, 2}, {4, 3}, {2, 3}};
+    for (uint32_t i = 0; i < 6; i++)
+        for (uint32_t b = 0; b < 4; b++) {
+            kivi_kv_options kv = {.k_bits = plus[b][0],
+                                  .v_bits = plus[b][1],
+                                  .plus = KIVI_PLUS_ALL,
+                                  .residual_tokens = 128,
+                                  .sink_tokens = (i + b) % 3 ? 4 : 20,
+                                  .rule = (i + b) % 2 ? KIVI_RULE_STREAM : KIVI_RULE_PAPER};
+            digest_cache(isa, dims[i], &kv);
+        }
     for (uint32_t i = 0; i < 6; i++)
         for (uint32_t b = 0; b < 7; b++) {
             uint32_t turn = i + b;
@@ -179,6 +231,8 @@ void check_digest(void) {
         if (!ki_isa_available(isa) || (check_opt.isa && strcmp(check_opt.isa, ki_isa_names[i])))
             continue;
         digest_quant(isa);
+        static const uint32_t dims[] = {16, 64, 80, 96, 128, 256};
+        for (int d = 0; d < 6; d++) digest_plus(isa, dims[d]);
         for (int t = 0; t < KI_WEIGHT_COUNT; t++) digest_matmul(isa, (ki_weight)t);
         digest_steps(isa);
         digest_caches(isa);

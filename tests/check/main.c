@@ -200,6 +200,7 @@ int main(int argc, char **argv) {
     check_pack();
     check_plus();
     check_dense();
+    check_kinds();
     check_attn();
     check_cache();
     check_cache_random();

@@ -89,18 +89,24 @@ static guard dirty(size_t n_bytes) {
     memset(g.data, 0xa5, n_bytes);
     return g;
 }
-static closed close_page(const page *p, unsigned bits, const ki_plus_kernels *kernels) {
+/* n_wide: D/4 or, where the wide channels are left out, 0. */
+static closed close_page_with(const page *p, unsigned bits, unsigned n_wide, unsigned n_steps,
+                              const ki_plus_kernels *kernels) {
     size_t d = p->head_dim;
     closed c = {.low = dirty(16 * d * bits), .wide = dirty(8 * d), .list = dirty(d / 4)};
     c.scale = dirty(d * 2);
     c.zero = dirty(d * 2);
-    c.keys = (ki_plus_keys){.low = (uint32_t *)c.low.data,
-                            .wide = bits == 2 ? (uint32_t *)c.wide.data : NULL,
-                            .list = bits == 2 ? c.list.data : NULL,
+    c.keys = (ki_plus_keys){.bits = bits,
+                            .low = (uint32_t *)c.low.data,
+                            .wide = n_wide ? (uint32_t *)c.wide.data : NULL,
+                            .list = n_wide ? c.list.data : NULL,
                             .scale = (uint16_t *)c.scale.data,
                             .zero = (uint16_t *)c.zero.data};
-    kernels->close_keys(&c.keys, p->blocks, p->n_sinks, p->head_dim, bits);
+    kernels->close_keys(&c.keys, p->blocks, p->n_sinks, p->head_dim, n_steps);
     return c;
+}
+static closed close_page(const page *p, unsigned bits, const ki_plus_kernels *kernels) {
+    return close_page_with(p, bits, bits == 2 ? p->head_dim / 4 : 0, KI_PLUS_KEY_STEPS, kernels);
 }
 static void closed_free(closed *c) {
     guard_free(&c->low), guard_free(&c->wide), guard_free(&c->list);
@@ -168,7 +174,7 @@ static void golden_row(const golden_plus *g, unsigned r, const ki_plus_kernels *
     for (unsigned k = 0; k < 2; k++) {
         guard codes = dirty(d), scale = dirty((size_t)g->n_groups * 2);
         kernels->quantize_values(codes.data, (uint16_t *)scale.data, (uint16_t *)half.data, d,
-                                 k ? 3 : 2);
+                                 k ? 3 : 2, KI_PLUS_VALUE_STEPS);
         size_t n = (size_t)g->n_groups * 2;
         CHECK(!memcmp(scale.data, g->v_scale[k] + r * n, n), "row %u: scales, %u bits", r, 2 + k);
         CHECK(!memcmp(codes.data, g->v_code[k] + (size_t)r * d, d), "row %u: codes, %u bits", r,
@@ -265,9 +271,11 @@ static void keys_isa(ki_isa isa) {
     rng r = check_rng();
     for (int round = 0; round < (check_opt.thorough ? 2000 : 120) && !check_failed(); round++) {
         page p = random_page(&r);
-        for (unsigned bits = 2; bits <= 4; bits += 2) {
-            closed want = close_page(&p, bits, &definition),
-                   got = close_page(&p, bits, &ki_kernels_get(isa)->plus);
+        for (unsigned form = 0; form < 5; form++) { /* 4 bits, then 2 bits with parts left out */
+            unsigned bits = form ? 2 : 4, n_wide = form % 2 ? p.head_dim / 4 : 0,
+                     n_steps = form < 3 ? KI_PLUS_KEY_STEPS : 1;
+            closed want = close_page_with(&p, bits, n_wide, n_steps, &definition),
+                   got = close_page_with(&p, bits, n_wide, n_steps, &ki_kernels_get(isa)->plus);
             same_planes(&got, &want, p.head_dim, p.n_sinks, bits);
             closed_free(&want), closed_free(&got);
         }
@@ -293,7 +301,7 @@ static void keys_not_finite(ki_isa isa) {
         uint16_t x[256], scale[16];
         uint8_t codes[256];
         for (unsigned i = 0; i < 256; i++) x[i] = (uint16_t)(rng_u64(&r) | 0x7c00);
-        ki_kernels_get(isa)->plus.quantize_values(codes, scale, x, 256, 3);
+        ki_kernels_get(isa)->plus.quantize_values(codes, scale, x, 256, 3, KI_PLUS_VALUE_STEPS);
         for (unsigned i = 0; i < 256; i++) CHECK(codes[i] < 8, "code %u", codes[i]);
         free(p.store);
     }
@@ -419,14 +427,15 @@ static void values_isa(ki_isa isa) {
     rng r = check_rng();
     for (int round = 0; round < (check_opt.thorough ? 50000 : 3000) && !check_failed(); round++) {
         unsigned d = 16 * (1 + rng_below(&r, 16)), bits = 2 + rng_below(&r, 2),
-                 n = d / ki_plus_value_group(d);
+                 n = d / ki_plus_value_group(d),
+                 n_steps = rng_below(&r, 4) ? KI_PLUS_VALUE_STEPS : 1;
         guard x = guard_alloc((size_t)d * 2), codes = dirty(d), scale = dirty((size_t)n * 2);
         uint8_t want[256];
         uint16_t want_scale[16];
         random_row((uint16_t *)x.data, d, &r);
-        definition.quantize_values(want, want_scale, (uint16_t *)x.data, d, bits);
+        definition.quantize_values(want, want_scale, (uint16_t *)x.data, d, bits, n_steps);
         ki_kernels_get(isa)->plus.quantize_values(codes.data, (uint16_t *)scale.data,
-                                                  (uint16_t *)x.data, d, bits);
+                                                  (uint16_t *)x.data, d, bits, n_steps);
         CHECK(!memcmp(scale.data, want_scale, (size_t)n * 2), "D %u, %u bits: scales", d, bits);
         CHECK(!memcmp(codes.data, want, d), "D %u, %u bits: codes", d, bits);
         guard_free(&x), guard_free(&codes), guard_free(&scale);
@@ -445,7 +454,7 @@ static void values_promises(void) {
         uint16_t x[256], scale[16];
         uint8_t codes[256];
         random_row(x, d, &r);
-        definition.quantize_values(codes, scale, x, d, bits);
+        definition.quantize_values(codes, scale, x, d, bits, KI_PLUS_VALUE_STEPS);
         for (unsigned g = 0; g < d / group; g++) {
             double half = bits == 2 ? 1.5 : 3.5, stored = 0, plain = 0, max = 0,
                    s = (double)ki_f16_to_f32(scale[g]);

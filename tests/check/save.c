@@ -28,15 +28,21 @@ static kivi_seq *fed(kivi_cache *cache, uint32_t n) {
     return seq;
 }
 
-static world world_of(uint32_t k_bits, uint32_t v_bits, uint32_t sinks) {
+static world world_of(uint32_t k_bits, uint32_t v_bits, uint32_t sinks, uint32_t plus) {
     world w = world_small();
     w.geometry.kv.k_bits = k_bits, w.geometry.kv.v_bits = v_bits, w.geometry.kv.sink_tokens = sinks;
+    w.geometry.kv.plus = plus;
+    if (plus) w.geometry.kv.residual_tokens = 128;
     return w;
 }
 
-static void round_trip(uint32_t k_bits, uint32_t v_bits, uint32_t sinks) {
-    if (!check_case("save/continue/b%u.%u-s%u", k_bits, v_bits, sinks)) return;
-    world w = world_of(k_bits, v_bits, sinks);
+static void round_trip(uint32_t k_bits, uint32_t v_bits, uint32_t sinks, uint32_t plus,
+                       uint32_t head_dim) {
+    if (!check_case("save/continue/d%u-b%u.%u%s-s%u", head_dim, k_bits, v_bits, plus ? "+" : "",
+                    sinks))
+        return;
+    world w = world_of(k_bits, v_bits, sinks, plus);
+    w.geometry.head_dim = head_dim;
     kivi_cache *cache = NULL, *other = NULL;
     CHECK_OK(world_create(&cache, &w, err));
     w.geometry.n_pages = 8;
@@ -98,9 +104,26 @@ static void expect_refused(kivi_cache *cache, const char *what, size_t at) {
     kivi_seq_destroy(&seq);
 }
 
-static void damage(void) {
-    if (!check_case("save/damage")) return;
-    world w = world_of(2, 4, 32);
+/* A file whose checksum is right but whose first list of wide channels is not. */
+static void other_list(kivi_cache *cache, const uint8_t *good, size_t n) {
+    enum { HEAD = 8 + 12 * 4 + 3 * 4 }; /* then 4 sinks of 32 channels, then the list */
+    static const uint8_t wrong[] = {0, 31, 32, 255};
+    static uint8_t bad[1 << 20];
+    size_t at = HEAD + 4 * 32 * 2, n_wide = 8;
+    for (size_t i = 0; i < sizeof wrong; i++) {
+        memcpy(bad, good, n);
+        bad[at + (i == 0 ? n_wide - 1 : i == 1 ? 0 : n_wide - 1)] = wrong[i];
+        uint64_t h = 0xcbf29ce484222325u;
+        for (size_t b = 0; b < n - 8; b++) h = (h ^ bad[b]) * 0x100000001b3u;
+        memcpy(bad + n - 8, &h, 8);
+        write_file(bad, n);
+        expect_refused(cache, "a wide channel out of order", at);
+    }
+}
+
+static void damage(bool plus) {
+    if (!check_case("save/damage%s", plus ? "/b2.2+" : "")) return;
+    world w = plus ? world_of(2, 2, 4, KIVI_PLUS_ALL) : world_of(2, 4, 32, 0);
     w.geometry.n_pages = 8;
     kivi_cache *cache = NULL;
     CHECK_OK(world_create(&cache, &w, err));
@@ -124,6 +147,7 @@ static void damage(void) {
         write_file(bad, n);
         expect_refused(cache, "a flipped bit", at);
     }
+    if (plus) other_list(cache, good, n);
     good[n] = 0;
     write_file(good, n + 1);
     expect_refused(cache, "a byte too many", n);
@@ -139,13 +163,14 @@ static void damage(void) {
 
 static void other_kinds(void) {
     if (!check_case("save/other-geometry")) return;
-    world good = world_of(2, 2, 0);
+    world good = world_of(2, 2, 0, 0);
     kivi_cache *cache = NULL;
     CHECK_OK(world_create(&cache, &good, err));
     kivi_seq *seq = fed(cache, 200);
     CHECK_OK(kivi_seq_save(seq, path, err));
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 10; i++) {
         world w = good;
+        if (i == 9) w = world_of(2, 2, 0, KIVI_PLUS_ALL);
         if (i == 0) w.geometry.n_layers = 3;
         if (i == 1) w.geometry.n_kv_heads = 4;
         if (i == 2) w.geometry.head_dim = 64;
@@ -176,6 +201,36 @@ static void other_kinds(void) {
     check_end();
 }
 
+/* One + kind is not another: bits, and each part left out. */
+static void other_parts(void) {
+    if (!check_case("save/other-parts")) return;
+    world good = world_of(2, 2, 4, KIVI_PLUS_ALL);
+    kivi_cache *cache = NULL;
+    CHECK_OK(world_create(&cache, &good, err));
+    kivi_seq *seq = fed(cache, 300);
+    CHECK_OK(kivi_seq_save(seq, path, err));
+    for (int i = 0; i < 7; i++) {
+        world w = good;
+        if (i == 0) w.geometry.kv.k_bits = 4;
+        else if (i == 1) w.geometry.kv.v_bits = 3;
+        else if (i == 2) w = world_of(2, 2, 4, 0);
+        else w.geometry.kv.plus &= ~(1u << (i - 2));
+        kivi_cache *other = NULL;
+        kivi_seq *loaded = NULL;
+        kivi_error e = {0};
+        CHECK_OK(world_create(&other, &w, err));
+        kivi_status status = kivi_seq_load(&loaded, other, path, &e);
+        CHECK(status == KIVI_ARG && !loaded && e.text[0], "case %d gives %s: %s", i,
+              kivi_status_name(status), e.text);
+        CHECK(other->pool.n_free == other->pool.n_pages, "pages left");
+        kivi_cache_destroy(&other);
+    }
+    kivi_seq_destroy(&seq);
+    kivi_cache_destroy(&cache);
+    remove(path);
+    check_end();
+}
+
 void check_save(void) {
     if (!check_wants("save/")) return;
     for (uint32_t i = 0; i < N_TOKENS; i++) tokens[i] = (uint32_t)hash_u64(check_opt.seed, i);
@@ -183,8 +238,15 @@ void check_save(void) {
     static const uint32_t kinds[][3] = {{2, 2, 0},  {2, 2, 32},  {4, 8, 64}, {16, 2, 32},
                                         {2, 16, 0}, {16, 16, 0}, {8, 4, 0},  {2, 2, 4},
                                         {4, 2, 20}, {2, 16, 1},  {2, 2, 40}};
+    static const uint32_t plus[][3] = {{2, 2, 4}, {4, 2, 0}, {4, 3, 130}, {2, 16, 20}, {16, 3, 1}};
+    static const uint32_t dims[] = {32, 64, 80, 16, 128};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        round_trip(kinds[i][0], kinds[i][1], kinds[i][2]);
-    damage();
+        round_trip(kinds[i][0], kinds[i][1], kinds[i][2], 0, 32);
+    for (size_t i = 0; i < sizeof plus / sizeof *plus; i++)
+        round_trip(plus[i][0], plus[i][1], plus[i][2], KIVI_PLUS_ALL, dims[i]);
+    round_trip(2, 3, 4, KIVI_PLUS | KIVI_PLUS_TURN, 80);
+    damage(false);
+    damage(true);
     other_kinds();
+    other_parts();
 }

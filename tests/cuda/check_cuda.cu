@@ -305,10 +305,10 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index,
     std::vector<uint32_t> low(16 * d), wide(2 * d);
     std::vector<uint8_t> list(d / 4), codes(d);
     bool narrow = w.l.k_bits == 2;
-    ki_plus_keys keys = {low.data(), narrow ? wide.data() : NULL, narrow ? list.data() : NULL,
-                         scale.data(), zero.data()};
+    ki_plus_keys keys = {w.l.k_bits, low.data(), narrow ? wide.data() : NULL,
+                         narrow ? list.data() : NULL, scale.data(), zero.data()};
     uint32_t n_sinks = w.o.sinks > base ? w.o.sinks - base : 0;
-    ki_plus_close_keys_scalar(&keys, blocks, n_sinks, d, w.l.k_bits);
+    ki_plus_close_keys_scalar(&keys, blocks, n_sinks, d, KI_PLUS_KEY_STEPS);
     std::vector<uint8_t> bytes = w.page(0, index, 0, head);
     page_reader page = {&w.l, bytes.data()};
     if (narrow)
@@ -328,7 +328,8 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index,
     for (uint32_t t = 0; t < 128 && base + t < v_packed; t++) {
         if (base + t < w.o.sinks) continue;
         ki_plus_quantize_values_scalar(codes.data(), scale.data(),
-                                       v16.data() + (size_t)(base + t) * d, d, w.l.v_bits);
+                                       v16.data() + (size_t)(base + t) * d, d, w.l.v_bits,
+                                       KI_PLUS_VALUE_STEPS);
         for (uint32_t c = 0; c < d; c++) {
             CHECK(codes[c] == page.value_code(t, c),
                   "page %u token %u channel %u: value code %u, CPU %u", index, t, c,

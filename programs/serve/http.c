@@ -1,0 +1,564 @@
+/* http.c: connections, bodies and streams over libmicrohttpd. */
+#include "http.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    BLOCK_BYTES = 32768,       /* of a stream, handed over at once */
+    SOCKET_BYTES = 65536,      /* what the system keeps of a stream nobody reads */
+    SLACK_CONNECTIONS = 64,    /* beyond the limit: to be told so */
+    SWALLOW_BYTES = 128 << 20, /* of a body that is too large, so that its sender hears why */
+    BODY_BYTES_A_MS = 16,      /* the slowest sender that is waited for */
+    HTTP_THREADS = 2
+};
+
+/* A connection, from accept to close; the socket is open as long as it is in the list. */
+struct peer {
+    int socket;
+    uint64_t since_us;   /* of the last answer, or of accept */
+    uint64_t n_received; /* of the body that is being read */
+    bool busy;           /* a request is whole and not answered yet */
+    bool reading;        /* a head has come */
+    bool used;           /* something was answered */
+    struct peer *next, *before;
+};
+
+uint64_t now_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+}
+
+params_context server_context(const server *s) {
+    return (params_context){s->engine,       s->vocab,         s->table,
+                            s->o.model_name, s->o.chat_format, s->o.parse_special};
+}
+
+/* ---- connections ---- */
+
+static void on_connection(void *user, struct MHD_Connection *connection, void **context,
+                          enum MHD_ConnectionNotificationCode what) {
+    server *s = user;
+    struct peer *p = *context;
+    pthread_mutex_lock(&s->lock);
+    if (what == MHD_CONNECTION_NOTIFY_STARTED) {
+        int room = SOCKET_BYTES;
+        atomic_fetch_add(&s->n_connections, 1);
+        *context = p = calloc(1, sizeof *p);
+        if (p) {
+            p->socket =
+                MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD)->connect_fd;
+            p->since_us = now_us();
+            setsockopt(p->socket, SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+            if ((p->next = s->peers) != NULL) p->next->before = p;
+            s->peers = p;
+        }
+    } else {
+        atomic_fetch_sub(&s->n_connections, 1);
+        if (p) {
+            *(p->before ? &p->before->next : &s->peers) = p->next;
+            if (p->next) p->next->before = p->before;
+            free(p);
+        }
+        *context = NULL;
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+static struct peer *peer_of(struct MHD_Connection *connection) {
+    return MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT)->socket_context;
+}
+
+static void name_address(char *out, size_t n_bytes, struct MHD_Connection *connection) {
+    const union MHD_ConnectionInfo *info =
+        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CLIENT_ADDRESS);
+    const struct sockaddr *address = info ? info->client_addr : NULL;
+    snprintf(out, n_bytes, "?");
+    if (address && address->sa_family == AF_INET)
+        inet_ntop(AF_INET, &((const struct sockaddr_in *)(const void *)address)->sin_addr, out,
+                  (socklen_t)n_bytes);
+    if (address && address->sa_family == AF_INET6)
+        inet_ntop(AF_INET6, &((const struct sockaddr_in6 *)(const void *)address)->sin6_addr, out,
+                  (socklen_t)n_bytes);
+}
+
+/* ---- answers ---- */
+
+static void add_headers(exchange *e, struct MHD_Response *response, const fault *f) {
+    char number[16];
+    const char *origin = e->s->o.cors_origin;
+    MHD_add_response_header(response, "X-Request-Id", e->log.id);
+    MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
+    if (origin) {
+        MHD_add_response_header(response, "Access-Control-Allow-Origin", origin);
+        MHD_add_response_header(response, "Access-Control-Expose-Headers", "X-Request-Id");
+        if (strcmp(origin, "*")) MHD_add_response_header(response, "Vary", "Origin");
+    }
+    if (f && f->retry_s) {
+        snprintf(number, sizeof number, "%u", f->retry_s);
+        MHD_add_response_header(response, "Retry-After", number);
+    }
+    if (f && f->status == 401) MHD_add_response_header(response, "WWW-Authenticate", "Bearer");
+}
+
+static enum MHD_Result queue(exchange *e, int status, struct MHD_Response *response) {
+    if (!response) return MHD_NO;
+    enum MHD_Result result = MHD_queue_response(e->connection, (unsigned)status, response);
+    MHD_destroy_response(response);
+    e->answered = true;
+    e->log.status = status;
+    if (status >= 200 && status < 600)
+        metrics_count(&e->s->counts, &e->s->counts.n_responses[status / 100]);
+    if (e->work) {
+        pthread_mutex_lock(&e->work->lock);
+        e->work->log.status = status;
+        pthread_mutex_unlock(&e->work->lock);
+    }
+    return result;
+}
+
+static struct MHD_Response *from_text(text *t, const char *content_type) {
+    struct MHD_Response *response = NULL;
+    if (!t->failed)
+        response = MHD_create_response_from_buffer(t->n_bytes, t->data ? t->data : (char[1]){0},
+                                                   t->data ? MHD_RESPMEM_MUST_FREE
+                                                           : MHD_RESPMEM_MUST_COPY);
+    if (!response) text_deinit(t);
+    else MHD_add_response_header(response, "Content-Type", content_type);
+    return response;
+}
+
+enum MHD_Result respond(exchange *e, int status, const char *content_type, text *t) {
+    struct MHD_Response *response = from_text(t, content_type);
+    if (!response) return MHD_NO; /* no memory: the connection is closed */
+    add_headers(e, response, NULL);
+    if (!strncmp(content_type, "text/html", 9)) {
+        /* The page is one file and talks to this server only. */
+        MHD_add_response_header(response, "Content-Security-Policy",
+                                "default-src 'none'; style-src 'unsafe-inline'; script-src "
+                                "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri "
+                                "'none'; form-action 'none'; frame-ancestors 'none'");
+        MHD_add_response_header(response, "Cache-Control", "no-cache");
+    }
+    return queue(e, status, response);
+}
+
+enum MHD_Result respond_fault(exchange *e, const fault *f) {
+    text t;
+    text_init(&t, 1 << 16);
+    answer_fault(&t, f);
+    struct MHD_Response *response = from_text(&t, "application/json");
+    if (!response) return MHD_NO;
+    add_headers(e, response, f);
+    if (f->status == 405) MHD_add_response_header(response, "Allow", f->code);
+    return queue(e, f->status, response);
+}
+
+/* What a browser asks before it sends a request of another origin. */
+static enum MHD_Result respond_preflight(exchange *e) {
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(0, (char[1]){0}, MHD_RESPMEM_MUST_COPY);
+    if (!response) return MHD_NO;
+    add_headers(e, response, NULL);
+    MHD_add_response_header(response, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
+    MHD_add_response_header(response, "Access-Control-Allow-Headers",
+                            "Authorization, Content-Type, X-Request-Id");
+    MHD_add_response_header(response, "Access-Control-Max-Age", "600");
+    return queue(e, 204, response);
+}
+
+/* ---- jobs ---- */
+
+void http_wake(job *j) {
+    if (!j->suspended || !j->connection) return;
+    j->suspended = false;
+    MHD_resume_connection(j->connection);
+}
+
+static void suspend(job *j) {
+    j->suspended = true;
+    MHD_suspend_connection(j->connection);
+}
+
+/* The reader has caught up: what was paused goes on. */
+static void resume_runs(job *j) {
+    j->paused = false;
+    for (size_t i = 0; i < j->n_submitted; i++)
+        if (!j->runs[i].ended) kivi_scheduler_resume(j->s->scheduler, j->runs[i].id);
+}
+
+static ssize_t take(job *j, char *buffer, size_t max_bytes) {
+    size_t n = j->out.n_bytes - j->n_sent;
+    if (j->gone || j->out.failed) return MHD_CONTENT_READER_END_WITH_ERROR;
+    if (n == 0 && j->done) return MHD_CONTENT_READER_END_OF_STREAM;
+    if (n == 0) {
+        suspend(j);
+        return 0;
+    }
+    if (n > max_bytes) n = max_bytes;
+    memcpy(buffer, j->out.data + j->n_sent, n);
+    j->n_sent += n;
+    j->active_us = now_us();
+    if (j->n_sent == j->out.n_bytes) j->out.n_bytes = j->n_sent = 0;
+    else if (j->n_sent > j->out.n_bytes / 2) {
+        text_drop(&j->out, j->n_sent);
+        j->n_sent = 0;
+    }
+    if (j->paused && j->out.n_bytes - j->n_sent < j->s->o.buffer_bytes / 2) resume_runs(j);
+    return (ssize_t)n;
+}
+
+static ssize_t read_stream(void *user, uint64_t pos, char *buffer, size_t max_bytes) {
+    job *j = user;
+    (void)pos;
+    pthread_mutex_lock(&j->lock);
+    ssize_t n = take(j, buffer, max_bytes);
+    pthread_mutex_unlock(&j->lock);
+    return n;
+}
+
+static enum MHD_Result respond_stream(exchange *e) {
+    struct MHD_Response *response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, BLOCK_BYTES,
+                                                                      read_stream, e->work, NULL);
+    if (!response) return MHD_NO;
+    add_headers(e, response, NULL);
+    MHD_add_response_header(response, "Content-Type", "text/event-stream; charset=utf-8");
+    MHD_add_response_header(response, "Cache-Control", "no-cache");
+    MHD_add_response_header(response, "X-Accel-Buffering", "no"); /* proxies must not gather it */
+    return queue(e, 200, response);
+}
+
+enum MHD_Result respond_job(exchange *e) {
+    job *j = e->work;
+    text t;
+    if (j->p.stream) return respond_stream(e);
+    pthread_mutex_lock(&j->lock);
+    if (!j->done && !j->gone) {
+        suspend(j);
+        pthread_mutex_unlock(&j->lock);
+        return MHD_YES;
+    }
+    bool gone = j->gone;
+    fault f = j->failure;
+    t = j->out;
+    j->out = (text){.max_bytes = t.max_bytes};
+    pthread_mutex_unlock(&j->lock);
+    if (!gone && !f.status) return respond(e, 200, "application/json", &t);
+    text_deinit(&t);
+    return gone ? MHD_NO : respond_fault(e, &f);
+}
+
+static void link_job(server *s, job *j) {
+    pthread_mutex_lock(&s->lock);
+    if ((j->next = s->jobs) != NULL) j->next->before = j;
+    s->jobs = j;
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void unlink_job(server *s, job *j) {
+    pthread_mutex_lock(&s->lock);
+    *(j->before ? &j->before->next : &s->jobs) = j->next;
+    if (j->next) j->next->before = j->before;
+    pthread_mutex_unlock(&s->lock);
+}
+
+enum MHD_Result start_job(exchange *e) {
+    job *j = e->work;
+    struct peer *p = peer_of(e->connection);
+    fault f = {0};
+    j->connection = e->connection;
+    j->socket = p ? p->socket : -1;
+    j->log.has_job = true;
+    j->log.streamed = j->p.stream;
+    link_job(e->s, j);
+    if (!job_submit(j, &f)) return respond_fault(e, &f);
+    return respond_job(e);
+}
+
+/* ---- requests ---- */
+
+static bool is_json(const char *content_type) {
+    size_t n = content_type ? strcspn(content_type, "; \t") : 0;
+    return n == 16 && !strncasecmp(content_type, "application/json", 16);
+}
+
+static void make_id(char *id, size_t n_bytes, const char *given) {
+    unsigned char random[12] = {0};
+    static const char allowed[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.";
+    size_t n = given ? strlen(given) : 0;
+    if (n >= 1 && n <= 40 && strspn(given, allowed) == n) {
+        snprintf(id, n_bytes, "%s", given);
+        return;
+    }
+    if (getrandom(random, sizeof random, 0) < 0) memset(random, 0, sizeof random);
+    for (size_t i = 0; i < sizeof random; i++) snprintf(id + 2 * i, 3, "%02x", random[i]);
+}
+
+static const char *header(const exchange *e, const char *name) {
+    return MHD_lookup_connection_value(e->connection, MHD_HEADER_KIND, name);
+}
+
+/* What the head alone tells; true: go on. */
+static bool check_head(exchange *e, const char *method, const char *path) {
+    server *s = e->s;
+    fault *f = &e->failure;
+    const char *allow, *length = header(e, "Content-Length");
+    if (atomic_load(&s->n_connections) > s->o.max_connections) {
+        refuse_with(f, 503, NULL, "more than %u connections", s->o.max_connections);
+        f->retry_s = 1;
+        return false;
+    }
+    e->to = route_find(&e->rest, &allow, method, path, f);
+    if (f->status == 405) f->code = allow;
+    if (!e->to) return false;
+    if (e->to->needs_key && !keys_allow(&s->keys, header(e, "Authorization"))) {
+        refuse_with(f, 401, NULL, "no valid API key was given (Authorization: Bearer KEY)");
+        f->code = "invalid_api_key";
+        return false;
+    }
+    if (e->to->needs_model && !atomic_load(&s->loaded)) {
+        refuse_with(f, 503, NULL, "the model is being loaded");
+        f->retry_s = 1;
+        return false;
+    }
+    if (e->to->is_work && atomic_load(&s->draining)) {
+        refuse_with(f, 503, NULL, "the server is going down");
+        f->retry_s = 1;
+        return false;
+    }
+    if (e->to->needs_model && !s->vocab)
+        return refuse_with(f, 501, NULL, "the model has no vocabulary: text is not understood");
+    if (strcmp(e->to->method, "POST")) return true;
+    if (!is_json(header(e, "Content-Type")))
+        return refuse_with(f, 415, NULL, "Content-Type: expected application/json");
+    if (length && strtoull(length, NULL, 10) > s->o.body_bytes)
+        return refuse_with(f, 413, NULL, "the body has %s bytes, at most %zu are taken", length,
+                           s->o.body_bytes);
+    return true;
+}
+
+static enum MHD_Result begin(exchange **out, server *s, struct MHD_Connection *connection,
+                             const char *method, const char *path) {
+    exchange *e = calloc(1, sizeof *e);
+    struct peer *p = peer_of(connection);
+    if (!e) return MHD_NO;
+    *out = e;
+    e->s = s;
+    e->connection = connection;
+    text_init(&e->body, s->o.body_bytes);
+    snprintf(e->path, sizeof e->path, "%s", path);
+    e->log.method = "?";
+    static const char *const methods[] = {"GET",   "POST",   "HEAD",    "PUT",
+                                          "PATCH", "DELETE", "OPTIONS", "TRACE"};
+    for (size_t i = 0; i < sizeof methods / sizeof *methods; i++)
+        if (!strcmp(method, methods[i])) e->log.method = methods[i];
+    e->log.started_us = now_us();
+    make_id(e->log.id, sizeof e->log.id, header(e, "X-Request-Id"));
+    name_address(e->log.address, sizeof e->log.address, connection);
+    if (p) {
+        pthread_mutex_lock(&s->lock);
+        p->reading = true;
+        p->since_us = e->log.started_us;
+        p->n_received = 0;
+        pthread_mutex_unlock(&s->lock);
+    }
+    if (!strcmp(method, "OPTIONS") && s->o.cors_origin) return MHD_YES;
+    if (!check_head(e, method, path) && !e->failure.status)
+        refuse_with(&e->failure, 500, NULL, "internal error");
+    e->log.path = e->to ? e->to->path : "?"; /* what clients write is not logged */
+    return MHD_YES;
+}
+
+/* More of the body. What is refused already is swallowed, so that the sender reads why. */
+static enum MHD_Result receive(exchange *e, const char *data, size_t n_bytes) {
+    struct peer *p = peer_of(e->connection);
+    if (p) {
+        pthread_mutex_lock(&e->s->lock);
+        p->n_received += n_bytes;
+        pthread_mutex_unlock(&e->s->lock);
+    }
+    if (!e->failure.status && e->body.n_bytes + n_bytes > e->s->o.body_bytes)
+        refuse_with(&e->failure, 413, NULL, "the body has more than %zu bytes", e->s->o.body_bytes);
+    if (!e->failure.status) {
+        text_put(&e->body, data, n_bytes);
+        if (e->body.failed) refuse_with(&e->failure, 503, NULL, "out of memory");
+        return MHD_YES;
+    }
+    text_deinit(&e->body);
+    e->n_swallowed += n_bytes;
+    return e->n_swallowed > SWALLOW_BYTES ? MHD_NO : MHD_YES;
+}
+
+static enum MHD_Result handle(void *user, struct MHD_Connection *connection, const char *path,
+                              const char *method, const char *version, const char *data,
+                              size_t *n_bytes, void **context) {
+    server *s = user;
+    exchange *e = *context;
+    (void)version;
+    if (!e) {
+        enum MHD_Result begun = begin(&e, s, connection, method, path);
+        *context = e;
+        return begun;
+    }
+    if (*n_bytes) {
+        enum MHD_Result went_on = receive(e, data, *n_bytes);
+        *n_bytes = 0;
+        return went_on;
+    }
+    if (e->work) return respond_job(e);
+    struct peer *p = peer_of(connection);
+    if (p) {
+        pthread_mutex_lock(&s->lock);
+        p->busy = true;
+        pthread_mutex_unlock(&s->lock);
+    }
+    if (e->failure.status) return respond_fault(e, &e->failure);
+    if (!e->to) return respond_preflight(e);
+    return e->to->answer(e);
+}
+
+static void on_completed(void *user, struct MHD_Connection *connection, void **context,
+                         enum MHD_RequestTerminationCode how) {
+    server *s = user;
+    exchange *e = *context;
+    struct peer *p = peer_of(connection);
+    *context = NULL;
+    if (p) {
+        pthread_mutex_lock(&s->lock);
+        p->busy = p->reading = false;
+        p->used = true;
+        p->since_us = now_us();
+        pthread_mutex_unlock(&s->lock);
+    }
+    if (!e) return;
+    if (e->work) {
+        unlink_job(s, e->work);
+        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work, &s->counts.n_left);
+        job_release(e->work);
+    } else if (e->to || e->failure.status) {
+        e->log.ended_us = now_us();
+        if (!e->log.path) e->log.path = "?";
+        log_request(s, &e->log);
+    }
+    text_deinit(&e->body);
+    free(e);
+}
+
+/* ---- looking after connections ---- */
+
+/* Half of a connection closed by the client counts as leaving: it will not be told from a client
+ * that is gone. */
+static void find_leavers(server *s, struct pollfd *polls, job **jobs, size_t n) {
+    if (n == 0 || poll(polls, n, 0) <= 0) return;
+    for (size_t i = 0; i < n; i++)
+        if (polls[i].revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL))
+            job_abandon(jobs[i], &s->counts.n_left);
+}
+
+static void look_for_leavers(server *s) {
+    enum { AT_ONCE = 256 };
+    struct pollfd polls[AT_ONCE];
+    job *jobs[AT_ONCE];
+    size_t n = 0;
+    for (job *j = s->jobs; j; j = j->next) {
+        jobs[n] = j;
+        polls[n++] = (struct pollfd){.fd = j->socket, .events = POLLRDHUP};
+        if (n < AT_ONCE) continue;
+        find_leavers(s, polls, jobs, n);
+        n = 0;
+    }
+    find_leavers(s, polls, jobs, n);
+}
+
+/* A stream that nobody reads is dropped; one that has nothing to say shows that it lives. */
+static void look_at_stream(server *s, job *j, uint64_t now) {
+    pthread_mutex_lock(&j->lock);
+    bool waits = j->out.n_bytes > j->n_sent;
+    uint64_t idle_ms = now > j->active_us ? (now - j->active_us) / 1000 : 0;
+    bool drop = waits && !j->gone && idle_ms > s->o.stall_ms;
+    if (!waits && !j->done && !j->gone && idle_ms > s->o.keep_alive_ms) {
+        text_puts(&j->out, ": keep-alive\n\n");
+        j->active_us = now;
+        http_wake(j);
+    }
+    pthread_mutex_unlock(&j->lock);
+    if (!drop) return;
+    job_abandon(j, &s->counts.n_slow_dropped);
+    shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
+}
+
+static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
+    static const char late[] = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
+                               "Content-Length: 0\r\n\r\n";
+    bool idle = p->used && !p->reading;
+    uint64_t limit_ms =
+        idle ? s->o.keep_alive_ms : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
+    if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
+    /* Nothing else is written to a connection whose request is not whole. */
+    if (!idle && !s->o.tls_cert)
+        (void)!send(p->socket, late, sizeof late - 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    shutdown(p->socket, SHUT_RDWR);
+}
+
+void http_look_after(server *s, bool quick) {
+    uint64_t now = now_us();
+    pthread_mutex_lock(&s->lock);
+    look_for_leavers(s);
+    if (!quick) {
+        for (job *j = s->jobs; j; j = j->next)
+            if (j->p.stream) look_at_stream(s, j, now);
+        for (const struct peer *p = s->peers; p; p = p->next) look_at_peer(s, p, now);
+    }
+    pthread_mutex_unlock(&s->lock);
+}
+
+bool http_idle(server *s) {
+    bool idle = true;
+    pthread_mutex_lock(&s->lock);
+    for (const struct peer *p = s->peers; p; p = p->next) idle = idle && !p->busy;
+    pthread_mutex_unlock(&s->lock);
+    return idle;
+}
+
+/* ---- start and stop ---- */
+
+bool http_start(server *s) {
+    unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME;
+    struct MHD_OptionItem tls[3] = {{MHD_OPTION_END, 0, NULL}};
+    if (s->o.tls_cert) {
+        flags |= MHD_USE_TLS;
+        tls[0] =
+            (struct MHD_OptionItem){MHD_OPTION_HTTPS_MEM_KEY, 0, (void *)(uintptr_t)s->o.tls_key};
+        tls[1] =
+            (struct MHD_OptionItem){MHD_OPTION_HTTPS_MEM_CERT, 0, (void *)(uintptr_t)s->o.tls_cert};
+        tls[2] = (struct MHD_OptionItem){MHD_OPTION_END, 0, NULL};
+    }
+    s->daemon = MHD_start_daemon(
+        flags, 0, NULL, NULL, handle, s, MHD_OPTION_LISTEN_SOCKET, s->o.listener,
+        MHD_OPTION_NOTIFY_COMPLETED, on_completed, s, MHD_OPTION_NOTIFY_CONNECTION, on_connection,
+        s, MHD_OPTION_CONNECTION_LIMIT, s->o.max_connections + SLACK_CONNECTIONS,
+        MHD_OPTION_THREAD_POOL_SIZE, (unsigned)HTTP_THREADS, MHD_OPTION_STRICT_FOR_CLIENT, 1,
+        MHD_OPTION_ARRAY, tls, MHD_OPTION_END);
+    return s->daemon != NULL;
+}
+
+/* All who wait are let go first: libmicrohttpd stops only without suspended connections. */
+void http_stop(server *s) {
+    if (!s->daemon) return;
+    MHD_quiesce_daemon(s->daemon);
+    pthread_mutex_lock(&s->lock);
+    for (job *j = s->jobs; j; j = j->next) job_abandon(j, NULL);
+    pthread_mutex_unlock(&s->lock);
+    MHD_stop_daemon(s->daemon);
+    s->daemon = NULL;
+}

@@ -1,0 +1,88 @@
+/* Cache kinds: names, defaults, what is refused, and the pages they make. */
+#include "world.h"
+
+static void names(void) {
+    if (!check_case("kinds/names")) return;
+    static const struct {
+        const char *name;
+        uint32_t k, v, plus, sinks;
+        double bits[2]; /* at head size 64, 128 */
+    } all[] = {{"f16", 16, 16, 0, 0, {16, 16}},
+               {"kivi8", 8, 8, 0, 0, {9, 9}},
+               {"kivi4", 4, 4, 0, 0, {5, 5}},
+               {"k4v2", 4, 2, 0, 0, {4, 4}},
+               {"kivi2", 2, 2, 0, 0, {3, 3}},
+               {"kivi2+", 2, 2, KIVI_PLUS_ALL, 4, {2.53125, 2.515625}},
+               {"k4v2+", 4, 2, KIVI_PLUS_ALL, 4, {3.25, 3.25}},
+               {"k4v3+", 4, 3, KIVI_PLUS_ALL, 4, {3.75, 3.75}}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        for (uint32_t d = 64; d <= 128; d *= 2) {
+            kivi_kv_options kv = {.rewind_tokens = 7, .rule = KIVI_RULE_STREAM}, again;
+            CHECK_OK(kivi_kv_by_name(&kv, all[i].name, err));
+            CHECK(kv.k_bits == all[i].k && kv.v_bits == all[i].v && kv.plus == all[i].plus &&
+                      kv.sink_tokens == all[i].sinks,
+                  "%s", all[i].name);
+            CHECK(kv.rewind_tokens == 7 && kv.rule == KIVI_RULE_STREAM, "the rest is changed");
+            CHECK_OK(kivi_kv_resolve(&kv, d, err));
+            again = kv;
+            CHECK_OK(kivi_kv_resolve(&again, d, err));
+            CHECK(!memcmp(&again, &kv, sizeof kv), "%s: resolved twice", all[i].name);
+            double bits = kivi_kv_bits(&kv, d);
+            CHECK(bits == all[i].bits[d / 128], "%s, D %u: %g bits", all[i].name, d, bits);
+        }
+    kivi_kv_options kv = {0};
+    kivi_error e = {0};
+    CHECK(kivi_kv_by_name(&kv, "kivi3+", &e) == KIVI_ARG && strstr(e.text, "k4v3+"), "%s", e.text);
+    check_end();
+}
+
+/* Bytes of a page: the planes by hand, filled up to whole lines. */
+static void pages(void) {
+    if (!check_case("kinds/pages")) return;
+    static const uint32_t cases[][5] = {
+        /* D, key bits, value bits, codes, page */
+        {64, 2, 2, 4608, 5184},    {128, 2, 2, 9216, 10304},   {64, 4, 2, 6144, 6656},
+        {128, 4, 2, 12288, 13312}, {64, 4, 3, 7168, 7680},     {128, 4, 3, 14336, 15360},
+        {80, 2, 2, 5760, 7424},    {256, 2, 16, 75776, 76864}, {16, 16, 3, 4864, 5120}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        world w = world_small();
+        w.geometry.head_dim = cases[i][0];
+        w.geometry.kv = (kivi_kv_options){
+            .k_bits = cases[i][1], .v_bits = cases[i][2], .plus = KIVI_PLUS_ALL, .sink_tokens = 4};
+        ki_layout l;
+        CHECK_OK(ki_layout_init(&l, &w.geometry, err));
+        CHECK(l.page_bytes == cases[i][4], "case %zu: a page of %zu bytes", i, l.page_bytes);
+        CHECK(l.page_bytes - l.page_scale_bytes == cases[i][3], "case %zu: %zu bytes of scales", i,
+              l.page_scale_bytes);
+        CHECK(l.k_wide_at % 64 == 0 && l.v_codes_at % 64 == 0 && l.v_third_at % 64 == 0,
+              "case %zu: a plane of codes begins within a line", i);
+    }
+    check_end();
+}
+
+static void refused(void) {
+    if (!check_case("kinds/refused")) return;
+    static const struct {
+        kivi_kv_options kv;
+        const char *says;
+    } all[] = {{{.v_bits = 3}, "2, 4, 8 or 16"},
+               {{.plus = KIVI_PLUS_ALL, .residual_tokens = 32}, "multiple of the group (128)"},
+               {{.plus = KIVI_PLUS_ALL, .group = 32}, "key groups of a page (128)"},
+               {{.plus = KIVI_PLUS_ALL, .k_bits = 8}, "2, 4 or 16"},
+               {{.plus = KIVI_PLUS_ALL, .v_bits = 4}, "2, 3 or 16"},
+               {{.plus = KIVI_PLUS_TURN}, "unknown parts"},
+               {{.plus = 2 * KIVI_PLUS_STEP + 1}, "unknown parts"}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        kivi_kv_options kv = all[i].kv;
+        kivi_error e = {0};
+        CHECK(kivi_kv_resolve(&kv, 64, &e) == KIVI_ARG && strstr(e.text, all[i].says),
+              "case %zu: '%s'", i, e.text);
+    }
+    check_end();
+}
+
+void check_kinds(void) {
+    names();
+    pages();
+    refused();
+}
