@@ -148,7 +148,8 @@ KI_DEV void load_exact(uint16_t *tile, const prompt_args &a, const tile_job &job
         if (pos >= s.n_tokens && pos < s.n_tokens + s.n_rows) {
             uint64_t row = s.first_row + pos - s.n_tokens;
             copy_16_bytes(to, rows + (row * a.l.n_kv_heads + job.head) * D + c);
-        } else if (pos >= s.n_tokens || pos < job.first || pos >= job.end)
+        } else if (pos >= s.n_tokens || pos < job.first || pos >= job.end ||
+                   (job.keys ? a.l.k_bits : a.l.v_bits) == 16)
             *(uint4 *)to = make_uint4(0, 0, 0, 0);
         else {
             const uint16_t *block = (const uint16_t *)exact_block(
@@ -216,12 +217,12 @@ struct row_view {
     uint32_t first[2], end[2], k_exact[2], v_exact[2];
 };
 
-/* A side of 16 bits has all its rows in pages. */
+/* A side of 16 bits has its old rows in pages; those of the step are read where they are. */
 KI_DEV uint32_t k_line(const ki_cuda_layout &l, const ki_cuda_seq &s, uint32_t pos) {
-    return l.k_bits == 16 ? ~0u : ki_cuda_k_exact(&l, &s, pos);
+    return l.k_bits == 16 ? s.n_tokens : ki_cuda_k_exact(&l, &s, pos);
 }
 KI_DEV uint32_t v_line(const ki_cuda_layout &l, const ki_cuda_seq &s, uint32_t pos) {
-    return l.v_bits == 16 ? ~0u : ki_cuda_v_exact(&l, &s, pos);
+    return l.v_bits == 16 ? s.n_tokens : ki_cuda_v_exact(&l, &s, pos);
 }
 
 KI_DEV row_view view_rows(const prompt_args &a, const ki_cuda_seq &s, uint32_t row) {
@@ -328,6 +329,70 @@ KI_DEV void one_tile(prompt_state<D> &st, uint16_t *shared, const prompt_args &a
     }
 }
 
+/* ---- tiles of the step's own rows: no codes, no store; the next tile is copied meanwhile ---- */
+
+KI_DEV void copy_16_bytes_or_zeros(uint16_t *to, const uint16_t *from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+
+/* Begins to copy 64 rows of the step from position base on; rows behind the last are 0. */
+template <int D>
+KI_DEV void begin_tile(uint16_t *tile, const prompt_args &a, const ki_cuda_seq &s,
+                       const uint16_t *rows, uint32_t kv_head, uint32_t base) {
+    constexpr int STRIDE = tile_shape<D>::STRIDE, FOURS = D / 8;
+    uint64_t stride = (uint64_t)a.l.n_kv_heads * D;
+    const uint16_t *from = rows + s.first_row * stride + kv_head * D;
+#pragma unroll 4
+    for (uint32_t k = threadIdx.x; k < TILE * FOURS; k += PROMPT_THREADS) {
+        uint32_t r = base - s.n_tokens + k / FOURS, c = k % FOURS * 8;
+        bool is_there = r < s.n_rows;
+        copy_16_bytes_or_zeros(tile + k / FOURS * STRIDE + c,
+                               from + (is_there ? r : 0) * stride + c, is_there);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+KI_DEV void wait_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+/* Tiles [from, end) of positions of the step. first, pos0: the first row's; a tile before pos0 and
+ * behind the last row's window needs no mask. */
+template <int D>
+KI_DEV void plain_tiles(prompt_state<D> &st, uint16_t *shared, const prompt_args &a,
+                        const ki_cuda_seq &s, uint32_t kv_head, const row_view &rows, uint32_t from,
+                        uint32_t end, uint32_t pos0, uint32_t last_first) {
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint16_t *q = shared + warp * 16 * tile_shape<D>::STRIDE;
+    uint16_t *k_tile = shared + tile_shape<D>::HALVES, *v_tile = k_tile + 2 * tile_shape<D>::HALVES;
+    if (from >= end) return;
+    begin_tile<D>(k_tile, a, s, a.k_rows, kv_head, from);
+    begin_tile<D>(v_tile, a, s, a.v_rows, kv_head, from);
+    for (uint32_t base = from, n = 0; base < end; base += TILE, n++) {
+        uint32_t here = n % 2 * tile_shape<D>::HALVES, there = tile_shape<D>::HALVES - here;
+        float scores[8][4];
+        wait_but_one();
+        __syncthreads(); /* keys are here; everybody is done with the tile before */
+        begin_tile<D>(k_tile + there, a, s, a.k_rows, kv_head, base + TILE);
+        tile_scores<D>(scores, q, k_tile + here, lane);
+        bool is_masked = base + TILE > pos0 + 1 || base < last_first;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                uint32_t pos = base + i * 8 + lane % 4 * 2 + e % 2;
+                bool seen = !is_masked || (pos >= rows.first[e / 2] && pos < rows.end[e / 2]);
+                scores[i][e] = seen ? scores[i][e] * a.factor : -INFINITY;
+            }
+        tile_soften<D>(scores, st.acc, st.m, st.sum);
+        wait_but_one();
+        __syncthreads(); /* values are here */
+        begin_tile<D>(v_tile + there, a, s, a.v_rows, kv_head, base + TILE);
+        tile_values<D>(st.acc, scores, v_tile + here, lane);
+    }
+    wait_for_copies();
+    __syncthreads();
+}
+
 template <int D>
 KI_DEV void put_rows(float *row, const prompt_args &a, const ki_cuda_seq &s,
                      const prompt_state<D> &st, uint32_t first_row, uint32_t head) {
@@ -392,7 +457,10 @@ __global__ void __launch_bounds__(PROMPT_THREADS)
     uint32_t v_sinks = a.l.v_bits == 16 ? 0 : a.l.sink_tokens;
     prompt_state<D> st = {};
     st.m[0] = st.m[1] = -1e30f;
-    for (uint32_t base = first / TILE * TILE; base < end; base += TILE) {
+    /* from the first tile on that is nothing but rows of the step */
+    uint32_t line = max(k_line(a.l, s, pos1), v_line(a.l, s, pos1)), begin = first / TILE * TILE;
+    uint32_t plain = max(begin, (max(s.n_tokens, line) + TILE - 1) / TILE * TILE);
+    for (uint32_t base = begin; base < min(plain, end); base += TILE) {
         tile_need k =
             need_of(base, first, end, k_sinks, k_line(a.l, s, pos0), k_line(a.l, s, pos1));
         tile_need v =
@@ -400,19 +468,22 @@ __global__ void __launch_bounds__(PROMPT_THREADS)
         tile_job job = {&s, head / a.l.head_group, first, end, true};
         one_tile<D>(st, tiles, a, job, rows, base, k, v);
     }
+    uint32_t last_first = a.window && end > a.window ? end - a.window : 0;
+    plain_tiles<D>(st, tiles, a, s, head / a.l.head_group, rows, plain, end, pos0, last_first);
     put_rows<D>((float *)tiles, a, s, st, first_row, head);
 }
 
 /* ---- host calls ---- */
 
+/* Queries, and two tiles of keys and of values. */
 template <int D> static cudaError_t prompt_prepare(void) {
     return cudaFuncSetAttribute(ki_prompt_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                2 * tile_shape<D>::HALVES * 2);
+                                5 * tile_shape<D>::HALVES * 2);
 }
 
 template <int D>
 static cudaError_t prompt_launch(const prompt_args &a, uint32_t n_blocks, bool pdl, void *stream) {
-    return ki_launch(ki_prompt_kernel<D>, n_blocks, PROMPT_THREADS, 2 * tile_shape<D>::HALVES * 2,
+    return ki_launch(ki_prompt_kernel<D>, n_blocks, PROMPT_THREADS, 5 * tile_shape<D>::HALVES * 2,
                      pdl, stream, a);
 }
 
