@@ -443,8 +443,8 @@ KI_DEV void quantize_one_value(const quant_shared &m, const append_args &a, cons
     pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
 }
 
-/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels.
- * A thread has one channel's 32 keys in registers. */
+/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels:
+ * a thread has one channel of one block. */
 KI_DEV void close_blocks_of_32(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
                                uint32_t head, uint32_t from, uint32_t to) {
     const ki_cuda_layout &l = a.l;
@@ -465,21 +465,23 @@ KI_DEV void close_blocks_of_32(const quant_shared &m, const append_args &a, cons
         bool is_mine = part < n && sinks < KI_SUB_TOKENS;
         if (is_mine) {
             uint8_t *raw = (uint8_t *)m.raw + part * fours * 16;
-            float x[KI_SUB_TOKENS], low = INFINITY, high = -INFINITY;
-#pragma unroll
-            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
-                x[t] = f16_value(*exact_element(raw, t, c, steps, true));
-                if (t < sinks) continue;
-                low = fminf(low, x[t]), high = fmaxf(high, x[t]);
+            float low = INFINITY, high = -INFINITY;
+#pragma unroll 8
+            for (uint32_t t = sinks; t < KI_SUB_TOKENS; t++) {
+                float x = f16_value(*exact_element(raw, t, c, steps, true));
+                low = fminf(low, x), high = fmaxf(high, x);
             }
             uint16_t scale, zero;
             range_scale(&scale, &zero, low, high, levels);
             ((uint16_t *)(sub + l.k_scale_at))[ki_order_key_scale(c, steps)] = scale;
             ((uint16_t *)(sub + l.k_zero_at))[ki_order_key_scale(c, steps)] = zero;
-            float sf = f16_value(scale), zf = f16_value(zero);
-#pragma unroll
-            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++)
-                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_of(x[t], sf, zf, levels);
+            float sf = f16_value(scale), zf = f16_value(zero),
+                  inverse = sf == 0 ? 0 : __frcp_rn(sf);
+#pragma unroll 8
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
+                float x = f16_value(*exact_element(raw, t, c, steps, true));
+                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_by(x, sf, inverse, zf, levels);
+            }
         }
         __syncthreads();
         for (uint32_t k = 0; k < n; k++) {
@@ -513,7 +515,7 @@ KI_DEV void close_keys(const quant_shared &m, const append_args &a, const ki_cud
 
 /* ---- the kernels ---- */
 
-static __global__ void __launch_bounds__(APPEND_THREADS, 10)
+static __global__ void __launch_bounds__(APPEND_THREADS, 8)
     ki_append_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
     const quant_shared m = carve(shared, a.l.head_dim);
