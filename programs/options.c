@@ -585,6 +585,14 @@ bool options_shape_kind(const options *o) {
     return o->k_bits || o->v_bits || o->type_k || o->type_v || o->group || o->residual;
 }
 
+options options_without_kind(const options *o) {
+    options plain = *o;
+    plain.k_bits = plain.v_bits = plain.group = plain.residual = plain.sinks = 0;
+    plain.type_k = plain.type_v = plain.parts = NULL;
+    plain.sinks_given = false;
+    return plain;
+}
+
 const char *options_kind(const options *o) {
     return o->kv ? o->kv : options_shape_kind(o) ? "kivi2" : DEFAULT_KIND;
 }
