@@ -6,7 +6,7 @@
 enum { V = 288 };
 static kivi_engine *engine;
 static kivi_session *session;
-static float *logits; /* [V] of the session's last row, where the engine has them */
+static float *logits; /* the engine's own of the last step, written over */
 
 static int open_all(void **state) {
     kivi_engine_options o = kivi_engine_defaults();
