@@ -126,7 +126,6 @@ typedef struct ki_batch_item {
     kivi_status status; /* in and out: only KIVI_OK items are evaluated */
     kivi_error *err;
     uint32_t logit_row; /* out: of its logits, [V], or [n_rows][V] with all_logits */
-    const float *logits; /* for whoever runs a batch: those rows here, once they were asked for */
     int32_t best;       /* out: the largest of its last row, where a device knows it; else -1 */
 } ki_batch_item;
 
