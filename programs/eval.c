@@ -295,10 +295,7 @@ static void shape_engine(kivi_engine_options *eo, void *user) {
 /* One engine a side; the base has the 16-bit cache. */
 static int run_kind(evaluation *e, measure *m, uint32_t kind, uint32_t n_kinds) {
     side own = {0}, base = {0};
-    options plain = *e->o; /* the base is the 16-bit cache, whatever finer options say */
-    plain.k_bits = plain.v_bits = plain.group = plain.residual = plain.sinks = 0;
-    plain.type_k = plain.type_v = plain.parts = NULL;
-    plain.sinks_given = false;
+    options plain = options_without_kind(e->o);
     size_t n = (size_t)e->n_windows * (e->ctx - e->skip);
     int code = open_engine(&own.engine, e->o, m->kv, shape_engine, e);
     if (!code && e->divergence) code = open_engine(&base.engine, &plain, "f16", shape_engine, e);

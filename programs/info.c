@@ -94,7 +94,8 @@ int command_info(const options *o) {
     kivi_engine *engine = NULL;
     plan plans[MAX_LIST];
     uint32_t n = 0;
-    int code = open_engine(&engine, o, "f16", NULL, NULL);
+    options plain = options_without_kind(o); /* each plan has its own */
+    int code = open_engine(&engine, &plain, "f16", NULL, NULL);
     if (code) return code;
     const kivi_engine_info *i = kivi_engine_info_get(engine);
     code = make_plans(plans, &n, o, engine, i->ctx_tokens);

@@ -119,7 +119,7 @@ static const option table[] = {
     {"header-timeout", "", UINT, CMD_SERVE, AT(header_s), 0, "S",
      "a request must have come after so long (30)", 1, 1e6},
     {"keep-alive", "--sse-keep-alive-interval", UINT, CMD_SERVE, AT(keep_alive_s), 0, "S",
-     "silent streams get a comment, idle connections end (15)", 1, 1e6},
+     "a stream without news gets a comment line (15)", 1, 1e6},
     {"stream-buffer", "", UINT, CMD_SERVE, AT(stream_buffer_kib), 0, "KIB",
      "unread part of a stream before it pauses (256)", 1, 1e6},
     {"max-connections", "", UINT, CMD_SERVE, AT(max_connections), 0, "N", "connections (1024)", 1,
@@ -583,6 +583,14 @@ static int parts_by_name(uint32_t *parts, const char *text) {
 
 bool options_shape_kind(const options *o) {
     return o->k_bits || o->v_bits || o->type_k || o->type_v || o->group || o->residual;
+}
+
+options options_without_kind(const options *o) {
+    options plain = *o;
+    plain.k_bits = plain.v_bits = plain.group = plain.residual = plain.sinks = 0;
+    plain.type_k = plain.type_v = plain.parts = NULL;
+    plain.sinks_given = false;
+    return plain;
 }
 
 const char *options_kind(const options *o) {

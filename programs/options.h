@@ -98,6 +98,9 @@ int options_kv(kivi_kv_options *out, const options *o, const char *name);
  * are given, which not every kind takes. */
 const char *options_kind(const options *o);
 bool options_shape_kind(const options *o); /* bits, group or residual are given */
+/* o without what it says of a kind's sizes and parts: for an engine that has the 16-bit cache
+ * whatever kinds are asked for. */
+options options_without_kind(const options *o);
 /* The i-th name of a comma-separated list into name; false past its end. */
 bool options_list_item(char *name, size_t n_bytes, const char *text, uint32_t i);
 

@@ -124,8 +124,9 @@ def draw(found, out):
                       linewidth=1, markersize=6)
         for p in points:
             axes.annotate(p['kind'].removesuffix(' not turned'), (p['bits'], p['kld']), textcoords='offset points',
-                          xytext=(7, 5), fontsize=9, color=colour)
+                          xytext=(7, -12 if marker == '^' else 5), fontsize=9, color=colour)
     axes.set_yscale('log')
+    axes.set_xlim(2, 10)
     axes.set_xlabel('allocated bits a cached element, scales and zeros counted')
     axes.set_ylabel('KL divergence from the 16-bit cache, nats a token')
     axes.set_title(f'{found["model"]}, {found["windows"]} texts of {found["ctx"]:,} tokens, scored from position '

@@ -3,25 +3,18 @@
 
 #include <time.h>
 
-/* The rows of logits an item asked for, wherever they were made. */
-static void fetch_logits(kivi_engine *e, ki_batch_item *item) {
-    ki_backend *b = e->backend;
-    uint32_t n = item->all_logits ? item->n_rows : 1;
-    if (item->status != KIVI_OK) return;
-    item->logits = b->api->logits(b, item->logit_row);
-    bool all = item->logits != NULL;
-    for (uint32_t i = 1; i < n; i++) all = all && b->api->logits(b, item->logit_row + i);
-    if (!all) item->status = KI_FAIL(item->err, DEVICE, "device: logits could not be read back");
-}
-
 static void forward(void *self, ki_batch_item *items, size_t n_items) {
     kivi_engine *e = self;
     ki_batch batch = {.items = items, .n_items = n_items};
     ki_fpu fpu = ki_fpu_enter();
     e->n_steps++; /* logits of any session are overwritten */
     e->backend->api->forward(e->backend, &batch);
-    for (size_t i = 0; i < n_items; i++) fetch_logits(e, &items[i]);
     ki_fpu_leave(fpu);
+}
+
+static const float *logits(void *self, uint32_t row) {
+    kivi_engine *e = self;
+    return e->backend->api->logits(e->backend, row);
 }
 
 static uint64_t now_us(void *self) {
@@ -39,11 +32,11 @@ void ki_machine_of_engine(ki_machine *out, kivi_engine *e) {
                         .step_rows = o->step_rows,
                         .logit_rows = o->logit_rows,
                         .max_items = o->max_sessions,
-                        .logits_stride = ki_logits_stride(&e->model->config),
                         .fingerprint = e->model->fingerprint,
                         .no_prefixes = e->model->config.rope[0].scaling == KI_ROPE_DYNAMIC,
                         .self = e,
                         .forward = forward,
+                        .logits = logits,
                         .now_us = now_us};
     if (!e->vocab) return;
     out->ends = e->vocab->ends;
