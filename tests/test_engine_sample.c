@@ -9,7 +9,7 @@ static kivi_session *session;
 static float *logits; /* the engine's own of the last step, written over */
 
 static int open_all(void **state) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     (void)state;
     o.model_path = golden("llama");
     o.n_threads = 1;

@@ -121,7 +121,7 @@ static void test_group(void **state) {
     FAILS(kivi_kv_resolve(&kv, 80, &err), ARG, "group 32|80|16");
     kv = (kivi_kv_options){0};
     FAILS(kivi_kv_resolve(&kv, 72, &err), UNSUPPORTED, "72|multiple of 16");
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = config_folder("{\"model_type\": \"llama\", \"hidden_size\": 320, "
                                  "\"intermediate_size\": 192, \"num_hidden_layers\": 2, "
                                  "\"num_attention_heads\": 4, \"vocab_size\": 288}");
@@ -147,7 +147,7 @@ static const char *const models[] = {"mistral-swa", "gemma3", "falcon-gqa", "qwe
 enum { N_MODELS = sizeof models / sizeof *models };
 
 static kivi_engine_options options_of(const char *model, uint32_t bits, kivi_rule rule) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = golden(model);
     o.kv.k_bits = o.kv.v_bits = bits;
     o.kv.residual_tokens = 32;

@@ -45,7 +45,7 @@ enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static kivi_engine *make_engine(const kind *k, uint32_t n_sessions, uint32_t n_pages,
                                 unsigned n_threads) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     kivi_memory plan;
     o.model_path = golden(k->model);
     o.kv = k->kv;
