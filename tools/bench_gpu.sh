@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bench_gpu.sh [FOLDER]: the figures of the CUDA kernels in SPEED.md in one call of some two minutes. FOLDER (build) holds
+# bench_gpu.sh [FOLDER]: the figures of the CUDA kernels in SPEED.md in one call of some two minutes. FOLDER (build) has
 # bench-cuda and check-cuda, which need nothing but the driver; torch's attention is measured where python3 has torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
