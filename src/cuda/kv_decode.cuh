@@ -522,8 +522,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t n_units = item.part.unit_end - item.part.unit_begin;
     stream.n = n_units > warp ? (n_units - warp + S::WARPS - 1) / S::WARPS : 0;
     pipe.init(lane);
-    /* Fast units are older than anything the kernels of this step write, and fetched before waiting;
-     * but where a side has 16 bits the last one may hold this step's own row. */
+    /* Fast units are older than anything the kernels of this step write, and fetched before
+     * waiting; but where a side has 16 bits the last one may hold this step's own row. */
     if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) wait_for_previous();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
