@@ -308,8 +308,9 @@ static void test_window_files(void **state) {
         MUST(kivi_seq_save(seq, in_temp(i ? "with" : "without"), &err));
         kivi_seq_destroy(&seq);
     }
-    FAILS(kivi_seq_load(&bad, caches[0], in_temp("with"), &err), ARG, "with a sliding window");
-    FAILS(kivi_seq_load(&bad, caches[1], in_temp("without"), &err), ARG, "without a sliding");
+    FAILS(kivi_seq_load(&bad, caches[0], in_temp("with"), &err), ARG, "and a sliding window, this");
+    FAILS(kivi_seq_load(&bad, caches[1], in_temp("without"), &err), ARG,
+          "and no sliding window, this");
     MUST(kivi_seq_load(&seq, caches[1], in_temp("with"), &err));
     assert_int_equal(kivi_seq_length(seq), 3000);
     kivi_seq_destroy(&seq);

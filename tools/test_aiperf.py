@@ -3,7 +3,8 @@
 
   test_aiperf.py MODEL.gguf PYTHON [--requests 24] [--at-once 4]
 
-PYTHON is an interpreter with aiperf beside it (pip install aiperf). MODEL's tokenizer is written for it as a folder.
+PYTHON is an interpreter with aiperf beside it (pip install aiperf). MODEL's tokenizer is written for it
+as a folder.
 The two cannot be set against each other directly: aiperf's processes take their share of a small machine. So each is
 set against the server's own histograms of the same run. One line a figure; exit 1 where they differ by more than 5%
 and 5 ms (the server does not see what passes before a request is whole and after its last byte is handed over)."""
