@@ -119,7 +119,7 @@ static const option table[] = {
     {"header-timeout", "", UINT, CMD_SERVE, AT(header_s), 0, "S",
      "a request must have come after so long (30)", 1, 1e6},
     {"keep-alive", "--sse-keep-alive-interval", UINT, CMD_SERVE, AT(keep_alive_s), 0, "S",
-     "silent streams get a comment, idle connections end (15)", 1, 1e6},
+     "a stream without news gets a comment line (15)", 1, 1e6},
     {"stream-buffer", "", UINT, CMD_SERVE, AT(stream_buffer_kib), 0, "KIB",
      "unread part of a stream before it pauses (256)", 1, 1e6},
     {"max-connections", "", UINT, CMD_SERVE, AT(max_connections), 0, "N", "connections (1024)", 1,

@@ -25,7 +25,8 @@ UNDER = os.environ.get('KIVI_TEST_UNDER') or None  # asan, tsan, valgrind: every
 TIMEOUT_S = 600 if UNDER else 120
 
 # What the caller has set for kivi would change what is tested; only the names the tests set themselves reach it.
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith('KIVI_')}
+# They are about the CPU, also where a GPU is: tests/gpu names its device.
+CLEAN = {**{k: v for k, v in os.environ.items() if not k.startswith('KIVI_')}, 'KIVI_DEVICE': 'cpu'}
 
 _count = {'ok': 0, 'not ok': 0, 'skip': 0}
 _scratch = tempfile.TemporaryDirectory(prefix='kivi-test-')

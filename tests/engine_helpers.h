@@ -125,6 +125,12 @@ static inline const int32_t *golden_tokens(void) {
 
 /* ---- engines ---- */
 
+/* These tests are about the CPU, also on a machine with a GPU (tests/gpu). */
+static inline kivi_engine_options cpu_defaults(void) {
+    kivi_engine_options options = kivi_engine_defaults();
+    options.device = "cpu";
+    return options;
+}
 static inline kivi_engine *open_engine(const kivi_engine_options *options) {
     kivi_engine *engine = NULL;
     MUST(kivi_engine_create(&engine, options, &err));

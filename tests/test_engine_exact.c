@@ -58,7 +58,7 @@ static const char *case_name(int i) {
 static const kivi_kv_options *case_kv(int i) { return &kinds[i / 2].kv; }
 
 static kivi_engine_options case_options(int i) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = golden(i % 2 ? "llama-gqa" : "llama");
     o.kv = *case_kv(i);
     o.n_threads = 1;

@@ -70,7 +70,7 @@ static void scale_f32(bytes *file, const char *name, float factor) {
 }
 
 static kivi_engine_options options_for(const char *path) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = path;
     o.kv.residual_tokens = 32;
     o.n_threads = 2;

@@ -93,7 +93,7 @@ static kivi_engine_options tiny(int kind) {
         {.k_bits = 16, .v_bits = 16},
         {.k_bits = 8, .v_bits = 8, .group = 16, .residual_tokens = 48, .rewind_tokens = 100},
     };
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = golden(kind % 2 ? "llama-gqa" : "llama");
     o.kv = kv[kind % 5];
     o.n_threads = 2;
@@ -345,7 +345,7 @@ static kivi_status fill(kivi_engine *engine, kivi_session *session, uint32_t n_t
 
 enum { CTX = 4096 };
 static void measure(measured *m, const kivi_kv_options *kv) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     kivi_engine *engine = NULL;
     kivi_session *s = NULL;
     o.model_path = real_model();

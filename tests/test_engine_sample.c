@@ -6,10 +6,10 @@
 enum { V = 288 };
 static kivi_engine *engine;
 static kivi_session *session;
-static float logits[V];
+static float *logits; /* the engine's own of the last step, written over */
 
 static int open_all(void **state) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     (void)state;
     o.model_path = golden("llama");
     o.n_threads = 1;
@@ -30,8 +30,9 @@ static int close_all(void **state) {
 static void stage(const int32_t *history, uint32_t n_history, const float *p, uint32_t n) {
     MUST(kivi_session_rewind(session, 0, &err));
     for (uint32_t i = 0; i < n_history; i++) MUST(kivi_session_decode(session, history[i], &err));
+    logits = (float *)(uintptr_t)kivi_session_logits(session, 0);
+    assert_non_null(logits);
     for (uint32_t i = 0; i < V; i++) logits[i] = i < n ? logf(p[i]) : -1000.0f;
-    session->logits = logits;
 }
 static void stage_simple(void) {
     static const float p[] = {0.15f, 0.5f, 0.05f, 0.3f};

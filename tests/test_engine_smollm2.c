@@ -31,7 +31,7 @@ static const kind k16v2 = {"k16v2", KV(16, 2, 32, 0, PAPER, 0)};
 static const kind f16 = {"f16", KV(16, 16, 32, 0, PAPER, 0)};
 
 static kivi_engine *open_kind(const kind *k, unsigned n_threads, const char *disable) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     o.model_path = real_model();
     o.kv = k->kv;
     o.n_threads = n_threads;

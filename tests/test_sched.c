@@ -315,6 +315,7 @@ static void make_world(uint64_t seed) {
     o.logit_rows = between(o.max_items, o.max_items + 60);
     fake_create(&w->f, &o);
     w->f.fail_one_in = 40000;
+    w->f.knows_best = one_in(2);
     so.max_queued = between(4, 40);
     so.max_queued_tokens = 8000;
     so.prefix_bytes = one_in(2) ? 0 : 1u << between(12, 18);

@@ -39,13 +39,13 @@ static const kind kinds[] = {
     {"k16v2 stream", "llama", KV(16, 2, 64, 0, STREAM, 0), true},
     {"f16 paper", "llama-gqa", KV(16, 16, 32, 0, PAPER, 0), true},
     {"kivi2+ stream", "llama-gqa", PLUS(2, 2, 4, STREAM, 0), true},
-    {"k4v3+ span", "llama", PLUS(4, 3, 4, SPAN, 256), true},
+    {"k4v3+ span", "llama", PLUS(4, 3, 4, SPAN, 128), true},
 };
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 static kivi_engine *make_engine(const kind *k, uint32_t n_sessions, uint32_t n_pages,
                                 unsigned n_threads) {
-    kivi_engine_options o = kivi_engine_defaults();
+    kivi_engine_options o = cpu_defaults();
     kivi_memory plan;
     o.model_path = golden(k->model);
     o.kv = k->kv;

@@ -3,16 +3,17 @@
 
   tools/eval_rules.py [--texts FOLDER] [--threads N] [--kv KIND] [--rules LIST] [--no-speed]
 
-Quality: of the texts of tools/eval_quality.py the first 12; of each the first 1,024 tokens: 768 as a prompt under the
-rule, then 256 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
-distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 257 positions that generate, which is
+Quality: of the texts of tools/eval_quality.py the first 12; of each the first 640 tokens: 512 as a prompt under the
+rule, then 128 one by one as if they were generated (teacher forced). The divergence KL(f16 || kind) of each position's
+distribution from the same engine's with a 16-bit cache, in nats, over the 12 x 129 positions that generate, which is
 what a client sees, and over every 8th position of the prompt from 128 on, which is what scoring a prompt (echo) sees.
-The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, tokens a second.
+The standard error is that of the 12 texts' means. Prompt time: `kivi bench -p`, one thread.
 KIVI_BIN is the kivi to use (build/kivi). Needs numpy.
 """
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,18 @@ import numpy as np
 from compare_llama import KIVI, cpu_name, find_model
 from eval_quality import fetch, texts_in
 
-CTX, N_PROMPT, SKIP, STRIDE = 1024, 768, 128, 8
-RULES = 'paper,span:512,span:256,stream'
-PROMPTS = '512,2048,4096'
+CTX, N_PROMPT, SKIP, STRIDE = 640, 512, 128, 8
+RULES = 'paper,span:256,stream,stream+4'  # +4: with four sinks
+PROMPTS = '512,1024'
 
 
 def run(command):
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def spelled(rule):
+    name, _, sinks = rule.partition('+')
+    return ['--rule', name] + (['--sinks', sinks] if sinks else [])
 
 
 def logits(model, tokens, options, folder, threads):
@@ -66,7 +72,7 @@ def quality(model, files, kind, rules, threads):
                 json.dump([int(i) for i in ids], f)
             base = logits(model, tokens, ['--kv', 'f16'], folder, threads)
             for rule in rules:
-                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, '--rule', rule], folder, threads))
+                kl, same = divergence(base, logits(model, tokens, ['--kv', kind, *spelled(rule)], folder, threads))
                 border = len(kl) - (CTX - N_PROMPT + 1)
                 found[rule][0].append(kl[border:].mean())
                 found[rule][1].append(same[border:].mean())
@@ -81,14 +87,25 @@ def quality(model, files, kind, rules, threads):
     print(f'\n{kind}, {len(files)} texts, {len(files) * (CTX - N_PROMPT + 1)} generated positions.', flush=True)
 
 
-def speed(model, kind, rules, threads):
+def cpu_seconds(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def speed(model, kind, rules):
+    """One repetition more is what a prompt costs; processor time, because other programs take wall time."""
     lengths = PROMPTS.split(',')
-    print('\n| rule | ' + ' | '.join(f'{n} tokens, t/s' for n in lengths) + ' |\n|' + '---|' * (len(lengths) + 1))
+    print('\n| rule | ' + ' | '.join(f'{n} tokens, ms of processor a token' for n in lengths) + ' |\n|'
+          + '---|' * (len(lengths) + 1), flush=True)
     for rule in rules:
-        made = json.loads(run([KIVI, 'bench', model, '-p', PROMPTS, '-n', '0', '-r', '2', '--kv', kind, '--rule', rule,
-                               '-t', str(threads), '-o', 'json']))
-        by_length = {m['n_prompt']: m['avg_ts'] for m in made if m['n_prompt']}
-        print(f'| {rule} | ' + ' | '.join(f'{by_length[int(n)]:.0f}' for n in lengths) + ' |', flush=True)
+        cells = []
+        for n in lengths:
+            once, twice = (cpu_seconds([KIVI, 'bench', model, '-p', n, '-n', '0', '-r', r, '-t', '1', '--kv', kind,
+                                        *spelled(rule)]) for r in '12')
+            cells.append(f'{1000 * (twice - once) / int(n):.2f}')
+        print(f'| {rule} | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 def main():
@@ -110,7 +127,7 @@ def main():
                 fetch(folder)
             quality(model, texts_in(o.texts or folder)[o.first:o.first + o.n_texts], o.kv, rules, o.threads)
     if not o.no_speed:
-        speed(model, o.kv, rules, o.threads)
+        speed(model, o.kv, rules)
     print(f'\n{cpu_name()}, {o.threads} threads.')
 
 

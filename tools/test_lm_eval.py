@@ -118,6 +118,8 @@ def main():
     model, more = sys.argv[1], sys.argv[2:]
     same = [a for i, a in enumerate(more) if a in ('--kv', '--rule', '--residual', '--group', '--sinks')
             or i and more[i - 1] in ('--kv', '--rule', '--residual', '--group', '--sinks')]
+    if '--rule' not in same:
+        same += ['--rule', 'stream']  # serve's own, where none is asked for
     with tempfile.TemporaryDirectory() as folder, Server(KIVI, model, *more, '--served-model-name', 'small') as server:
         write_tasks(folder)
         evaluate(server, folder)

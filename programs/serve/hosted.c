@@ -7,6 +7,9 @@ static void adjust(kivi_engine_options *eo, void *user) {
     eo->max_sessions = o->max_seqs;
     if (o->step_tokens) eo->step_rows = o->step_tokens;
     if (o->kv_memory_given) eo->kv_bytes = (uint64_t)o->kv_memory_mib << 20;
+    /* Prompts share their beginnings, and no prompt holds all its rows in 16 bit; what it costs is
+     * in ARCHITECTURE.md. */
+    if (!o->rule) eo->kv.rule = KIVI_RULE_STREAM;
     /* Room for logprobs of prompts beside the rows of running sequences. */
     eo->logit_rows = o->max_seqs + 64;
 }

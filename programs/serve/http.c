@@ -15,7 +15,10 @@
 enum {
     BLOCK_BYTES = 32768,       /* of a stream, handed over at once */
     SOCKET_BYTES = 65536,      /* what the system keeps of a stream nobody reads */
-    SLACK_CONNECTIONS = 64,    /* beyond the limit: to be told so */
+    IDLE_MS = 75000,           /* longer than clients keep their own: they close first */
+    SLACK_CONNECTIONS = 16,    /* beyond the limit: to be told so */
+    INLINE_BYTES = 65536,      /* a body up to here is prepared at once: some milliseconds */
+    BODIES_AT_ONCE = 16,       /* so many of the longest bodies are held in all */
     SWALLOW_BYTES = 128 << 20, /* of a body that is too large, so that its sender hears why */
     BODY_BYTES_A_MS = 16,      /* the slowest sender that is waited for */
     HTTP_THREADS = 2
@@ -133,7 +136,10 @@ static struct MHD_Response *from_text(text *t, const char *content_type) {
                                                    t->data ? MHD_RESPMEM_MUST_FREE
                                                            : MHD_RESPMEM_MUST_COPY);
     if (!response) text_deinit(t);
-    else MHD_add_response_header(response, "Content-Type", content_type);
+    else {
+        MHD_add_response_header(response, "Content-Type", content_type);
+        *t = (text){0}; /* the response has its memory */
+    }
     return response;
 }
 
@@ -271,7 +277,8 @@ static void unlink_job(server *s, job *j) {
     pthread_mutex_unlock(&s->lock);
 }
 
-enum MHD_Result start_job(exchange *e) {
+/* Takes e->work into the list and submits it. */
+static enum MHD_Result start_job(exchange *e) {
     job *j = e->work;
     struct peer *p = peer_of(e->connection);
     fault f = {0};
@@ -356,6 +363,7 @@ static enum MHD_Result begin(exchange **out, server *s, struct MHD_Connection *c
     e->s = s;
     e->connection = connection;
     text_init(&e->body, s->o.body_bytes);
+    text_init(&e->reply, SIZE_MAX / 2);
     snprintf(e->path, sizeof e->path, "%s", path);
     e->log.method = "?";
     static const char *const methods[] = {"GET",   "POST",   "HEAD",    "PUT",
@@ -379,6 +387,13 @@ static enum MHD_Result begin(exchange **out, server *s, struct MHD_Connection *c
     return MHD_YES;
 }
 
+/* Bytes held for bodies are bounded in all; false: no more now. */
+static bool count_body(exchange *e, size_t n_bytes) {
+    size_t all = atomic_fetch_add(&e->s->body_bytes, n_bytes) + n_bytes;
+    e->n_counted += n_bytes;
+    return all <= BODIES_AT_ONCE * e->s->o.body_bytes;
+}
+
 /* More of the body. What is refused already is swallowed, so that the sender reads why. */
 static enum MHD_Result receive(exchange *e, const char *data, size_t n_bytes) {
     struct peer *p = peer_of(e->connection);
@@ -389,6 +404,10 @@ static enum MHD_Result receive(exchange *e, const char *data, size_t n_bytes) {
     }
     if (!e->failure.status && e->body.n_bytes + n_bytes > e->s->o.body_bytes)
         refuse_with(&e->failure, 413, NULL, "the body has more than %zu bytes", e->s->o.body_bytes);
+    if (!e->failure.status && !count_body(e, n_bytes)) {
+        refuse_with(&e->failure, 503, NULL, "too many large requests at once");
+        e->failure.retry_s = 1;
+    }
     if (!e->failure.status) {
         text_put(&e->body, data, n_bytes);
         if (e->body.failed) refuse_with(&e->failure, 503, NULL, "out of memory");
@@ -397,6 +416,71 @@ static enum MHD_Result receive(exchange *e, const char *data, size_t n_bytes) {
     text_deinit(&e->body);
     e->n_swallowed += n_bytes;
     return e->n_swallowed > SWALLOW_BYTES ? MHD_NO : MHD_YES;
+}
+
+/* ---- preparations ---- */
+
+/* What a preparation has left goes out. */
+static enum MHD_Result conclude(exchange *e) {
+    e->stage = PREPARED;
+    enum MHD_Result result = e->work             ? start_job(e)
+                             : e->failure.status ? respond_fault(e, &e->failure)
+                                                 : respond(e, 200, "application/json", &e->reply);
+    json_decref(e->parsed); /* submit has copied what it lent */
+    e->parsed = NULL;
+    return result;
+}
+
+static enum MHD_Result prepare_later(exchange *e) {
+    server *s = e->s;
+    MHD_suspend_connection(e->connection);
+    pthread_mutex_lock(&s->prepare_lock);
+    *s->prepare_last = e;
+    s->prepare_last = &e->next;
+    pthread_cond_signal(&s->prepare_more);
+    pthread_mutex_unlock(&s->prepare_lock);
+    return MHD_YES;
+}
+
+static void *prepare(void *user) {
+    server *s = user;
+    pthread_mutex_lock(&s->prepare_lock);
+    for (;;) {
+        exchange *e = s->prepare_first;
+        if (!e && s->prepare_ends) break;
+        if (!e) {
+            pthread_cond_wait(&s->prepare_more, &s->prepare_lock);
+            continue;
+        }
+        if ((s->prepare_first = e->next) == NULL) s->prepare_last = &s->prepare_first;
+        e->next = NULL;
+        pthread_mutex_unlock(&s->prepare_lock);
+        e->to->prepare(e);
+        MHD_resume_connection(e->connection); /* e may be gone from here on */
+        pthread_mutex_lock(&s->prepare_lock);
+    }
+    pthread_mutex_unlock(&s->prepare_lock);
+    return NULL;
+}
+
+static bool start_preparers(server *s) {
+    enum { N = sizeof s->preparers / sizeof *s->preparers };
+    pthread_mutex_init(&s->prepare_lock, NULL);
+    pthread_cond_init(&s->prepare_more, NULL);
+    s->prepare_last = &s->prepare_first;
+    while (s->n_preparers < N &&
+           pthread_create(&s->preparers[s->n_preparers], NULL, prepare, s) == 0)
+        s->n_preparers++;
+    return s->n_preparers == N;
+}
+
+/* Whatever waits is prepared first, so that no connection stays suspended. */
+static void stop_preparers(server *s) {
+    pthread_mutex_lock(&s->prepare_lock);
+    s->prepare_ends = true;
+    pthread_cond_broadcast(&s->prepare_more);
+    pthread_mutex_unlock(&s->prepare_lock);
+    while (s->n_preparers) pthread_join(s->preparers[--s->n_preparers], NULL);
 }
 
 static enum MHD_Result handle(void *user, struct MHD_Connection *connection, const char *path,
@@ -415,7 +499,8 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *connection, con
         *n_bytes = 0;
         return went_on;
     }
-    if (e->work) return respond_job(e);
+    if (e->work && e->stage == PREPARED) return respond_job(e);
+    if (e->stage == PREPARING) return conclude(e);
     struct peer *p = peer_of(connection);
     if (p) {
         pthread_mutex_lock(&s->lock);
@@ -424,7 +509,11 @@ static enum MHD_Result handle(void *user, struct MHD_Connection *connection, con
     }
     if (e->failure.status) return respond_fault(e, &e->failure);
     if (!e->to) return respond_preflight(e);
-    return e->to->answer(e);
+    if (e->to->answer) return e->to->answer(e);
+    e->stage = PREPARING;
+    if (e->body.n_bytes > INLINE_BYTES) return prepare_later(e);
+    e->to->prepare(e);
+    return conclude(e);
 }
 
 static void on_completed(void *user, struct MHD_Connection *connection, void **context,
@@ -441,7 +530,8 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
         pthread_mutex_unlock(&s->lock);
     }
     if (!e) return;
-    if (e->work) {
+    if (e->work && e->stage == PREPARING) job_release(e->work); /* it was never started */
+    else if (e->work) {
         unlink_job(s, e->work);
         if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work, &s->counts.n_left);
         job_release(e->work);
@@ -450,7 +540,10 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
         if (!e->log.path) e->log.path = "?";
         log_request(s, &e->log);
     }
+    atomic_fetch_sub(&s->body_bytes, e->n_counted);
     text_deinit(&e->body);
+    text_deinit(&e->reply);
+    json_decref(e->parsed);
     free(e);
 }
 
@@ -501,8 +594,7 @@ static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
     static const char late[] = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
                                "Content-Length: 0\r\n\r\n";
     bool idle = p->used && !p->reading;
-    uint64_t limit_ms =
-        idle ? s->o.keep_alive_ms : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
+    uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
     if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
     /* Nothing else is written to a connection whose request is not whole. */
     if (!idle && !s->o.tls_cert)
@@ -533,6 +625,7 @@ bool http_idle(server *s) {
 /* ---- start and stop ---- */
 
 bool http_start(server *s) {
+    if (!start_preparers(s)) return false;
     unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME;
     struct MHD_OptionItem tls[3] = {{MHD_OPTION_END, 0, NULL}};
     if (s->o.tls_cert) {
@@ -556,6 +649,7 @@ bool http_start(server *s) {
 void http_stop(server *s) {
     if (!s->daemon) return;
     MHD_quiesce_daemon(s->daemon);
+    stop_preparers(s);
     pthread_mutex_lock(&s->lock);
     for (job *j = s->jobs; j; j = j->next) job_abandon(j, NULL);
     pthread_mutex_unlock(&s->lock);

@@ -12,18 +12,25 @@ typedef struct exchange {
     const route *to;
     const char *rest; /* of the path, behind a route that ends in a slash */
     text body;
-    fault failure; /* found in the head; told once the body has come */
+    json_t *parsed; /* of the body */
+    text reply;     /* what a preparation leaves to be sent, unless it leaves a job or a failure */
+    enum { READING, PREPARING, PREPARED } stage;
+    struct exchange *next; /* in the queue of preparations */
+    fault failure;         /* found in the head; told once the body has come */
     job *work;
     request_log log;
-    char path[128]; /* for the log */
-    size_t n_swallowed;
+    char path[128];                /* for the log */
+    size_t n_swallowed, n_counted; /* bytes of the body; of them in server.body_bytes */
     bool answered;
 } exchange;
 
 struct route {
     const char *method, *path; /* a path that ends in a slash stands for all below it */
     bool needs_key, needs_model, is_work;
+    /* One of the two. A preparation may take long (a text to be taken apart): a large body is
+     * prepared by a thread of its own, so that streams go on. It does not touch the connection. */
     enum MHD_Result (*answer)(exchange *e);
+    void (*prepare)(exchange *e);
 };
 
 /* The route; NULL: f says why (404 or 405), and *allow names the method there is. */
@@ -35,8 +42,6 @@ enum MHD_Result respond(exchange *e, int status, const char *content_type, text 
 enum MHD_Result respond_fault(exchange *e, const fault *f);
 /* A job that was submitted: its answer or its stream, when it is there. */
 enum MHD_Result respond_job(exchange *e);
-/* Takes e->job into the list and submits it. */
-enum MHD_Result start_job(exchange *e);
 
 extern const char page_html[];
 extern const unsigned page_html_bytes;

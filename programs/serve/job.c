@@ -385,6 +385,9 @@ bool job_submit(job *j, fault *f) {
         kivi_error err = {0};
         r.prompt = j->p.prompts[i].ids;
         r.n_prompt = j->p.prompts[i].n;
+        uint32_t ctx = kivi_engine_info_get(j->s->engine)->ctx_tokens;
+        if (j->p.fits_context && r.n_prompt < ctx && ctx - r.n_prompt < r.max_tokens)
+            r.max_tokens = ctx - (uint32_t)r.n_prompt;
         r.on_event = on_event;
         r.user = run;
         r.timeout_ms = j->s->o.request_ms;

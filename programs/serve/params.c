@@ -330,6 +330,7 @@ static bool read_lengths(params *p, const json_t *body, fault *f) {
     const char *param =
         member(body, "max_completion_tokens") ? "max_completion_tokens" : "max_tokens";
     uint32_t least = p->chat ? 1 : 0;
+    p->fits_context = !member(body, param) && !p->chat;
     if (!read_u32(&r->max_tokens, body, param, p->chat ? UINT32_MAX : 16, least, INT32_MAX, f) ||
         !read_u32(&r->min_tokens, body, "min_tokens", 0, 0, INT32_MAX, f) ||
         !read_flag(&r->ignore_eos, body, "ignore_eos", false, f))

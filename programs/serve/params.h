@@ -49,6 +49,7 @@ typedef struct params {
     bool chat, stream, include_usage, usage_in_chunks, echo, include_stop, keep_special;
     token_list *prompts; /* [n_prompts] */
     size_t n_prompts;
+    bool fits_context;      /* max_tokens was not given: less if the context leaves less */
     char *stops[MAX_STOPS]; /* not empty */
     size_t n_stop_bytes[MAX_STOPS];
     size_t n_stops;

@@ -8,19 +8,18 @@ static enum MHD_Result json_text(exchange *e, text *t) {
     return respond(e, 200, "application/json", t);
 }
 
-/* The body as an object; NULL: f says why. */
-static json_t *parse_body(exchange *e, fault *f) {
+/* The body as an object into e->parsed; false: e->failure says why. */
+static bool parse_body(exchange *e) {
     json_error_t where;
     const char *data = e->body.data ? e->body.data : "";
-    json_t *body =
-        json_loadb(data, e->body.n_bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
-    if (!body)
-        refuse_with(f, 400, NULL, "the body is not valid JSON: %s, line %d, column %d", where.text,
-                    where.line, where.column);
-    else if (!json_is_object(body)) refuse_with(f, 400, NULL, "the body is not a JSON object");
-    else return body;
-    json_decref(body);
-    return NULL;
+    e->parsed = json_loadb(data, e->body.n_bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &where);
+    text_deinit(&e->body);
+    if (!e->parsed)
+        return refuse_with(&e->failure, 400, NULL,
+                           "the body is not valid JSON: %s, line %d, column %d", where.text,
+                           where.line, where.column);
+    return json_is_object(e->parsed) ||
+           refuse_with(&e->failure, 400, NULL, "the body is not a JSON object");
 }
 
 /* ---- what the server is ---- */
@@ -119,9 +118,10 @@ static void put_named_token(text *t, const char *name, const server *s, int32_t 
     else put_token(t, s, id);
 }
 
-static bool tokenize(token_list *list, const json_t *body, exchange *e, fault *f) {
+static bool tokenize(token_list *list, exchange *e) {
     params_context context = server_context(e->s);
-    const json_t *prompt = json_object_get(body, "prompt");
+    const json_t *body = e->parsed, *prompt = json_object_get(body, "prompt");
+    fault *f = &e->failure;
     bool add, special;
     if (!check_model(body, &context, f)) return false;
     if (json_object_get(body, "messages")) return tokenize_messages(list, body, &context, f);
@@ -150,27 +150,22 @@ static void put_tokens(text *t, const server *s, const token_list *list, bool wi
     } else text_puts(t, "null}");
 }
 
-static enum MHD_Result post_tokenize(exchange *e) {
-    fault f = {0};
+static void prepare_tokenize(exchange *e) {
     token_list list = {0};
     bool with_texts = false;
-    json_t *body = parse_body(e, &f);
-    bool ok = body && tokenize(&list, body, e, &f) &&
-              read_flag(&with_texts, body, "return_token_strs", false, &f);
-    text t;
-    text_init(&t, SIZE_MAX / 2);
-    if (ok) put_tokens(&t, e->s, &list, with_texts);
-    json_decref(body);
+    if (parse_body(e) && tokenize(&list, e) &&
+        read_flag(&with_texts, e->parsed, "return_token_strs", false, &e->failure))
+        put_tokens(&e->reply, e->s, &list, with_texts);
     free(list.ids);
-    return ok ? json_text(e, &t) : respond_fault(e, &f);
 }
 
-static bool detokenize(text *out, const json_t *body, exchange *e, fault *f) {
+static bool detokenize(text *out, exchange *e) {
     params_context context = server_context(e->s);
-    const json_t *tokens = json_object_get(body, "tokens");
+    const json_t *tokens = json_object_get(e->parsed, "tokens");
+    fault *f = &e->failure;
     kivi_utf8 utf8 = {0};
     char piece[512], whole[3 * (512 + 4)];
-    if (!check_model(body, &context, f)) return false;
+    if (!check_model(e->parsed, &context, f)) return false;
     if (!json_is_array(tokens))
         return refuse_with(f, 400, "tokens", "tokens: expected an array of token ids");
     for (size_t i = 0; i < json_array_size(tokens); i++) {
@@ -183,21 +178,15 @@ static bool detokenize(text *out, const json_t *body, exchange *e, fault *f) {
     return true;
 }
 
-static enum MHD_Result post_detokenize(exchange *e) {
-    fault f = {0};
-    text plain, t;
-    json_t *body = parse_body(e, &f);
+static void prepare_detokenize(exchange *e) {
+    text plain;
     text_init(&plain, SIZE_MAX / 2);
-    text_init(&t, SIZE_MAX / 2);
-    bool ok = body && detokenize(&plain, body, e, &f);
-    if (ok) {
-        text_puts(&t, "{\"prompt\":");
-        text_json(&t, plain.data, plain.n_bytes);
-        text_puts(&t, "}");
+    if (parse_body(e) && detokenize(&plain, e)) {
+        text_puts(&e->reply, "{\"prompt\":");
+        text_json(&e->reply, plain.data, plain.n_bytes);
+        text_puts(&e->reply, "}");
     }
-    json_decref(body);
     text_deinit(&plain);
-    return ok ? json_text(e, &t) : respond_fault(e, &f);
 }
 
 static enum MHD_Result get_tokenizer_info(exchange *e) {
@@ -217,32 +206,27 @@ static enum MHD_Result get_tokenizer_info(exchange *e) {
 
 /* ---- work ---- */
 
-static enum MHD_Result post_job(exchange *e, bool chat) {
-    fault f = {0};
-    json_t *body = parse_body(e, &f);
-    text_deinit(&e->body);
-    if (body) e->work = job_create(e->s, body, chat, &e->log, &f);
-    enum MHD_Result result = e->work ? start_job(e) : respond_fault(e, &f);
-    json_decref(body); /* submit has copied what it lent */
-    return result;
+static void prepare_completion(exchange *e) {
+    if (parse_body(e)) e->work = job_create(e->s, e->parsed, false, &e->log, &e->failure);
 }
 
-static enum MHD_Result post_completions(exchange *e) { return post_job(e, false); }
-static enum MHD_Result post_chat(exchange *e) { return post_job(e, true); }
+static void prepare_chat(exchange *e) {
+    if (parse_body(e)) e->work = job_create(e->s, e->parsed, true, &e->log, &e->failure);
+}
 
 static const route routes[] = {
-    {"GET", "/", false, false, false, get_page},
-    {"GET", "/health", false, false, false, get_health},
-    {"GET", "/ready", false, false, false, get_ready},
-    {"GET", "/version", false, false, false, get_version},
-    {"GET", "/metrics", false, false, false, get_metrics},
-    {"GET", "/v1/models", true, true, false, get_models},
-    {"GET", "/v1/models/", true, true, false, get_model},
-    {"POST", "/tokenize", true, true, false, post_tokenize},
-    {"POST", "/detokenize", true, true, false, post_detokenize},
-    {"GET", "/tokenizer_info", true, true, false, get_tokenizer_info},
-    {"POST", "/v1/completions", true, true, true, post_completions},
-    {"POST", "/v1/chat/completions", true, true, true, post_chat},
+    {"GET", "/", false, false, false, get_page, NULL},
+    {"GET", "/health", false, false, false, get_health, NULL},
+    {"GET", "/ready", false, false, false, get_ready, NULL},
+    {"GET", "/version", false, false, false, get_version, NULL},
+    {"GET", "/metrics", false, false, false, get_metrics, NULL},
+    {"GET", "/v1/models", true, true, false, get_models, NULL},
+    {"GET", "/v1/models/", true, true, false, get_model, NULL},
+    {"POST", "/tokenize", true, true, false, NULL, prepare_tokenize},
+    {"POST", "/detokenize", true, true, false, NULL, prepare_detokenize},
+    {"GET", "/tokenizer_info", true, true, false, get_tokenizer_info, NULL},
+    {"POST", "/v1/completions", true, true, true, NULL, prepare_completion},
+    {"POST", "/v1/chat/completions", true, true, true, NULL, prepare_chat},
 };
 
 static bool path_fits(const route *r, const char *path) {

@@ -450,8 +450,63 @@ static node *compile_array(compiler *c, const json_t *schema, const char *path) 
     return SEQ(g, word(g, "["), shared(c, SPACE), all, rest, shared(c, SPACE), word(g, "]"));
 }
 
+/* d a digit, h a small hexadecimal one, anything else itself. */
+static node *by_picture(grammar *g, const char *picture) {
+    node *all = grammar_sequence(g, 0, NULL);
+    for (; *picture; picture++) {
+        node *one = *picture == 'd'   ? grammar_set(g, "09")
+                    : *picture == 'h' ? grammar_set(g, "09af")
+                                      : grammar_literal(g, picture, 1);
+        all = SEQ(g, all, one);
+    }
+    return all;
+}
+
+/* Days that every year has. */
+static node *make_date(grammar *g) {
+    node *day28 = ALT(g, SEQ(g, word(g, "0"), grammar_set(g, "19")), by_picture(g, "1d"),
+                      SEQ(g, word(g, "2"), grammar_set(g, "08")));
+    node *day30 = ALT(g, day28, word(g, "29"), word(g, "30"));
+    node *short_month = ALT(g, word(g, "04"), word(g, "06"), word(g, "09"), word(g, "11"));
+    node *long_month = ALT(g, word(g, "01"), word(g, "03"), word(g, "05"), word(g, "07"),
+                           word(g, "08"), word(g, "10"), word(g, "12"));
+    node *month_day =
+        ALT(g, SEQ(g, word(g, "02-"), day28), SEQ(g, short_month, word(g, "-"), day30),
+            SEQ(g, long_month, word(g, "-"), ALT(g, day30, word(g, "31"))));
+    return SEQ(g, by_picture(g, "dddd-"), month_day);
+}
+
+static node *make_time(grammar *g) {
+    node *hour = ALT(g, SEQ(g, grammar_set(g, "01"), grammar_set(g, "09")),
+                     SEQ(g, word(g, "2"), grammar_set(g, "03")));
+    node *sixty = SEQ(g, grammar_set(g, "05"), grammar_set(g, "09"));
+    node *fraction = SEQ(g, word(g, "."), grammar_repeat(g, grammar_set(g, "09"), 1, 6));
+    node *offset = SEQ(g, grammar_set(g, "++--"), hour, word(g, ":"), sixty);
+    return SEQ(g, hour, word(g, ":"), sixty, word(g, ":"), sixty, optional(g, fraction),
+               ALT(g, word(g, "Z"), offset));
+}
+
+static node *compile_format(compiler *c, const json_t *schema, const char *path) {
+    const char *format = json_string_value(json_object_get(schema, "format"));
+    grammar *g = c->g;
+    node *body = NULL;
+    if (json_object_get(schema, "minLength") || json_object_get(schema, "maxLength"))
+        return refuse(c, "%s: the keyword 'format' is not supported beside a length", path);
+    if (format && !strcmp(format, "date")) body = make_date(g);
+    else if (format && !strcmp(format, "time")) body = make_time(g);
+    else if (format && !strcmp(format, "date-time"))
+        body = SEQ(g, make_date(g), word(g, "T"), make_time(g));
+    else if (format && !strcmp(format, "uuid"))
+        body = by_picture(g, "hhhhhhhh-hhhh-hhhh-hhhh-hhhhhhhhhhhh");
+    else
+        return refuse(c, "%s: the keyword 'format' is supported for date, time, date-time and uuid",
+                      path);
+    return SEQ(g, word(g, "\""), body, word(g, "\""));
+}
+
 static node *compile_string(compiler *c, const json_t *schema, const char *path) {
     uint32_t min, max;
+    if (json_object_get(schema, "format")) return compile_format(c, schema, path);
     if (!read_count(c, &min, schema, "minLength", 0, path)) return NULL;
     if (!read_count(c, &max, schema, "maxLength", GRAMMAR_MANY, path)) return NULL;
     if (min > max) return refuse(c, "%s: minLength %u is above maxLength %u", path, min, max);
@@ -474,7 +529,8 @@ static const char *const assertions[] = {
     "items",     "prefixItems", "minItems", "maxItems",
     "minLength", "maxLength",   "minimum",  "exclusiveMinimum",
     "maximum",   "enum",        "const",    "exclusiveMaximum",
-    "anyOf",     "allOf",       "$ref",     NULL};
+    "anyOf",     "allOf",       "$ref",     "format",
+    NULL};
 
 /* Refuses what is not understood, and beside `alone` whatever is more than a remark. */
 static bool check_keywords(compiler *c, const json_t *schema, const char *alone, const char *path) {

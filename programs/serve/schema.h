@@ -2,9 +2,9 @@
  *
  * Understood: type (one or several), properties, required, additionalProperties, items,
  * prefixItems, minItems, maxItems, minLength, maxLength, minimum, maximum and the exclusive ones
- * (of integers), enum, const, anyOf, allOf of one schema, $ref within the document, $defs and
- * definitions, true, and annotations (title, description, default, ...). Any other keyword is
- * refused by name.
+ * (of integers), format (date, time, date-time, uuid), enum, const, anyOf, allOf of one schema,
+ * $ref within the document, $defs and definitions, true, and annotations (title, description,
+ * default, ...). Any other keyword is refused by name.
  *
  * The grammar accepts a part of what the schema does, never more: properties come in the order they
  * are written, further ones only where additionalProperties says so itself, white space is one

@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -78,6 +79,21 @@ static int read_options(server *s, const options *o) {
     if (!code && o->tls_cert) code = read_pem(&s->o.tls_cert, o->tls_cert);
     if (!code && o->tls_key) code = read_pem(&s->o.tls_key, o->tls_key);
     return code;
+}
+
+/* As many descriptors as the system allows, and no more connections than those are enough for: a
+ * server that cannot accept would not say why. */
+static void fit_descriptors(server *s) {
+    enum { OTHERS = 32, LEAST = 4 }; /* files, epoll, the listener, connections to be told 503 */
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) || getrlimit(RLIMIT_NOFILE, &limit)) return;
+    uint64_t room = limit.rlim_cur > OTHERS + LEAST ? limit.rlim_cur - OTHERS : LEAST;
+    if (s->o.max_connections <= room) return;
+    s->o.max_connections = (unsigned)room;
+    log_line(s, "warning", "%llu descriptors allow for %u connections",
+             (unsigned long long)limit.rlim_cur, s->o.max_connections);
 }
 
 /* ---- the socket ---- */
@@ -240,6 +256,7 @@ int command_serve(const options *o) {
     pthread_mutex_init(&s->lock, NULL);
     metrics_init(&s->counts);
     int code = read_options(s, o);
+    if (!code) fit_descriptors(s);
     if (!code) code = open_listener(s, o);
     if (!code) code = run(s, o);
     model_unload(s);

@@ -21,10 +21,12 @@
 #ifdef __cplusplus
 typedef bool shared_flag;
 typedef unsigned shared_count;
+typedef size_t shared_size;
 #else
 #include <stdatomic.h>
 typedef atomic_bool shared_flag;
 typedef atomic_uint shared_count;
+typedef _Atomic size_t shared_size;
 #endif
 
 typedef struct server server;
@@ -45,7 +47,7 @@ typedef struct server_options {
     unsigned stall_ms;      /* a reader that takes nothing for so long is dropped */
     unsigned header_ms;     /* a request's head and body must be there after so long */
     unsigned drain_ms;      /* SIGTERM: what runs may take so long to end */
-    unsigned keep_alive_ms; /* an idle stream gets a comment line, a connection is closed */
+    unsigned keep_alive_ms; /* a stream without news gets a comment line */
     unsigned max_connections;
     unsigned request_ms; /* longest life of a request; 0: no limit */
 } server_options;
@@ -78,9 +80,17 @@ struct server {
     shared_flag loaded, draining, stalled;
     shared_count n_connections;
     int64_t created_s;
-    pthread_mutex_t lock; /* of the lists */
-    job *jobs;            /* those with a connection */
-    struct peer *peers;   /* connections */
+    pthread_mutex_t lock;   /* of the lists */
+    job *jobs;              /* those with a connection */
+    struct peer *peers;     /* connections */
+    shared_size body_bytes; /* of all requests being read */
+    /* Large bodies wait here for a thread that prepares them. */
+    pthread_mutex_t prepare_lock;
+    pthread_cond_t prepare_more;
+    struct exchange *prepare_first, **prepare_last;
+    pthread_t preparers[2];
+    unsigned n_preparers;
+    bool prepare_ends;
 };
 
 uint64_t now_us(void);

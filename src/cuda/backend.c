@@ -10,6 +10,16 @@ static ki_cuda_backend *of(const ki_backend *b) { return (ki_cuda_backend *)(uin
 
 /* ---- layouts ---- */
 
+/* The parts of a + kind as the kernels have them: all that its bits leave room for. */
+static kivi_status check_parts(const ki_layout *l, kivi_error *err) {
+    uint32_t parts = KIVI_PLUS_ALL;
+    if (l->kv.k_bits != 2) parts &= ~(uint32_t)(KIVI_PLUS_WIDE | KIVI_PLUS_FIT);
+    if (!l->kv.plus || l->kv.plus == parts) return KIVI_OK;
+    return KI_FAIL(err, UNSUPPORTED,
+                   "cuda: parts %u of a + kind of cache, expected all (%u); take --device cpu",
+                   l->kv.plus, parts);
+}
+
 static kivi_status layout_of(ki_cuda_layout *out, const ki_layout *l, kivi_error *err) {
     kivi_cache_geometry g = {.n_layers = l->n_layers,
                              .n_heads = l->n_heads,
@@ -17,10 +27,8 @@ static kivi_status layout_of(ki_cuda_layout *out, const ki_layout *l, kivi_error
                              .head_dim = l->head_dim,
                              .window_tokens = l->window,
                              .kv = l->kv};
-    if (l->kv.plus)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache, expected one of f16, kivi8, "
-                                         "kivi4, k4v2, kivi2: its kernels are there, its engine is "
-                                         "not built yet");
+    KI_TRY(check_parts(l, err));
+    if (l->kv.plus) return ki_cuda_layout_init(out, &g, true, err); /* the fused kernels' alone */
     return ki_cuda_layout_any(out, &g, false, err);
 }
 
@@ -81,7 +89,12 @@ static const ki_cuda_kernels fused = {.name = "fused",
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
 
-/* The fused kernels wherever they are built for the head size, unless they are left out. */
+/* The fused kernels wherever they are built for the head size, unless they are left out: groups of
+ * 32 tokens and more, and lines between codes and window on blocks of 32. */
+static bool is_fused_kind(const ki_layout *l) {
+    return l->kv.group >= KI_SUB_TOKENS && l->kv.residual_tokens % KI_SUB_TOKENS == 0;
+}
+
 static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
     kivi_cache_geometry g = {.n_layers = l->n_layers,
                              .n_heads = l->n_heads,
@@ -89,8 +102,12 @@ static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_e
                              .head_dim = l->head_dim,
                              .kv = l->kv};
     ki_cuda_layout own;
+    bool plus = l->kv.plus != 0;
     b->kernels = &plain;
-    if (b->no_fused || ki_cuda_layout_init(&own, &g, false, NULL) != KIVI_OK) return KIVI_OK;
+    if (b->no_fused && plus)
+        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
+    if (b->no_fused || !is_fused_kind(l)) return KIVI_OK;
+    if (ki_cuda_layout_init(&own, &g, plus, NULL) != KIVI_OK) return KIVI_OK;
     KI_TRY(ki_cuda_kernels_init(err));
     b->kernels = &fused;
     return KIVI_OK;

@@ -8,7 +8,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-enum { ROW_THREADS = 256, WARPS = ROW_THREADS / 32 };
+/* 1,024 threads: at small batches a step waits for single rows. */
+enum { ROW_THREADS = 1024, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
 
 static __device__ __forceinline__ void store(void *out, size_t i, float v, ki_cuda_type type) {
     if (type == KI_CUDA_F16) ((__half *)out)[i] = __float2half_rn(v);
@@ -34,9 +35,7 @@ static __device__ float block_sum(float v) {
     __syncthreads(); /* the last call's readers are done */
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
     __syncthreads();
-    float sum = 0;
-    for (int i = 0; i < WARPS; i++) sum += part[i];
-    return sum;
+    return warp_sum(part[threadIdx.x % 32]);
 }
 
 /* ---- into the pass ---- */
@@ -136,7 +135,8 @@ extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_nor
 static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows) {
     ki_pdl_launch();
     ki_pdl_wait();
-    uint32_t n_all = h.n_heads + 2 * h.n_kv_heads, unit = blockIdx.x * WARPS + threadIdx.x / 32;
+    uint32_t n_all = h.n_heads + 2 * h.n_kv_heads;
+    uint32_t unit = (blockIdx.x * UNIT_THREADS + threadIdx.x) / 32;
     uint32_t row = unit / n_all, head = unit % n_all, lane = threadIdx.x % 32;
     if (row >= n_rows) return;
     float *x = qkv + ((size_t)row * n_all + head) * h.head_dim, square = 0;
@@ -156,8 +156,9 @@ static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows
 extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uint32_t n_rows,
                                      void *stream) {
     uint32_t n = n_rows * (heads->n_heads + 2 * heads->n_kv_heads);
-    ki_launch(adjust_heads, (n + WARPS - 1) / WARPS, ROW_THREADS, 0, true, stream, qkv, *heads,
-              n_rows);
+    uint32_t per_block = UNIT_THREADS / 32;
+    ki_launch(adjust_heads, (n + per_block - 1) / per_block, UNIT_THREADS, 0, true, stream, qkv,
+              *heads, n_rows);
 }
 
 /* ---- the MLP ---- */
@@ -171,9 +172,9 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
                                 ki_cuda_type type) {
     ki_pdl_launch();
     ki_pdl_wait();
-    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
+    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
     size_t row = blockIdx.x / per_row;
-    uint32_t i = blockIdx.x % per_row * ROW_THREADS + threadIdx.x;
+    uint32_t i = blockIdx.x % per_row * UNIT_THREADS + threadIdx.x;
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
@@ -188,8 +189,8 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
                                  uint32_t n, ki_cuda_type type, void *stream) {
-    uint32_t per_row = (n + ROW_THREADS - 1) / ROW_THREADS;
-    ki_launch(activate, n_rows * per_row, ROW_THREADS, 0, true, stream, out, in, act, n, type);
+    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
+    ki_launch(activate, n_rows * per_row, UNIT_THREADS, 0, true, stream, out, in, act, n, type);
 }
 
 /* ---- out of the pass ---- */

@@ -17,7 +17,7 @@ struct append_args {
     ki_cuda_type type;
 };
 
-enum { APPEND_THREADS = 128, ONE_ROW_THREADS = 256, MAX_DIM = 256 };
+enum { APPEND_THREADS = 128, MAX_DIM = 256 };
 
 /* ---- rows ---- */
 
@@ -140,14 +140,35 @@ KI_DEV void stage_rows(uint16_t *raw, const append_args &a, const range_job &job
     }
 }
 
+/* Shared memory of one thread block, by the head size: raw has 32 rows, or as many blocks of 32 as
+ * the block has threads for (128 channels' worth); codes the same and 64 numbered wide channels a
+ * token; behind it what plus kinds need. */
 struct quant_shared {
-    float scratch[MAX_DIM], low[MAX_DIM], high[MAX_DIM];
-    uint16_t scale[MAX_DIM], zero[MAX_DIM], k16[MAX_DIM], v16[MAX_DIM];
-    __align__(16) uint16_t raw[KI_SUB_TOKENS * MAX_DIM];
-    uint8_t codes[KI_SUB_TOKENS * (MAX_DIM + 64)]; /* and 64 numbered wide channels */
+    float *scratch, *low, *high;
+    uint16_t *scale, *zero, *k16, *v16, *raw;
+    uint8_t *codes, *more;
 };
 
-KI_DEV void put_key_codes(quant_shared &m, const append_args &a, const range_job &job,
+KI_BOTH uint32_t quant_width(uint32_t d) {
+    return d > APPEND_THREADS ? d : (uint32_t)APPEND_THREADS;
+}
+KI_BOTH uint32_t quant_bytes(uint32_t d) {
+    return 20 * d + KI_SUB_TOKENS * (2 * quant_width(d) + quant_width(d) + 64);
+}
+
+KI_DEV quant_shared carve(uint8_t *base, uint32_t d) {
+    quant_shared m;
+    m.raw = (uint16_t *)base;
+    m.scratch = (float *)(m.raw + KI_SUB_TOKENS * quant_width(d));
+    m.low = m.scratch + d, m.high = m.low + d;
+    m.scale = (uint16_t *)(m.high + d);
+    m.zero = m.scale + d, m.k16 = m.zero + d, m.v16 = m.k16 + d;
+    m.codes = (uint8_t *)(m.v16 + d);
+    m.more = base + quant_bytes(d);
+    return m;
+}
+
+KI_DEV void put_key_codes(const quant_shared &m, const append_args &a, const range_job &job,
                           uint32_t base, uint32_t from, uint32_t to, uint32_t sinks) {
     uint32_t d = a.l.head_dim;
     float levels = (float)((1u << a.l.k_bits) - 1);
@@ -167,7 +188,7 @@ KI_DEV void put_key_codes(quant_shared &m, const append_args &a, const range_job
 }
 
 /* Scales and zeros of the group that begins at `first`, from m.low and m.high. */
-KI_DEV void put_key_scales(quant_shared &m, const append_args &a, const range_job &job,
+KI_DEV void put_key_scales(const quant_shared &m, const append_args &a, const range_job &job,
                            uint32_t first) {
     const ki_cuda_layout &l = a.l;
     uint32_t in_page = first % KI_PAGE_TOKENS, d = l.head_dim;
@@ -188,7 +209,7 @@ KI_DEV void put_key_scales(quant_shared &m, const append_args &a, const range_jo
 }
 
 /* One key group [first, first + G). Sinks at its beginning count in no range and have codes 0. */
-KI_DEV void close_key_group(quant_shared &m, const append_args &a, const range_job &job,
+KI_DEV void close_key_group(const quant_shared &m, const append_args &a, const range_job &job,
                             uint32_t first) {
     uint32_t d = a.l.head_dim, end = first + a.l.k_group, sinks = a.l.sink_tokens;
     uint32_t span = min(a.l.k_group, (uint32_t)KI_SUB_TOKENS);
@@ -213,7 +234,8 @@ KI_DEV void close_key_group(quant_shared &m, const append_args &a, const range_j
 }
 
 /* Rows as they are, for a side of 16 bits. */
-KI_DEV void copy_rows(quant_shared &m, const append_args &a, const range_job &job, bool keys) {
+KI_DEV void copy_rows(const quant_shared &m, const append_args &a, const range_job &job,
+                      bool keys) {
     uint32_t d = a.l.head_dim;
     for (uint32_t pos = job.from; pos < job.to; pos++) {
         const uint16_t *rows = keys ? a.k_rows : a.v_rows, *row = keys ? m.k16 : m.v16;
@@ -228,10 +250,9 @@ KI_DEV void copy_rows(quant_shared &m, const append_args &a, const range_job &jo
     }
 }
 
-KI_DEV void close_plus_keys(const append_args &a, const range_job &job, quant_shared &m,
-                            uint8_t *more) {
-    plus_close &p = *(plus_close *)more;
-    uint16_t *raw = (uint16_t *)(more + sizeof(plus_close));
+KI_DEV void close_plus_keys(const append_args &a, const range_job &job, const quant_shared &m) {
+    plus_close &p = *(plus_close *)m.more;
+    uint16_t *raw = (uint16_t *)(m.more + sizeof(plus_close));
     uint32_t d = a.l.head_dim, base = job.index * KI_PAGE_TOKENS;
     for (uint32_t b = 0; b < KI_SUBS; b++)
         stage_rows(raw + b * KI_SUB_TOKENS * d, a, job, base + b * 32, base + b * 32,
@@ -241,17 +262,16 @@ KI_DEV void close_plus_keys(const append_args &a, const range_job &job, quant_sh
     if (sinks < KI_PAGE_TOKENS) close_plus_page(job.page, a.l, raw, m.codes, p, sinks);
 }
 
-KI_DEV void quantize_keys(quant_shared &m, const append_args &a, const range_job &job,
-                          uint8_t *more) {
+KI_DEV void quantize_keys(const quant_shared &m, const append_args &a, const range_job &job) {
     uint32_t group = a.l.k_group;
     if (a.l.k_bits == 16) copy_rows(m, a, job, true);
-    else if (a.l.is_plus) close_plus_keys(a, job, m, more);
+    else if (a.l.is_plus) close_plus_keys(a, job, m);
     else
         for (uint32_t first = job.from; first < job.to; first += group)
             if (first + group > a.l.sink_tokens) close_key_group(m, a, job, first);
 }
 
-KI_DEV void quantize_values(quant_shared &m, const append_args &a, const range_job &job) {
+KI_DEV void quantize_values(const quant_shared &m, const append_args &a, const range_job &job) {
     uint32_t d = a.l.head_dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (a.l.v_bits == 16) {
         copy_rows(m, a, job, false);
@@ -295,14 +315,14 @@ KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s,
 }
 
 /* Page `part` of both sides, counted from the one where the line stood. False behind the last. */
-KI_DEV bool move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
-                       uint32_t part, uint8_t *more) {
+KI_DEV bool move_lines(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                       uint32_t head, uint32_t part) {
     uint32_t n = s.n_tokens, end = n + s.n_rows;
     uint32_t k_from = ki_cuda_k_packed(&a.l, n), v_from = ki_cuda_v_packed(&a.l, n);
     range_job job;
     bool keys = make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
                          ki_cuda_k_packed(&a.l, end));
-    if (keys) quantize_keys(m, a, job, more);
+    if (keys) quantize_keys(m, a, job);
     __syncthreads();
     bool values = make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
                            ki_cuda_v_packed(&a.l, end));
@@ -314,7 +334,7 @@ KI_DEV bool move_lines(quant_shared &m, const append_args &a, const ki_cuda_seq 
 
 /* Rotates the queries of this KV head into q_out; its key and value go to m.k16 and m.scratch (as
  * float32, for plus kinds to turn) or m.v16, and into the 16-bit store. In step afterwards. */
-KI_DEV void load_one_row(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+KI_DEV void load_one_row(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
                          uint32_t head) {
     uint32_t d = a.l.head_dim, half = d / 2, group = a.q ? a.l.head_group : 0;
     uint64_t row = s.first_row;
@@ -354,42 +374,78 @@ KI_DEV void load_one_row(quant_shared &m, const append_args &a, const ki_cuda_se
         put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
 }
 
+/* Least and largest of each thread's value group; threads are channels, x is 0 behind the last. */
+KI_DEV void group_range(const quant_shared &m, float *low, float *high, float x, uint32_t group) {
+    *low = *high = x;
+    for (uint32_t o = 1; o < min(group, 32u); o *= 2) {
+        *low = fminf(*low, __shfl_xor_sync(~0u, *low, o));
+        *high = fmaxf(*high, __shfl_xor_sync(~0u, *high, o));
+    }
+    if (group <= 32) return;
+    uint32_t warp = threadIdx.x / 32, n = group / 32, first = warp / n * n;
+    m.low[warp] = *low, m.high[warp] = *high;
+    __syncthreads();
+    for (uint32_t w = first; w < first + n; w++)
+        *low = fminf(*low, m.low[w]), *high = fmaxf(*high, m.high[w]);
+}
+
+/* Codes and scales of one value row [D] (in m.raw), a thread a channel. */
+KI_DEV void quantize_value_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
+                               uint32_t t) {
+    uint32_t c = threadIdx.x;
+    uint16_t scale, zero;
+    float low, high, x = c < l.head_dim ? f16_value(m.raw[c]) : 0;
+    group_range(m, &low, &high, x, l.v_group);
+    if (c >= l.head_dim) return;
+    float levels = (float)((1u << l.v_bits) - 1);
+    range_scale(&scale, &zero, low, high, levels);
+    m.codes[c] = (uint8_t)code_of(x, f16_value(scale), f16_value(zero), levels);
+    if (c % l.v_group) return;
+    uint32_t at = c / l.v_group * KI_SUB_TOKENS + ki_order_value_scale(t);
+    ((uint16_t *)(sub + l.v_scale_at))[at] = scale;
+    ((uint16_t *)(sub + l.v_zero_at))[at] = zero;
+}
+
+KI_DEV void quantize_plus_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
+                              uint32_t t) {
+    float half = l.v_bits == 2 ? 1.5f : 3.5f;
+    plus_value_scales(m.scale, (float *)m.more, m.raw, l);
+    for (uint32_t c = threadIdx.x; c < l.head_dim; c += blockDim.x)
+        m.codes[c] =
+            (uint8_t)plus_value_code(f16_value(m.raw[c]), f16_value(m.scale[c / l.v_group]), half);
+    for (uint32_t g = threadIdx.x; g < l.head_dim / l.v_group; g += blockDim.x)
+        ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
+            m.scale[g];
+}
+
 /* The value that falls behind the line with this row, if one does: its codes and scales. Everything
  * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
-KI_DEV void quantize_one_value(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                               uint32_t head, float *terms) {
+KI_DEV void quantize_one_value(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                               uint32_t head) {
     const ki_cuda_layout &l = a.l;
     uint32_t pos = s.n_tokens - l.residual_tokens, t = pos % KI_SUB_TOKENS, d = l.head_dim;
     if (l.v_bits == 16 || s.n_tokens < l.residual_tokens || pos < l.sink_tokens) return;
     uint8_t *block = exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1);
     uint8_t *sub = page_of(a, s, pos / KI_PAGE_TOKENS, head) + l.head_bytes +
                    pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
-    uint16_t *row = m.raw;
     for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-        row[c] = *exact_element(block, t, c, d / 16, false);
+        m.raw[c] = *exact_element(block, t, c, d / 16, false);
     __syncthreads();
-    if (l.is_plus) {
-        float half = l.v_bits == 2 ? 1.5f : 3.5f;
-        plus_value_scales(m.scale, terms, row, l);
-        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            m.codes[c] = (uint8_t)plus_value_code(f16_value(row[c]),
-                                                  f16_value(m.scale[c / l.v_group]), half);
-        for (uint32_t g = threadIdx.x; g < d / l.v_group; g += blockDim.x)
-            ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
-                m.scale[g];
-    } else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, row, t, threadIdx.x);
+    if (l.is_plus) quantize_plus_row(m, l, sub, t);
+    else if (d <= blockDim.x) quantize_value_row(m, l, sub, t);
+    else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, m.raw, t, threadIdx.x);
     __syncthreads();
     put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
     if (l.v_bits != 3) return;
     /* the third plane's words hold two tiles of channels: packed as a block of one token */
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
+    for (uint32_t c = threadIdx.x; c < d && t; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
     __syncthreads();
     pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
 }
 
-/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels.
- * A thread has one channel's 32 keys in registers. */
-KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+/* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels:
+ * a thread has one channel of one block. */
+KI_DEV void close_blocks_of_32(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
                                uint32_t head, uint32_t from, uint32_t to) {
     const ki_cuda_layout &l = a.l;
     uint32_t d = l.head_dim, steps = d / 16, n_parts = blockDim.x / d;
@@ -409,21 +465,23 @@ KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_c
         bool is_mine = part < n && sinks < KI_SUB_TOKENS;
         if (is_mine) {
             uint8_t *raw = (uint8_t *)m.raw + part * fours * 16;
-            float x[KI_SUB_TOKENS], low = INFINITY, high = -INFINITY;
-#pragma unroll
-            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
-                x[t] = f16_value(*exact_element(raw, t, c, steps, true));
-                if (t < sinks) continue;
-                low = fminf(low, x[t]), high = fmaxf(high, x[t]);
+            float low = INFINITY, high = -INFINITY;
+#pragma unroll 8
+            for (uint32_t t = sinks; t < KI_SUB_TOKENS; t++) {
+                float x = f16_value(*exact_element(raw, t, c, steps, true));
+                low = fminf(low, x), high = fmaxf(high, x);
             }
             uint16_t scale, zero;
             range_scale(&scale, &zero, low, high, levels);
             ((uint16_t *)(sub + l.k_scale_at))[ki_order_key_scale(c, steps)] = scale;
             ((uint16_t *)(sub + l.k_zero_at))[ki_order_key_scale(c, steps)] = zero;
-            float sf = f16_value(scale), zf = f16_value(zero);
-#pragma unroll
-            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++)
-                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_of(x[t], sf, zf, levels);
+            float sf = f16_value(scale), zf = f16_value(zero),
+                  inverse = sf == 0 ? 0 : __frcp_rn(sf);
+#pragma unroll 8
+            for (uint32_t t = 0; t < KI_SUB_TOKENS; t++) {
+                float x = f16_value(*exact_element(raw, t, c, steps, true));
+                codes[t * d + c] = t < sinks ? 0 : (uint8_t)code_by(x, sf, inverse, zf, levels);
+            }
         }
         __syncthreads();
         for (uint32_t k = 0; k < n; k++) {
@@ -439,28 +497,28 @@ KI_DEV void close_blocks_of_32(quant_shared &m, const append_args &a, const ki_c
 }
 
 /* Keys whose line moved with this row: R of them, once in R steps. */
-KI_DEV void close_keys(quant_shared &m, const append_args &a, const ki_cuda_seq &s, uint32_t head,
-                       uint8_t *more) {
+KI_DEV void close_keys(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
+                       uint32_t head) {
     uint32_t from = ki_cuda_k_packed(&a.l, s.n_tokens), to = ki_cuda_k_packed(&a.l, s.n_tokens + 1);
     if (from == to) return;
-    if (a.l.k_group == KI_SUB_TOKENS) {
+    if (a.l.k_group == KI_SUB_TOKENS && a.l.head_dim <= blockDim.x) {
         close_blocks_of_32(m, a, s, head, from, to);
         return;
     }
     range_job job;
     for (uint32_t page = from / KI_PAGE_TOKENS; make_job(&job, a, &s, head, page, from, to);
          page++) {
-        quantize_keys(m, a, job, more);
+        quantize_keys(m, a, job);
         __syncthreads();
     }
 }
 
 /* ---- the kernels ---- */
 
-static __global__ void __launch_bounds__(ONE_ROW_THREADS, 5)
+static __global__ void __launch_bounds__(APPEND_THREADS, 8)
     ki_append_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
-    quant_shared &m = *(quant_shared *)shared;
+    const quant_shared m = carve(shared, a.l.head_dim);
     uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
     const ki_cuda_seq s = a.seqs[slot];
     if (s.n_rows != 1) {
@@ -468,8 +526,7 @@ static __global__ void __launch_bounds__(ONE_ROW_THREADS, 5)
         let_next_begin();
         return;
     }
-    uint8_t *more = shared + sizeof(quant_shared);
-    quantize_one_value(m, a, s, head, (float *)more);
+    quantize_one_value(m, a, s, head);
     wait_for_previous();
     let_next_begin();
     __syncthreads();
@@ -478,14 +535,18 @@ static __global__ void __launch_bounds__(ONE_ROW_THREADS, 5)
     if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
     if (a.l.k_bits == 16) copy_rows(m, a, job, true);
     if (a.l.v_bits == 16) copy_rows(m, a, job, false);
+    if (a.l.k_bits == 16 ||
+        ki_cuda_k_packed(&a.l, s.n_tokens + 1) == ki_cuda_k_packed(&a.l, s.n_tokens))
+        return;
     __syncthreads();
-    if (a.l.k_bits < 16) close_keys(m, a, s, head, more);
+    close_keys(m, a, s, head);
 }
 
 /* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */
 static __global__ void __launch_bounds__(APPEND_THREADS)
     ki_rows_kernel(const __grid_constant__ append_args a) {
-    __shared__ quant_shared m;
+    extern __shared__ __align__(16) uint8_t shared[];
+    const quant_shared m = carve(shared, a.l.head_dim);
     uint32_t row = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
     uint32_t d = a.l.head_dim;
     wait_for_previous();
@@ -506,7 +567,7 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     let_next_begin();
     const ki_cuda_seq s = a.seqs[slot];
     if (s.n_rows == 0) return;
-    move_lines(*(quant_shared *)shared, a, s, head, part, shared + sizeof(quant_shared));
+    move_lines(carve(shared, a.l.head_dim), a, s, head, part);
 }
 
 /* The newest rows of a step into the store: what a ring can hold, and the sinks. One thread block a
@@ -582,11 +643,11 @@ static append_args args_of(const ki_cuda_append_call *c) {
 
 static uint32_t shared_bytes(const ki_cuda_layout *l) {
     uint32_t plus = sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2;
-    return (uint32_t)sizeof(quant_shared) + (l->is_plus ? plus : 0);
+    return quant_bytes(l->head_dim) + (l->is_plus ? plus : 0);
 }
 
 kivi_status ki_cuda_append_prepare(kivi_error *err) {
-    int bytes = (int)(sizeof(quant_shared) + sizeof(plus_close) + KI_PAGE_TOKENS * MAX_DIM * 2);
+    int bytes = (int)(quant_bytes(MAX_DIM) + sizeof(plus_close) + KI_PAGE_TOKENS * MAX_DIM * 2);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
                          "shared memory of append", err));
@@ -599,16 +660,16 @@ kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_erro
     append_args a = args_of(c);
     a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
     return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
-                                   ONE_ROW_THREADS, shared_bytes(l), c->pdl, stream, a),
+                                   APPEND_THREADS, shared_bytes(l), c->pdl, stream, a),
                          "append", err);
 }
 
 kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
-    KI_TRY(ki_cuda_check(
-        ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS, 0, c->pdl, stream, a),
-        "prompt rows", err));
+    KI_TRY(ki_cuda_check(ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS,
+                                   quant_bytes(l->head_dim), c->pdl, stream, a),
+                         "prompt rows", err));
     /* the lines move over max_rows tokens and what they were behind; one page more for each end */
     a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,

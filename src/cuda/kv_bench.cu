@@ -190,6 +190,38 @@ static kivi_status measure_shapes(report &r) {
     return KIVI_OK;
 }
 
+/* A whole prompt under the rule `paper`: causal attention over its own rows. */
+static kivi_status prompt_line(report &r, uint32_t tokens) {
+    const bench_shape s = {1, 32, 32, 128};
+    const uint64_t n = (uint64_t)tokens * s.n_heads * 128;
+    bench_batch b;
+    uint16_t *q, *k, *v, *out;
+    double us;
+    KI_TRY(b.ki_make(s, kivi2_window, 1, 2, r.err));
+    for (uint16_t **p : {&q, &k, &v, &out}) {
+        KI_TRY(b.take(p, n, r.err));
+        ki_bench_halves_kernel<<<2048, 256>>>((uint32_t *)*p, n / 2, (uint64_t)(p == &q) + 13);
+    }
+    ki_cuda_seq seq = {};
+    seq.n_rows = tokens, seq.flags = KI_CUDA_PROMPT;
+    KI_TRY(ki_cuda_check(
+        cudaMemcpy((void *)b.caches[0].seqs, &seq, sizeof seq, cudaMemcpyHostToDevice), "sequence",
+        r.err));
+    ki_cuda_attend_call c = {};
+    c.cache = &b.caches[0];
+    c.scale = 0.08838834764f;
+    c.q = q, c.k_rows = k, c.v_rows = v, c.out = out;
+    c.out_stride = s.n_heads * 128, c.out_type = KI_CUDA_F16;
+    c.n_rows = c.max_rows = tokens;
+    KI_TRY(time_launches(
+        &us, tokens > 8192 ? 2 : 8,
+        [&](uint32_t, cudaStream_t stream) { return ki_cuda_prompt_attend(&c, stream, r.err); },
+        r.err));
+    double flops = 2.0 * tokens * tokens * 128 * s.n_heads; /* two products, half of them masked */
+    say(r, "prompt B1 32/32 T%-6u %10.1f us  %4.0f TFLOP/s", tokens, us, flops / us * 1e-6);
+    return KIVI_OK;
+}
+
 static kivi_status measure_lengths(report &r) {
     say(r, "time against length: us of kivi2 with R = 128, 32/8 heads");
     for (uint32_t tokens = 128; tokens <= 131072; tokens *= 2) {
@@ -215,5 +247,7 @@ kivi_status ki_cuda_bench_attention(const ki_cuda_bench_options *options, kivi_e
         options->pdl ? "programmatic dependent launch" : "plain launches");
     KI_TRY(measure_streams(r));
     KI_TRY(measure_shapes(r));
+    KI_TRY(prompt_line(r, 4096));
+    KI_TRY(prompt_line(r, 32768));
     return options->is_short ? KIVI_OK : measure_lengths(r);
 }

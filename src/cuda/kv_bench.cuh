@@ -56,7 +56,7 @@ static __global__ void ki_bench_pages_kernel(uint32_t *pool,
 static kivi_status time_launches(double *us, uint32_t n_launches,
                                  const std::function<kivi_status(uint32_t, cudaStream_t)> &launch,
                                  kivi_error *err) {
-    enum { REPEATS = 7 };
+    enum { WARM = 6, REPEATS = 11 }; /* clocks rise for some milliseconds after a pause */
     cudaStream_t stream = NULL;
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
@@ -72,7 +72,7 @@ static kivi_status time_launches(double *us, uint32_t n_launches,
     for (uint32_t i = 0; i < n_launches && status == KIVI_OK; i++) status = launch(i, stream);
     KI_TRY_GOTO(ki_cuda_check(cudaStreamEndCapture(stream, &graph), "capture", err));
     KI_TRY_GOTO(ki_cuda_check(cudaGraphInstantiate(&exec, graph, 0), "graph", err));
-    for (int r = -1; r < REPEATS; r++) {
+    for (int r = -WARM; r < REPEATS; r++) {
         cudaEventRecord(from, stream);
         cudaGraphLaunch(exec, stream);
         cudaEventRecord(to, stream);

@@ -522,7 +522,9 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t n_units = item.part.unit_end - item.part.unit_begin;
     stream.n = n_units > warp ? (n_units - warp + S::WARPS - 1) / S::WARPS : 0;
     pipe.init(lane);
-    /* Fast units are older than anything the kernels of this step write: fetched before waiting. */
+    /* Fast units are older than anything the kernels of this step write, and fetched before
+     * waiting; but where a side has 16 bits the last one may hold this step's own row. */
+    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) wait_for_previous();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
         if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);

@@ -15,12 +15,11 @@ extern const decode_kernel KI_TABLE_OF(KI_HEAD_DIM)[];
 const decode_kernel KI_TABLE_OF(KI_HEAD_DIM)[] = {
 #if KI_HEAD_DIM == 64 || KI_HEAD_DIM == 128
     /* D, K bits, V bits, K group, V group, blocks of a unit, warps, stages, thread blocks, plus */
-    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 2, 4, 2, 3, false>>(),
+    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 4, 4, 2, 2, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 16, 16, 0, 0, 1, 4, 2, 1, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true>>(),
 #endif
     decode_entry<decode_shape<KI_HEAD_DIM, 0, 0, 0, 0, 1, WIDE_WARPS, 2, 1, false>>(),
-    decode_entry<decode_shape<KI_HEAD_DIM, 0, 0, 0, 0, 2, WIDE_WARPS, 2, 1, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 0, 0, 0, 0, 4, WIDE_WARPS, 1, 1, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 0, 4, WIDE_WARPS, 2, 1, true>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 4, 0, 128, 0, 4, WIDE_WARPS, 1, 1, true>>(),

@@ -6,11 +6,10 @@
 
 static uint32_t align16(uint32_t n) { return (n + 15) / 16 * 16; }
 
-/* Whole pages where a head of scales comes with them; one block where 16-bit rows are large; two
- * else. */
+/* Whole pages: a head of scales comes with them once, and a warp has more independent work. One
+ * block where 16-bit rows or 8-bit codes are large. */
 static uint32_t unit_subs(const ki_cuda_layout *l) {
-    if (l->head_bytes) return KI_SUBS;
-    return l->k_bits + l->v_bits > 8 ? 1 : 2;
+    return l->head_bytes || l->k_bits + l->v_bits <= 8 ? KI_SUBS : 1;
 }
 
 static uint32_t plane_bytes(uint32_t n_steps, uint32_t bits) {
@@ -141,18 +140,25 @@ uint64_t ki_cuda_workspace_bytes(const ki_cuda_layout *l, uint32_t n_seqs, uint3
     return ki_plan_states_at(n_seqs, max_splits) + 256 + states * (l->head_dim + 2) * 4;
 }
 
-/* About four blocks of a multiprocessor at once, all of them busy to the end: as many splits as
- * give every slot of the device one. Less than 1,024 tokens a split is not worth its merge. */
+/* Two thread blocks share a multiprocessor. Where each such slot has much to read, splits of a
+ * constant size even out what multiprocessors do at the end; else the splits that fill whole rounds
+ * of slots are best. START is what a split costs on top of its tokens, in tokens: its first page
+ * arrives late. */
 uint32_t ki_cuda_split_tokens(const ki_cuda_layout *l, uint32_t n_seqs, uint32_t max_tokens,
                               uint32_t n_sms) {
-    enum { SMALLEST = 512, INVARIANT = 2048, SLOTS = 4 };
-    if (!n_seqs) return INVARIANT;
-    uint64_t rows = (uint64_t)n_seqs * l->n_kv_heads * ((l->head_group + 7) / 8);
-    uint64_t slots = (uint64_t)n_sms * SLOTS, splits = slots / rows;
-    if (splits < 1) splits = 1;
-    uint64_t tokens = (max_tokens + splits - 1) / splits;
-    tokens = (tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS * KI_PAGE_TOKENS;
-    return (uint32_t)KI_MAX(tokens, (uint64_t)SMALLEST);
+    enum { INVARIANT = 2048, SMALLEST = 512, START = 350, PLENTY = 15000 };
+    uint64_t rows = (uint64_t)n_seqs * l->n_kv_heads * ((l->head_group + 7) / 8),
+             slots = 2ull * n_sms;
+    if (!n_seqs || rows * max_tokens >= slots * PLENTY) return INVARIANT;
+    uint64_t best = UINT64_MAX, tokens = max_tokens ? max_tokens : 1;
+    for (uint64_t n = 1; n == 1 || max_tokens / n >= SMALLEST; n++) {
+        uint64_t each = (max_tokens + n - 1) / n;
+        uint64_t cost = (rows * n + slots - 1) / slots * (each + START);
+        if (cost >= best) continue;
+        best = cost;
+        tokens = each;
+    }
+    return (uint32_t)tokens;
 }
 
 /* ---- pages in the CPU's order ---- */

@@ -23,9 +23,23 @@ KI_DEV uint16_t f16_down(float a) {
 /* NaN becomes 0: codes stay within their bits whatever comes. */
 KI_DEV float clamp_code(float q, float levels) { return fminf(fmaxf(q, 0.0f), levels); }
 
+/* rint(d / scale + half), divided truly. A product with the reciprocal is within 2^-22 of the
+ * quotient, so it rounds to the same integer unless it lies that near to the middle between two;
+ * only then is it worth a division. Above 255 any result does: it is clamped. */
+KI_DEV float rounded_quotient(float d, float scale, float inverse, float half) {
+    float q = __fadd_rn(__fmul_rn(d, inverse), half), k = rintf(q);
+    if (fabsf(fabsf(q - k) - 0.5f) > 0x1p-10f) return k;
+    return rintf(__fadd_rn(__fdiv_rn(d, scale), half));
+}
+
 KI_DEV float code_of(float x, float scale, float zero, float levels) {
     if (scale == 0) return 0;
-    return clamp_code(rintf(__fdiv_rn(__fsub_rn(x, zero), scale)), levels);
+    return clamp_code(rounded_quotient(__fsub_rn(x, zero), scale, __frcp_rn(scale), 0), levels);
+}
+/* The same where a reciprocal serves many; inverse is 0 where scale is. */
+KI_DEV float code_by(float x, float scale, float inverse, float zero, float levels) {
+    if (scale == 0) return 0;
+    return clamp_code(rounded_quotient(__fsub_rn(x, zero), scale, inverse, 0), levels);
 }
 /* zero and scale of a range of values (quant.h). */
 KI_DEV void range_scale(uint16_t *scale, uint16_t *zero, float low, float high, float levels) {
@@ -148,7 +162,7 @@ KI_DEV float plus_key_step(uint32_t k) {
 
 KI_DEV float plus_value_code(float x, float scale, float half) {
     if (scale == 0) return 0;
-    return clamp_code(rintf(__fadd_rn(__fdiv_rn(x, scale), half)), 2 * half);
+    return clamp_code(rounded_quotient(x, scale, __frcp_rn(scale), half), 2 * half);
 }
 
 /* One group of values by one warp: each of 14 lanes tries one scale. Returns the best. */
@@ -266,11 +280,11 @@ KI_DEV void plus_try(plus_close &p, const uint16_t *raw, uint32_t d, uint32_t c,
     uint16_t z = f16_down(__fadd_rn(mid, __fmul_rn(__fsub_rn(low, mid), a)));
     float hi = __fadd_rn(mid, __fmul_rn(__fsub_rn(high, mid), a));
     uint16_t s = f16_up(__fdiv_rn(__fsub_rn(hi, f16_value(z)), 3.0f));
-    float zero = f16_value(z), scale = f16_value(s);
+    float zero = f16_value(z), scale = f16_value(s), inverse = scale == 0 ? 0 : __frcp_rn(scale);
 #pragma unroll 4
     for (uint32_t t = n_sinks; t < KI_PAGE_TOKENS; t++) {
         float x = f16_value(raw[t * d + c]);
-        float value = __fadd_rn(__fmul_rn(code_of(x, scale, zero, 3), scale), zero);
+        float value = __fadd_rn(__fmul_rn(code_by(x, scale, inverse, zero, 3), scale), zero);
         float e = __fsub_rn(x, value);
         sum = __fadd_rn(sum, __fmul_rn(e, e));
     }

@@ -1,6 +1,6 @@
 /* plain.h: the calls of kv_cuda.h once more, as plain as they can be: an element at a time, any
  * head size, no plan and no workspace. They are what the tests compare the fused kernels with on
- * the device, and what serves head sizes that those are not built for. The same arguments. */
+ * the device, and what serves what those are not built for. Same layout, same arguments. */
 #ifndef KI_PLAIN_H
 #define KI_PLAIN_H
 #include "kv_cuda.h"

@@ -113,6 +113,8 @@ static bool is_plain(const ki_choice *c) {
            r->n_biases == 0 && !r->constraint.mask && ki_generated(c) >= r->min_tokens;
 }
 
+bool ki_takes_best(const ki_choice *c) { return c->request->r.temperature == 0 && is_plain(c); }
+
 static kivi_status adjust(ki_chooser *ch, const ki_choice *c, const float *logits,
                           kivi_error *err) {
     const kivi_request *r = &c->request->r;

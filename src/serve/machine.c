@@ -8,8 +8,13 @@ static void forward(void *self, ki_batch_item *items, size_t n_items) {
     ki_batch batch = {.items = items, .n_items = n_items};
     ki_fpu fpu = ki_fpu_enter();
     e->n_steps++; /* logits of any session are overwritten */
-    ki_forward(e->model, e->arena, e->cache, &batch);
+    e->backend->api->forward(e->backend, &batch);
     ki_fpu_leave(fpu);
+}
+
+static const float *logits(void *self, uint32_t row) {
+    kivi_engine *e = self;
+    return e->backend->api->logits(e->backend, row);
 }
 
 static uint64_t now_us(void *self) {
@@ -27,11 +32,11 @@ void ki_machine_of_engine(ki_machine *out, kivi_engine *e) {
                         .step_rows = o->step_rows,
                         .logit_rows = o->logit_rows,
                         .max_items = o->max_sessions,
-                        .logits_stride = ki_logits_stride(&e->model->config),
-                        .fingerprint = e->fingerprint,
+                        .fingerprint = e->model->fingerprint,
                         .no_prefixes = e->model->config.rope[0].scaling == KI_ROPE_DYNAMIC,
                         .self = e,
                         .forward = forward,
+                        .logits = logits,
                         .now_us = now_us};
     if (!e->vocab) return;
     out->ends = e->vocab->ends;

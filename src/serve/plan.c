@@ -229,9 +229,9 @@ uint64_t ki_exact_bytes(const kivi_scheduler *s, uint32_t n_prompt_rows, uint32_
     if (l->kv.rule == KIVI_RULE_SPAN)
         rows = KI_MAX(KI_MIN(n_prompt_rows, l->kv.span_tokens + step), step);
     rows += l->kv.residual_tokens + l->kv.rewind_tokens;
-    uint64_t n_blocks = (rows + KI_LANES - 1) / KI_LANES + 1,
+    uint64_t n_blocks = (rows + l->block_tokens - 1) / l->block_tokens + 1,
              n_sides = (uint64_t)(l->kv.k_bits < 16) + (l->kv.v_bits < 16);
-    return n_blocks * n_sides * l->n_layers * l->n_kv_heads * KI_LANES * l->head_dim * 2;
+    return n_blocks * n_sides * l->n_layers * l->n_kv_heads * l->block_tokens * l->head_dim * 2;
 }
 
 static uint64_t exact_bytes_of(const kivi_scheduler *s, const ki_choice *c, const ki_prefix *from) {

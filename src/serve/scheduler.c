@@ -12,7 +12,7 @@ enum {
     DEFAULT_QUEUED_TOKENS = 1 << 20,
     DEFAULT_AGEING_MS = 1000,
     DEFAULT_STALL_MS = 10000,
-    PREFIX_SHARE = 4, /* of the pool's bytes */
+    PREFIX_SHARE = 4,            /* of the pool's bytes */
     MAX_AGEING_MS = 3600 * 1000, /* times any priority it fits 64 bits of microseconds */
     MAX_WAIT_US = 3600u * 1000000u,
 };
@@ -65,6 +65,8 @@ static kivi_status make_arrays(kivi_scheduler *s, kivi_error *err) {
     s->errors = p;
     KI_TRY(ki_alloc_array(&p, s->mem, KI_TAG_other, s->machine.cache->pool.n_pages, 1, err));
     s->page_seen = p;
+    KI_TRY(ki_alloc_array(&p, s->mem, KI_TAG_other, s->machine.logit_rows, sizeof *s->rows, err));
+    s->rows = p;
     return ki_chooser_init(&s->chooser, s->mem, &s->machine, err);
 }
 
@@ -89,6 +91,7 @@ static void free_all(kivi_scheduler *s) {
     ki_free(s->mem, s->owners);
     ki_free(s->mem, s->errors);
     ki_free(s->mem, s->page_seen);
+    ki_free(s->mem, s->rows);
     ki_free(s->mem, s);
 }
 

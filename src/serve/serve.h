@@ -30,15 +30,16 @@
 typedef struct ki_machine {
     kivi_cache *cache;
     uint32_t n_vocab, ctx_tokens, step_rows, logit_rows, max_items;
-    size_t logits_stride; /* floats between two rows of logits */
-    const int32_t *ends;  /* [n_ends] the model's end tokens */
+    const int32_t *ends; /* [n_ends] the model's end tokens */
     uint32_t n_ends;
     uint64_t fingerprint;
     bool no_prefixes; /* keys of a prompt depend on its length (dynamic NTK): nothing can be shared
                        */
     void *self;
-    /* items are in an open step; fills status, err and logits of each */
+    /* items are in an open step; fills status, err, logit_row and best of each */
     void (*forward)(void *self, ki_batch_item *items, size_t n_items);
+    /* [V] of a row of the last pass, lent until the next one; NULL: the device failed */
+    const float *(*logits)(void *self, uint32_t row);
     uint64_t (*now_us)(void *self); /* from any thread; never goes back */
 } ki_machine;
 
@@ -163,6 +164,8 @@ kivi_status ki_choose(int32_t *id, ki_chooser *ch, const ki_choice *c, const flo
 /* out [1 + n_top]: the token's own log-probability, then the top list, from a row of logits. */
 void ki_logprobs(kivi_logprob *out, const float *logits, uint32_t n_vocab, int32_t token,
                  uint32_t n_top);
+/* It takes the most likely token, whatever the others are. */
+bool ki_takes_best(const ki_choice *c);
 bool ki_is_end(const ki_machine *machine, const ki_request *r, int32_t token);
 uint64_t ki_choice_seed(uint64_t seed, uint32_t index);
 
@@ -186,6 +189,7 @@ struct kivi_scheduler {
     uint32_t n_items, rows_left, rows_kept, echo_left; /* of the step that is planned */
     kivi_step_report report;
     uint8_t *page_seen; /* [n_pages] */
+    const float **rows; /* [logit_rows]: of a prompt whose log-probabilities are wanted */
     kivi_logprob top[1 + KIVI_MAX_LOGPROBS];
     ki_request *dead; /* ended in this step */
     uint64_t next_deadline_us, exact_bytes;

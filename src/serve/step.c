@@ -117,11 +117,29 @@ static void finish(kivi_scheduler *s, ki_choice *c, kivi_finish why) {
 
 /* ---- the next token ---- */
 
-static void advance(kivi_scheduler *s, ki_choice *c, const float *logits) {
+/* What a row of the last pass says: its logits are fetched when somebody looks at them, and the
+ * largest is known already where a device has looked (else -1). */
+typedef struct outcome {
+    uint32_t row;
+    int32_t best;
+} outcome;
+
+static kivi_status choose(int32_t *token, const float **logits, kivi_scheduler *s,
+                          const ki_choice *c, outcome said, kivi_error *err) {
+    *logits = NULL;
+    *token = said.best;
+    if (said.best >= 0 && ki_takes_best(c) && c->request->r.logprobs < 0) return KIVI_OK;
+    *logits = s->machine.logits(s->machine.self, said.row);
+    if (!*logits) return KI_FAIL(err, DEVICE, "the device does not give its logits");
+    return ki_choose(token, &s->chooser, c, *logits, err);
+}
+
+static void advance(kivi_scheduler *s, ki_choice *c, outcome said) {
     ki_request *q = c->request;
     kivi_error err = {0};
+    const float *logits;
     int32_t token;
-    kivi_status status = ki_choose(&token, &s->chooser, c, logits, &err);
+    kivi_status status = choose(&token, &logits, s, c, said, &err);
     if (status == KIVI_OK) status = ki_buf_append(&c->generated, &token, sizeof token, &err);
     if (status != KIVI_OK) {
         ki_end_request(s, q, status, err.text);
@@ -153,22 +171,22 @@ static bool try_fork(kivi_scheduler *s, ki_choice *c, const ki_choice *from) {
 }
 
 /* The prompt is evaluated: its other choices begin, and all choose from the same logits. */
-static void begin_choices(kivi_scheduler *s, ki_choice *first, const float *logits) {
+static void begin_choices(kivi_scheduler *s, ki_choice *first, outcome said) {
     ki_request *q = first->request;
     for (uint32_t i = 1; i < q->r.n; i++) {
         ki_choice *c = &q->choices[i];
         if (!try_fork(s, c, first)) ki_wait(s, c);
     }
     for (uint32_t i = 0; i < q->r.n && !q->is_over && !q->is_cancelled; i++)
-        if (q->choices[i].state == KI_RUNNING) advance(s, &q->choices[i], logits);
+        if (q->choices[i].state == KI_RUNNING) advance(s, &q->choices[i], said);
 }
 
-static void end_prompt(kivi_scheduler *s, ki_choice *c, const float *logits) {
+static void end_prompt(kivi_scheduler *s, ki_choice *c, outcome said) {
     ki_request *q = c->request;
     tell_prompt(s, q);
     if (q->is_cancelled) return;
     if (q->r.max_tokens) {
-        begin_choices(s, c, logits);
+        begin_choices(s, c, said);
         return;
     }
     for (uint32_t i = 0; i < q->r.n && !q->is_cancelled; i++)
@@ -179,8 +197,7 @@ static void end_prompt(kivi_scheduler *s, ki_choice *c, const float *logits) {
 
 typedef struct score_call {
     ki_request *q;
-    const float *logits; /* of position first */
-    size_t stride;
+    const float **rows; /* of positions from first on */
     uint32_t n_vocab, first;
 } score_call;
 
@@ -189,18 +206,23 @@ static void score_task(void *context, size_t index, unsigned worker) {
     ki_request *q = call->q;
     uint32_t pos = call->first + (uint32_t)index + 1, n_top = (uint32_t)q->r.prompt_logprobs;
     (void)worker;
-    ki_logprobs(q->prompt_logprobs + (size_t)pos * (1 + n_top), call->logits + index * call->stride,
-                call->n_vocab, q->r.prompt[pos], n_top);
+    ki_logprobs(q->prompt_logprobs + (size_t)pos * (1 + n_top), call->rows[index], call->n_vocab,
+                q->r.prompt[pos], n_top);
 }
 
 /* The logits of a row speak about the next position; those of the prompt's last row about the first
- * generated token. */
-static void score_prompt(kivi_scheduler *s, ki_request *q, const ki_batch_item *item,
+ * generated token. False: the device does not give them. */
+static bool score_prompt(kivi_scheduler *s, ki_request *q, const ki_batch_item *item,
                          uint32_t first) {
     uint32_t end = KI_MIN(first + item->n_rows, (uint32_t)q->r.n_prompt - 1);
-    score_call call = {q, item->logits, s->machine.logits_stride, s->machine.n_vocab, first};
+    score_call call = {q, s->rows, s->machine.n_vocab, first};
+    for (uint32_t i = 0; first + i < end; i++) {
+        s->rows[i] = s->machine.logits(s->machine.self, item->logit_row + i);
+        if (!s->rows[i]) return false;
+    }
     if (end > first) ki_workers_run(s->machine.cache->workers, score_task, &call, end - first);
     q->n_scored = KI_MAX(q->n_scored, end + 1);
+    return true;
 }
 
 /* ---- the results of a step ---- */
@@ -222,16 +244,18 @@ static void use_result(kivi_scheduler *s, ki_choice *c, const ki_batch_item *ite
         return;
     }
     count_rows(s, c, first, item->n_rows);
-    if (item->all_logits) score_prompt(s, q, item, first);
+    if (item->all_logits && !score_prompt(s, q, item, first)) {
+        ki_end_request(s, q, KIVI_DEVICE, "the device does not give its logits");
+        return;
+    }
     if (first < q->r.n_prompt) ki_prefix_offer(&s->prefixes, c, false);
     if (length < ki_known(c)) return;
     s->exact_bytes -= c->exact_bytes; /* the prompt's 16-bit rows are gone, and it has begun */
     c->exact_bytes = 0;
     if (!q->is_told) ki_promise_growth(s, c); /* its forks have promises of their own */
-    const float *logits = item->logits;
-    if (item->all_logits) logits += (item->n_rows - 1) * s->machine.logits_stride;
-    if (q->is_told) advance(s, c, logits);
-    else end_prompt(s, c, logits);
+    outcome said = {item->logit_row + (item->all_logits ? item->n_rows - 1 : 0), item->best};
+    if (q->is_told) advance(s, c, said);
+    else end_prompt(s, c, said);
 }
 
 void ki_tell_results(kivi_scheduler *s) {

@@ -151,6 +151,7 @@ static void check_layouts(void) {
     kivi_error error = {0};
     g.n_layers = 32, g.n_heads = 32, g.n_kv_heads = 8, g.head_dim = 128;
     g.kv.k_bits = g.kv.v_bits = 2, g.kv.group = 32, g.kv.residual_tokens = 128;
+    g.kv.rewind_tokens = 0;
     CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
     CHECK(l.page_bytes == 12288 && l.sub_bytes == 3072, "kivi2 has %u bytes a page", l.page_bytes);
     CHECK(l.k_ring_blocks == 4 && l.v_ring_blocks == 5, "rings of %u and %u blocks",

@@ -169,7 +169,8 @@ static bool fork_and_rewind(kivi_engine *e) {
     return true;
 }
 
-/* Saved here, loaded there, and on: as if it had never left. */
+/* Saved here, loaded there, and on: as if it had never left. Where the two engines differ, by some
+ * codes at most: logits of a spread of 8 that have nothing to do with each other are 30 apart. */
 static bool files(kivi_engine *from, kivi_engine *to, double tolerance) {
     kivi_session *s = NULL, *l = NULL;
     static said x, y;
@@ -294,8 +295,8 @@ int main(int argc, char **argv) {
         report(f, "mixed", mixed(gpu));
         report(f, "fork-and-rewind", fork_and_rewind(gpu));
         report(f, "file-to-cuda", files(gpu, gpu, 0));
-        report(f, "file-to-cpu", files(gpu, cpu, 0.5));
-        report(f, "file-from-cpu", files(cpu, gpu, 0.5));
+        report(f, "file-to-cpu", files(gpu, cpu, 2.5));
+        report(f, "file-from-cpu", files(cpu, gpu, 2.5));
         report(f, "counts", counts(gpu));
         kivi_engine_destroy(&gpu);
         kivi_engine_destroy(&cpu);

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """py_cuda.py: the CUDA engine from outside, on a machine with a GPU (`make test-gpu`).
 
-With --compute f32 products are float32, so what is left between the CPU engine or a golden file and the device is the
-order of sums, and in the fused kernels the rounding of q * scale and p * scale to float16: those cases are held to the
-bounds of the CPU's own tests (issue 6), the fused ones to FUSED more. With float16 products, the default, each input
-of a product is off by up to 2^-12 of itself and the errors of three layers add up like a random walk: SHARE of the
-logits' spread. Then many float16 keys and values differ in their last bit, and where a 2-bit code falls on the other
-side of a rounding the logits of these small random models move by a part of what quantization moves them: FLIPS.
+With --compute f32 products are float32. What is left between the CPU engine or a golden file and the device is the
+order of sums, and that attention takes queries (and the fused kernels q * scale and p * scale) as float16: 2^-12 of a
+score, which a softmax of these models, whose logits spread over 3 to 8, turns into about QUERY of the spread. With
+float16 products, the default, each input of a product is off by up to 2^-12 of itself and the errors of three layers
+add up like a random walk: PRODUCTS of the spread. Then float16 keys and values differ in their last bit, and where a
+code falls on the other side of a rounding the logits of these small random models move by a part of what quantization
+moves them: the share of a case's mean distance from a 16-bit cache, FEW_FLIPS and MANY_FLIPS.
 """
 import concurrent.futures
 import itertools
@@ -21,9 +22,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 from blackbox import GOLDEN, bad, case, finish, good, kivi, needs_model, scratch, skip, write  # noqa: E402
 
 F16_MEAN, F16_MAX = 2e-3, 5e-2
-KIVI_MEAN, KIVI_SHARE = 4e-3, 0.10
-FUSED, SHARE = 1e-3, 2e-3  # mean difference in units of the logits' standard deviation
-FLIPS = 0.4  # of a case's mean distance from a 16-bit cache
+KIVI_MEAN = 4e-3
+QUERY, PRODUCTS = 1e-3, 2e-3  # mean difference in units of the logits' standard deviation
+FEW_FLIPS, MANY_FLIPS = 0.15, 0.4  # of a case's mean distance from a 16-bit cache
 BUILT = (64, 80, 96, 128, 256)  # head sizes of the fused kernels
 
 
@@ -37,7 +38,7 @@ def head_dim(family):
     return c.get('head_dim') or c['hidden_size'] // c['num_attention_heads']
 
 
-def check(difference, to_f16, extra, share=KIVI_SHARE):
+def check(difference, to_f16, extra, share):
     """extra: what is allowed on top, in logits."""
     mean, worst = np.abs(difference).mean(), np.abs(difference).max()
     assert np.isfinite(worst), 'not finite'
@@ -47,12 +48,11 @@ def check(difference, to_f16, extra, share=KIVI_SHARE):
     return f'mean {mean:.6f} max {worst:.5f} limit {limit:.5f} to_f16 {to_f16:.4f}'
 
 
-# name, options, environment, what is allowed on top in spreads, share of the distance from a 16-bit cache (None: the
-# case's own)
+# name, options, environment, what is allowed on top in spreads, share of the distance from a 16-bit cache
 def ways(dim):
     f32, plain = ['--compute', 'f32'], {'env': {'KIVI_DISABLE': 'fused'}}
-    found = [('plain', f32, plain, 0, None), ('f16', [], {}, SHARE, FLIPS)]
-    return found + ([('fused', f32, {}, FUSED, None)] if dim in BUILT else [])
+    found = [('plain', f32, plain, QUERY, FEW_FLIPS), ('f16', [], {}, PRODUCTS, MANY_FLIPS)]
+    return found + ([('fused', f32, {}, QUERY, FEW_FLIPS)] if dim in BUILT else [])
 
 
 numbers = itertools.count()
@@ -107,7 +107,7 @@ def golden_case(family, name, c, way, options):
                     '--group', c['group'], '--residual', c['residual'], *options, *compute, **more)
         theirs = np.load(os.path.join(folder, name + '.npy'))
         say(f'golden/{family}/{name}/{suffix}', check(ours[c['positions']] - theirs, c['mean_abs_diff_to_f16'],
-                                                      extra * theirs.std(), share or KIVI_SHARE))
+                                                      extra * theirs.std(), share))
 
 
 # ---- the CPU engine ----
@@ -148,7 +148,7 @@ def against_cpu(name, family, n, options):
                 exact = logits(folder, tokens, '--device', 'cpu', '--kv', 'f16', '--prompt', 0, '--ctx', 512)
             to_f16 = 0 if name == 'f16' else np.abs(theirs - exact).mean()
             ours = cuda(folder, tokens, *options, *compute, **more)
-            say(f'cpu/{name}/{suffix}', check(ours - theirs, to_f16, extra * theirs.std(), share or 0.05))
+            say(f'cpu/{name}/{suffix}', check(ours - theirs, to_f16, extra * theirs.std(), share))
 
 
 def repeats():
@@ -166,8 +166,8 @@ def repeats():
 def fields(dtype, rng, n):
     """n random blocks of a type with scales that keep a product's result near 1."""
     spec = {'Q4_0': (2, 18, 32, [0]), 'Q4_1': (3, 20, 32, [0, 2]), 'Q5_0': (6, 22, 32, [0]),
-            'Q5_1': (7, 24, 32, [0, 2]), 'Q8_0': (8, 34, 32, [0]),
-            'Q2_K': (10, 84, 256, [80, 82]), 'Q3_K': (11, 110, 256, [108]),
+            'Q5_1': (7, 24, 32, [0, 2]), 'Q8_0': (8, 34, 32, [0]), 'Q2_K': (10, 84, 256, [80, 82]),
+            'Q3_K': (11, 110, 256, [108]),
             'Q4_K': (12, 144, 256, [0, 2]), 'Q5_K': (13, 176, 256, [0, 2]), 'Q6_K': (14, 210, 256, [208])}
     number, n_bytes, cols, halves = spec[dtype]
     peak = {'Q4_0': 8, 'Q4_1': 15, 'Q5_0': 16, 'Q5_1': 31, 'Q8_0': 128, 'Q2_K': 45, 'Q3_K': 128, 'Q4_K': 945,
@@ -219,7 +219,7 @@ def weight_types():
             theirs = logits(path, tokens, '--device', 'cpu', '--kv', 'f16')
             assert theirs.std() > 0.05, f'the model says nothing: spread {theirs.std():.4f}'
             ours = cuda(path, tokens, '--kv', 'f16')
-            say(f'weights/{dtype}', check(ours - theirs, 0, SHARE * theirs.std()))
+            say(f'weights/{dtype}', check(ours - theirs, 0, PRODUCTS * theirs.std(), MANY_FLIPS))
 
 
 # ---- the command ----
@@ -247,7 +247,7 @@ def command():
         full = logits(model, load('llama-gqa/tokens.json')[:60], '--device', 'cpu', '--kv', 'f16')
         ours = cuda(model, load('llama-gqa/tokens.json')[:60], '--kv', 'f16', '--compute', 'bf16')
         mean = np.abs(ours - full).mean()
-        assert 1e-4 < mean < 8 * SHARE * full.std(), f'mean |difference| {mean:.5f}'  # 3 bits fewer
+        assert 1e-4 < mean < 8 * PRODUCTS * full.std(), f'mean |difference| {mean:.5f}'  # 3 bits fewer
     with case('command/compute-that-is-not-there'):
         bad(2, 'info', model, '--device', 'cuda', '--compute', 'f8', says='f8')
 
