@@ -82,7 +82,8 @@ static void oracle_plus_page(oracle *o, uint32_t t, uint32_t head) {
         o->k.code[at] = (uint8_t)ki_plus_key_code(&keys, i / d, i % d, d);
         o->k.scale[at] = ki_f16_to_f32(scale[i % d]);
         o->k.zero[at] = ki_f16_to_f32(zero[i % d]);
-        for (uint32_t w = 0; keys.list && w < d / 4; w++) o->k.wide[at] |= list[w] == i % d;
+        for (uint32_t w = 0; keys.list && w < d / 4; w++)
+            if (list[w] == i % d) o->k.wide[at] = 1;
     }
     free(store), free(keys.low), free(wide);
 }
