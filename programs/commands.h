@@ -29,7 +29,6 @@ int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes);
 int out_of_memory(const char *what);
 double now_seconds(void);
 uint64_t peak_rss_bytes(void);
-uint64_t memory_sum(const kivi_memory *m);
 /* {"weights": N, ...} */
 void print_memory_json(FILE *out, const kivi_memory *m);
 /* One line a tag, each kind a column. */

@@ -1,3 +1,4 @@
+#include "base.h"
 #include "commands.h"
 
 #include <errno.h>
@@ -166,14 +167,6 @@ int read_file(char **out, size_t *n_bytes, const char *path, size_t max_bytes) {
 
 /* ---- memory ---- */
 
-uint64_t memory_sum(const kivi_memory *m) {
-    uint64_t sum = 0;
-#define X(name) sum += m->name;
-    KIVI_TAG_LIST(X)
-#undef X
-    return sum;
-}
-
 void print_memory_json(FILE *out, const kivi_memory *m) {
     const char *comma = "";
     fputc('{', out);
@@ -202,6 +195,6 @@ void print_memory_table(FILE *out, const kivi_memory *columns, const char *const
     print_row(out, #tag, bytes, n_columns);
     KIVI_TAG_LIST(X)
 #undef X
-    for (uint32_t i = 0; i < n_columns; i++) bytes[i] = memory_sum(&columns[i]);
+    for (uint32_t i = 0; i < n_columns; i++) bytes[i] = ki_memory_sum(&columns[i]);
     print_row(out, "sum", bytes, n_columns);
 }

@@ -77,14 +77,6 @@ int munmap(void *p, size_t n_bytes) {
 static uint64_t kv_bytes(const kivi_memory *m) {
     return m->kv_codes + m->kv_scales + m->kv_residual;
 }
-static uint64_t sum_of(const kivi_memory *m) {
-    uint64_t sum = 0;
-#define X(name) sum += m->name;
-    KIVI_TAG_LIST(X)
-#undef X
-    return sum;
-}
-
 static kivi_engine_options tiny(int kind) {
     static const kivi_kv_options kv[] = {
         {.residual_tokens = 32, .rewind_tokens = 16},
@@ -107,7 +99,7 @@ enum { N_KINDS = 5 };
 static void check_sums(const kivi_engine *engine, const char *when) {
 #if WATCHES_ALLOCATOR
     kivi_memory m = kivi_engine_memory(engine);
-    uint64_t blocks = n_blocks(engine), sum = sum_of(&m);
+    uint64_t blocks = n_blocks(engine), sum = ki_memory_sum(&m);
     if ((uint64_t)handed_blocks != blocks)
         fail_msg("%s: %lld blocks handed out, %llu counted", when, (long long)handed_blocks,
                  (unsigned long long)blocks);
@@ -117,7 +109,7 @@ static void check_sums(const kivi_engine *engine, const char *when) {
                  (long long)handed_out, (unsigned long long)blocks, (unsigned long long)sum);
 #else
     kivi_memory m = kivi_engine_memory(engine);
-    if (sum_of(&m) == 0) fail_msg("%s: nothing is counted", when);
+    if (ki_memory_sum(&m) == 0) fail_msg("%s: nothing is counted", when);
 #endif
 }
 

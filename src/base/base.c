@@ -84,6 +84,14 @@ kivi_memory ki_mem_report(const ki_mem *mem) {
     return m;
 }
 
+uint64_t ki_memory_sum(const kivi_memory *memory) {
+    uint64_t sum = 0;
+#define X(name) sum += memory->name;
+    KIVI_TAG_LIST(X)
+#undef X
+    return sum;
+}
+
 void ki_mem_count(ki_mem *mem, ki_tag tag, int64_t n_bytes) {
     atomic_fetch_add(&mem->bytes[tag], (uint64_t)n_bytes);
 }

@@ -57,6 +57,7 @@ typedef struct ki_mem {
 
 void ki_mem_init(ki_mem *mem);
 kivi_memory ki_mem_report(const ki_mem *mem);
+uint64_t ki_memory_sum(const kivi_memory *memory); /* of all tags */
 /* Zeroed memory aligned to 64 bytes, with 64 readable bytes behind it; NULL err allowed. n_bytes 0
  * is legal. */
 kivi_status ki_alloc(void **out, ki_mem *mem, ki_tag tag, size_t n_bytes, kivi_error *err);

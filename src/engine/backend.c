@@ -147,14 +147,6 @@ void ki_engine_close_backend(kivi_engine *e) {
 
 /* ---- the plan ---- */
 
-static uint64_t sum_of(const kivi_memory *m) {
-    uint64_t sum = 0;
-#define X(name) sum += m->name;
-    KIVI_TAG_LIST(X)
-#undef X
-    return sum;
-}
-
 /* What a device will hold for this engine, before any of it is taken: refused at once when it
  * cannot be, not somewhere in the middle. */
 kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
@@ -167,7 +159,7 @@ kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32
         return KI_FAIL(err, ARG, "engine: %u pages are too many", n_pages);
     uint64_t weights = ki_mem_report(b->device->mem).weights + plan.weights;
     uint64_t pages = cache.kv_codes + cache.kv_scales;
-    uint64_t rest = sum_of(&plan) - plan.weights;
+    uint64_t rest = ki_memory_sum(&plan) - plan.weights;
     uint64_t all = weights + pages + cache.kv_residual + rest;
     uint64_t room = b->limit_bytes ? KI_MIN(b->limit_bytes, b->free_bytes) : b->free_bytes;
     const double mib = 1048576.0;

@@ -3,14 +3,6 @@
 
 #include <unistd.h>
 
-static uint64_t counted(const kivi_memory *m) {
-    uint64_t sum = 0;
-#define X(name) sum += m->name;
-    KIVI_TAG_LIST(X)
-#undef X
-    return sum;
-}
-
 static void feed(kivi_seq *seq, const uint32_t *tokens, uint32_t n) {
     CHECK_OK(world_step(seq, tokens, n, NULL, err));
 }
@@ -60,8 +52,9 @@ static void plan(const kivi_kv_options *kv) {
     if (cache) CHECK(kivi_cache_memory(cache).kv_residual == 0, "windows left");
     kivi_cache_destroy(&cache);
     kivi_memory left = ki_mem_report(&mem);
-    CHECK(counted(&left) == 0 && atomic_load(&mem.n_blocks) == 0, "%llu bytes in %u blocks left",
-          (unsigned long long)counted(&left), (unsigned)mem.n_blocks);
+    CHECK(ki_memory_sum(&left) == 0 && atomic_load(&mem.n_blocks) == 0,
+          "%llu bytes in %u blocks left", (unsigned long long)ki_memory_sum(&left),
+          (unsigned)mem.n_blocks);
     check_end();
 }
 
@@ -122,7 +115,7 @@ static void sweep(kivi_rule rule) {
         kivi_seq_destroy(&b);
         kivi_cache_destroy(&cache);
         kivi_memory left = ki_mem_report(&mem);
-        CHECK(atomic_load(&mem.n_blocks) == 0 && counted(&left) == 0,
+        CHECK(atomic_load(&mem.n_blocks) == 0 && ki_memory_sum(&left) == 0,
               "allocation %d failing: %u blocks left", (int)n, (unsigned)mem.n_blocks);
     }
     remove(path);
