@@ -91,6 +91,8 @@ def usage():
         ('device-cuda-255', 4, 'cuda:255', ['info', GQA, '--device', 'cuda:255']),
         *[('device-' + name, 2, 'cuda:N', ['info', GQA, '--device', name])
           for name in ('gpu', 'cuda:', 'cuda:x', 'cuda:-1', 'cuda:256', 'cuda:1234', 'CUDA', 'cpu:0')],
+        ('compute-of-a-cpu', 2, 'compute_type', ['info', GQA, '--device', 'cpu', '--compute', 'bf16']),
+        ('gpu-memory-of-a-cpu', 2, 'gpu_memory', ['info', GQA, '--device', 'cpu', '--gpu-memory', '64']),
         ('gpu-memory-0', 2, '--gpu-memory', ['info', GQA, '--gpu-memory', '0']),
         ('prompt-chunk-0', 2, '--prompt-chunk', [*logits_args(), '--prompt-chunk', '0']),
         ('prompt-over-tokens', 2, '151', [*logits_args(), '--prompt', '151']),

@@ -133,6 +133,9 @@ kivi_status ki_engine_open_backend(kivi_engine *e, kivi_error *err) {
         }
     }
     ki_engine_close_backend(e);
+    if (e->options.compute_type || e->options.gpu_memory_bytes)
+        return KI_FAIL(err, ARG, "engine: %s is set, which is for a CUDA device; this is the cpu",
+                       e->options.compute_type ? "compute_type" : "gpu_memory_bytes");
     if (kind == DEVICE_AUTO && e->options.device) /* asked for, so answered */
         ki_engine_log(e, "device cpu (%s)", why.text);
     return ki_cpu_backend_create(&e->backend, &e->mem, err);
