@@ -14,7 +14,7 @@ import os
 
 import numpy as np
 
-from blackbox import GOLDEN, UNDER, case, finish, logits
+from blackbox import FAMILIES, GOLDEN, UNDER, case, finish, logits
 from reference import Llama
 
 # The page of issue 6. Logits have a spread of about 3 (llama) and 8 (llama-gqa).
@@ -121,16 +121,8 @@ def numpy_cache():
                 check((ours - reference)[:n_prompt], 0)
 
 
-golden('llama')
-golden('llama-gqa', '--rope-freq', 'bf16')
-golden('mistral-swa', '--rope-freq', 'f16')
-golden('falcon-mqa', '--rope-freq', 'bf16')
-golden('falcon-gqa', '--rope-freq', 'f16')
-golden('qwen2', '--rope-freq', 'bf16')
-# made by the generator without that flaw: only parameters were converted
-for family in ('qwen3', 'gemma3', 'yarn'):
-    golden(family)
-golden('dynamic', '--ctx', 512)  # beyond the 128 of its config.json, where the base grows
+for family, *options in FAMILIES:
+    golden(family, *options)
 frequencies()
 numpy_cache()
 finish()

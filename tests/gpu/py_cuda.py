@@ -19,7 +19,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from blackbox import GOLDEN, bad, case, finish, good, kivi, needs_model, scratch, skip, write  # noqa: E402
+from blackbox import FAMILIES, GOLDEN, bad, case, finish, good, kivi, needs_model, scratch, skip, write  # noqa: E402
 
 F16_MEAN, F16_MAX = 2e-3, 5e-2
 KIVI_MEAN = 4e-3
@@ -277,15 +277,8 @@ if found.code == 4:
     with case('cuda'):
         skip(found.errors.strip())
     finish()
-golden('llama')
-golden('llama-gqa', '--rope-freq', 'bf16')
-golden('mistral-swa', '--rope-freq', 'f16')
-golden('falcon-mqa', '--rope-freq', 'bf16')
-golden('falcon-gqa', '--rope-freq', 'f16')
-golden('qwen2', '--rope-freq', 'bf16')
-for name in ('qwen3', 'gemma3', 'yarn'):
-    golden(name)
-golden('dynamic', '--ctx', 512)
+for family, *options in FAMILIES:
+    golden(family, *options)
 for one in CPU_CASES:
     later(against_cpu, *one)
 later(repeats)
