@@ -80,6 +80,14 @@ static void *open_library(char *why, size_t n_bytes) {
     return handle;
 }
 
+/* Whether the system has NVIDIA's driver: without it the library, and cuBLASLt with it, would be
+ * loaded for nothing by every program of a machine that has no such GPU. */
+static bool has_driver(void) {
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+    if (driver) dlclose(driver);
+    return driver != NULL;
+}
+
 static bool same_build(const ki_library *library) {
     ki_library own = {0};
     ki_library_fill(&own);
@@ -121,7 +129,9 @@ kivi_status ki_engine_open_backend(kivi_engine *e, kivi_error *err) {
     uint32_t number;
     kivi_error why = {0};
     KI_TRY(parse(&kind, &number, e->options.device, err));
-    if (kind != DEVICE_CPU) {
+    bool no_driver = kind == DEVICE_AUTO && !has_driver();
+    if (no_driver) snprintf(why.text, sizeof why.text, "libcuda.so.1 is not on this system");
+    if (kind != DEVICE_CPU && !no_driver) {
         kivi_status status = open_cuda(e, number, &why);
         if (status == KIVI_OK) {
             ki_engine_log(e, "device %s", e->backend->name);
