@@ -1,4 +1,4 @@
-/* Speeds; they decide nothing. --test=PREFIX chooses among plus/D64, attend/D64/kivi2/, matmul/q4_1. */
+/* Speeds; they decide nothing. --test=PREFIX chooses: plus/D64, attend/D64/kivi2/, matmul/q4_1. */
 #include "world.h"
 
 #include <stdarg.h>
