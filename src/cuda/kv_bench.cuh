@@ -70,7 +70,9 @@ static kivi_status time_launches(double *us, uint32_t n_launches,
     KI_TRY_GOTO(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                               "capture", err));
     for (uint32_t i = 0; i < n_launches && status == KIVI_OK; i++) status = launch(i, stream);
-    KI_TRY_GOTO(ki_cuda_check(cudaStreamEndCapture(stream, &graph), "capture", err));
+    cudaStreamEndCapture(stream, &graph);
+    if (status != KIVI_OK) goto fail;
+    KI_TRY_GOTO(ki_cuda_check(cudaGetLastError(), "capture", err));
     KI_TRY_GOTO(ki_cuda_check(cudaGraphInstantiate(&exec, graph, 0), "graph", err));
     for (int r = -WARM; r < REPEATS; r++) {
         cudaEventRecord(from, stream);

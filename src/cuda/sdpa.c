@@ -101,8 +101,7 @@ static kivi_status describe_device(ki_sdpa *s, kivi_error *err) {
 
 static kivi_status open_device(ki_sdpa *s, kivi_error *err) {
     if (s->o.device_json) return describe_device(s, err);
-    KI_TRY(check_call(s, s->c.create(&s->handle), "cudnnCreate", err));
-    return check_call(s, s->c.set_stream(s->handle, s->o.stream), "cudnnSetStream", err);
+    return check_call(s, s->c.create(&s->handle), "cudnnCreate", err);
 }
 
 static kivi_status make_plan(ki_sdpa *s, uint32_t window, uint32_t n_rows, kivi_error *err) {
@@ -221,7 +220,7 @@ static const ki_sdpa_plan *plan_of(const ki_sdpa *s, uint32_t window, uint32_t n
     return NULL;
 }
 
-kivi_status ki_sdpa_run(ki_sdpa *s, const ki_sdpa_call *call, kivi_error *err) {
+kivi_status ki_sdpa_run(ki_sdpa *s, const ki_sdpa_call *call, void *stream, kivi_error *err) {
     const ki_sdpa_plan *plan = plan_of(s, call->window, call->n_rows);
     float lowest = ki_sdpa_lowest(&s->c), window = (float)call->window;
     variant_pack p = {.n = 0};
@@ -242,6 +241,7 @@ kivi_status ki_sdpa_run(ki_sdpa *s, const ki_sdpa_call *call, kivi_error *err) {
         bind(&p, KI_SDPA_LENGTH_LOW, &lowest);
         bind_record(&p, call->record);
     }
+    KI_TRY(check_call(s, s->c.set_stream(s->handle, stream), "cudnnSetStream", err));
     return check_call(s, execute(s, plan, &p, call->workspace), "attention", err);
 }
 
@@ -262,8 +262,9 @@ uint64_t ki_sdpa_workspace(const ki_sdpa *sdpa) {
     (void)sdpa;
     return 0;
 }
-kivi_status ki_sdpa_run(ki_sdpa *sdpa, const ki_sdpa_call *call, kivi_error *err) {
+kivi_status ki_sdpa_run(ki_sdpa *sdpa, const ki_sdpa_call *call, void *stream, kivi_error *err) {
     (void)sdpa;
+    (void)stream;
     (void)call;
     return KI_FAIL(err, INTERNAL, "cuda: this build was made without cuDNN's headers (9.8)");
 }

@@ -47,7 +47,6 @@ typedef struct ki_sdpa_options {
     uint32_t min_rows, max_rows; /* lengths to make plans for: those between are run */
     uint32_t compute_major;      /* of the device: 8 or 9 */
     uint64_t workspace_bytes;    /* what run's workspace has: a plan that wants more is refused */
-    void *stream;                /* of the calling thread's device: all runs are queued there */
     bool exact; /* measurements: plans without lengths in device memory, for max_rows alone */
     const char *device_json; /* tests: plans for the device described, which need not be there, and
                               * cannot be run; NULL: the calling thread's device */
@@ -69,8 +68,9 @@ kivi_status ki_sdpa_create(ki_sdpa **out, const ki_sdpa_options *options, kivi_e
 void ki_sdpa_destroy(ki_sdpa **sdpa);
 const char *ki_sdpa_name(const ki_sdpa *sdpa);   /* "cuDNN 9.19.0"; lives as long as sdpa */
 uint64_t ki_sdpa_workspace(const ki_sdpa *sdpa); /* bytes that the most wanting plan takes */
-/* Queues it; allocates no device memory. */
-kivi_status ki_sdpa_run(ki_sdpa *sdpa, const ki_sdpa_call *call, kivi_error *err);
+/* Queues it on a stream (a cudaStream_t) of the device that plans were made for; allocates no device
+ * memory. */
+kivi_status ki_sdpa_run(ki_sdpa *sdpa, const ki_sdpa_call *call, void *stream, kivi_error *err);
 
 /* ---- what needs no cuDNN ---- */
 

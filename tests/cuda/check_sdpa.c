@@ -64,7 +64,7 @@ static void check_plan(const char *name, const ki_sdpa_options *o, kivi_status e
     if (status == KIVI_OK) { /* plans for a device that is not there do not run */
         ki_sdpa_call call = {.n_rows = o->max_rows, .window = o->windows[0]};
         kivi_error none = {0};
-        if (ki_sdpa_run(s, &call, &none) != KIVI_INTERNAL) status = KIVI_INTERNAL;
+        if (ki_sdpa_run(s, &call, NULL, &none) != KIVI_INTERNAL) status = KIVI_INTERNAL;
     }
     ki_sdpa_destroy(&s);
     if (o->mem->n_blocks) status = KIVI_INTERNAL;
