@@ -134,7 +134,7 @@ $(CUDA_C_OBJ): PKG_CFLAGS += -isystem $(CUDA_HOME)/include
 $(BUILD)/libkivi-cuda.so: $(CUDA_C_OBJ) $(CUDA_OBJ) $(BUILD)/libkivi.a
 	$(CC) -shared -Wl,--no-undefined -Wl,--exclude-libs,ALL $(LDFLAGS) $^ -o $@ -L$(CUDA_HOME)/lib64 \
 	    -lcudart_static -lcublasLt -lstdc++ -lm -ldl -lrt -pthread
-$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 	@rm -f $@
 	$(AR) rcs $@ $^
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.

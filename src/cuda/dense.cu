@@ -266,9 +266,9 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
         store(h, to + i, normed(from, i, m, norm), type);
 }
 
-extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
-                                    const uint32_t *rows, const ki_cuda_norm *norm,
-                                    uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
+                                    const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n,
+                                    ki_cuda_type type, void *stream) {
     ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
               type);
 }

@@ -68,8 +68,8 @@ kivi_status ki_sdpa_create(ki_sdpa **out, const ki_sdpa_options *options, kivi_e
 void ki_sdpa_destroy(ki_sdpa **sdpa);
 const char *ki_sdpa_name(const ki_sdpa *sdpa);   /* "cuDNN 9.19.0"; lives as long as sdpa */
 uint64_t ki_sdpa_workspace(const ki_sdpa *sdpa); /* bytes that the most wanting plan takes */
-/* Queues it on a stream (a cudaStream_t) of the device that plans were made for; allocates no device
- * memory. */
+/* Queues it on a stream (a cudaStream_t) of the device that plans were made for; allocates no
+ * device memory. */
 kivi_status ki_sdpa_run(ki_sdpa *sdpa, const ki_sdpa_call *call, void *stream, kivi_error *err);
 
 /* ---- what needs no cuDNN ---- */
