@@ -332,7 +332,7 @@ static void report(const char *family, const char *name, bool ok) {
     n_failed += !ok;
 }
 
-/* Nothing is compared where cuDNN has no part in it: head sizes of the plain kernels, or no cuDNN. */
+/* Nothing is compared where cuDNN has no part in it: no cuDNN, or the plain kernels' head sizes. */
 static void report_whole(const char *family, const char *name, bool ok) {
     if (ok && !strstr(attention, "prompts: cuDNN"))
         printf("skip %s/%s: %s\n", family, name, *attention ? attention : "not for this head size");
