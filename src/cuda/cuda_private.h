@@ -150,8 +150,8 @@ typedef struct ki_cuda_sizes {
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
                       const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
 uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
-/* Whether cuDNN is to be asked for the attention of prompts: steps of that many rows can have one
- * that is long enough, and rows are in 16 bit. */
+/* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
+ * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
