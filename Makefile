@@ -38,7 +38,8 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 # What needs CUDA's headers is in a library of its own.
-CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
+CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sdpa.c sdpa_graph.c sizes.c \
+            start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
             src/cuda/kv_layout.c
@@ -127,22 +128,32 @@ $(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
 # loaded with it. Its one symbol is ki_backend_library.
 CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUDA_C_OBJ := $(CUDA_C:%.c=$(BUILD)/%.o)
+# cuDNN's headers, where they are: beside CUDA's or the system's. Its library is looked for at run time.
+SDPA_OBJ := $(BUILD)/src/cuda/sdpa.o $(BUILD)/src/cuda/sdpa_graph.o
 $(CUDA_C_OBJ): PKG_CFLAGS += -isystem $(CUDA_HOME)/include
 $(BUILD)/libkivi-cuda.so: $(CUDA_C_OBJ) $(CUDA_OBJ) $(BUILD)/libkivi.a
 	$(CC) -shared -Wl,--no-undefined -Wl,--exclude-libs,ALL $(LDFLAGS) $^ -o $@ -L$(CUDA_HOME)/lib64 \
 	    -lcudart_static -lcublasLt -lstdc++ -lm -ldl -lrt -pthread
-$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 	@rm -f $@
 	$(AR) rcs $@ $^
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
-$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
-$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
-$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
+$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
+$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
+# cuDNN's plans without a device (tests/py_sdpa.py): the driver in their way is one of our own.
+$(BUILD)/check-sdpa: $(BUILD)/tests/cuda/check_sdpa.o $(SDPA_OBJ) $(BUILD)/src/base/base.o
+	$(CC) $(LDFLAGS) $^ -o $@ -ldl -pthread
+$(BUILD)/fake-driver/libcuda.so.1: tests/cuda/fake_driver.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) $(WARN) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 $< -o $@
+$(BUILD)/fake-driver/libcuda.so.1: CFLAGS_BASE := -std=c17 -O2 -fPIC
 ifneq ($(NVCC),)
 all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda $(BUILD)/bench-cuda
+all: $(BUILD)/check-sdpa $(BUILD)/fake-driver/libcuda.so.1
 endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.
@@ -198,4 +209,5 @@ help:
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
 -include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
-         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d \
+         $(BUILD)/tests/cuda/check_sdpa.d

@@ -59,7 +59,8 @@ static const char rest[] =
     ".SH ENVIRONMENT\nEvery option has an environment name, its own in capitals behind KIVI_, such "
     "as\n.BR KIVI_THREADS ;\nthe command line wins.\n.TP\n.B KIVI_DISABLE\nInstruction sets not to "
     "use: avx2, avx512, avx512vnni (x86-64), neon, neondot (aarch64); a set goes with all that "
-    "are built on it.\n.TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
+    "are built on it. On a GPU: cudnn, and all prompts are attended by our own kernel.\n"
+    ".TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
     "success, 2 usage, 3 the model, 4 memory or device, 5 input or output.\n";
 
 static const char chat_part[] =

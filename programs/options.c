@@ -263,7 +263,8 @@ void options_help(FILE *out, unsigned command) {
     }
     fputs("\nEvery option also has an environment name, such as KIVI_THREADS; the command line "
           "wins.\n"
-          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out (arm: neon, neondot).\n",
+          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out (arm: neon, neondot; gpu: "
+          "cudnn).\n",
           out);
 }
 

@@ -4,6 +4,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=${1:-build}
+# cuDNN out of Python's packages, where the system has none: prompts are measured with it, too.
+libs=$(python3 -c 'import importlib.util as u
+found = [u.find_spec("nvidia." + name) for name in ("cudnn", "cu13")]
+print(":".join(f"{path}/lib" for s in found if s for path in s.submodule_search_locations))' 2>/dev/null || true)
+[ -z "$libs" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libs"
 
 "$build/check-cuda" --small | tail -n 1
 "$build/bench-cuda"

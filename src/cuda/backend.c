@@ -216,8 +216,10 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .frequencies = o->frequencies,
                            .number = (int)o->device,
                            .n_sms = (uint32_t)found.multiProcessorCount,
+                           .compute_major = (uint32_t)found.major,
                            .type = (ki_cuda_type)o->compute, /* both begin F32, F16, BF16 */
                            .no_fused = o->no_fused,
+                           .no_cudnn = o->no_cudnn,
                            .log = o->log,
                            .log_user = o->log_user};
     b->base = (ki_backend){.api = &api,

@@ -11,6 +11,7 @@
 #include "gemv.h"
 #include "kv_cuda.h"
 #include "plain.h"
+#include "sdpa.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -83,7 +84,7 @@ typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
 
 /* What a step reads from the host in one copy, and gives back in one. Offsets in bytes. */
 typedef struct ki_cuda_upload {
-    size_t seqs, tokens, positions, logit_rows, tables, frequencies, n_bytes;
+    size_t seqs, tokens, positions, logit_rows, tables, frequencies, records, n_bytes;
 } ki_cuda_upload;
 typedef struct ki_cuda_result {
     size_t row_flags, finite, best, counters, n_bytes;
@@ -91,13 +92,15 @@ typedef struct ki_cuda_result {
 
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
     float *x, *qkv, *mlp, *delta, *logits, *rope;
-    void *h, *attn, *act, *last;       /* of the backend's type */
-    uint16_t *q16, *k_rows, *v_rows;   /* f16 */
+    void *h, *attn, *act, *last;        /* of the backend's type */
+    uint16_t *q16, *k_rows, *v_rows;    /* f16 */
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
 } ki_cuda_buffers;
 
 typedef struct ki_cuda_shape { /* of a step, as launches see it */
     uint32_t n_rows, n_seqs, max_rows, n_logits, split_tokens;
+    uint32_t n_whole;  /* sequences marked KI_CUDA_ELSEWHERE: cuDNN's */
+    uint32_t own_rows; /* most rows of any other; 0: there is none. For steps with prompts */
     bool decode;
 } ki_cuda_shape;
 
@@ -108,9 +111,10 @@ typedef struct ki_cuda_backend {
     ki_mem *host;
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
-    uint32_t n_sms;
+    uint32_t n_sms, compute_major;
     ki_cuda_type type; /* of weights, and of the rows that products read */
     bool no_fused;     /* plain.h serves all head sizes */
+    bool no_cudnn;     /* kv_prompt.cu serves all prompts */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */
@@ -121,17 +125,18 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
+    ki_sdpa *sdpa; /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
     ki_cuda_buffers buffers;
-    uint8_t *arena;                   /* all buffers but these */
-    uint8_t *workspace;               /* of products and attention */
-    float *vectors, *rope_freq;       /* norms and biases; [n_ropes][D / 2] */
-    ki_cuda_norms *norms;             /* [n_layers], host */
+    uint8_t *arena;             /* all buffers but these */
+    uint8_t *workspace;         /* of products and attention */
+    float *vectors, *rope_freq; /* norms and biases; [n_ropes][D / 2] */
+    ki_cuda_norms *norms;       /* [n_layers], host */
     ki_cuda_norm output_norm;
-    uint8_t *up, *down;               /* pinned host memory: upload and result */
-    float *host_logits;               /* [logit rows][stride], fetched on demand */
-    uint64_t *fetched, n_steps;       /* [logit rows]: the step each was fetched of */
+    uint8_t *up, *down;         /* pinned host memory: upload and result */
+    float *host_logits;         /* [logit rows][stride], fetched on demand */
+    uint64_t *fetched, n_steps; /* [logit rows]: the step each was fetched of */
     cudaGraphExec_t graphs[KI_MAX_BUCKETS];
 } ki_cuda_backend;
 
@@ -145,12 +150,17 @@ typedef struct ki_cuda_sizes {
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
                       const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
 uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
+/* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
+ * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);
 kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
+/* Which of the two kinds of layers the model has: those that see all, and local ones. */
+void ki_cuda_kinds_of(bool has[2], const ki_config *config);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
 

@@ -161,6 +161,61 @@ extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uin
               *heads, n_rows);
 }
 
+/* ---- what cuDNN's attention left ---- */
+
+enum { MAX_HEAD_PARTS = 8 }; /* elements of a lane: 256 / 32 */
+
+/* One warp for each head of a row; lane l has elements l, l + 32, ... The butterfly is turn_row's
+ * (kv_rows.cuh), its partners in another lane or in this one. */
+static __global__ void finish_heads(uint16_t *rows, uint32_t n, uint32_t head_dim, bool turned,
+                                    bool is_bf16) {
+    uint32_t number = blockIdx.x * (UNIT_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (number >= n) return;
+    uint16_t *row = rows + (size_t)number * head_dim;
+    uint32_t block = head_dim & (0u - head_dim);
+    float x[MAX_HEAD_PARTS];
+#pragma unroll
+    for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+        uint32_t i = e * 32 + lane;
+        x[e] = i < head_dim ? __half2float(__ushort_as_half(row[i])) : 0.0f;
+    }
+    if (turned) {
+        for (uint32_t h = 1; h < 32 && h < block; h *= 2)
+#pragma unroll
+            for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+                float other = __shfl_xor_sync(0xffffffffu, x[e], h);
+                x[e] = lane & h ? other - x[e] : x[e] + other;
+            }
+#pragma unroll
+        for (int h = 1; h < MAX_HEAD_PARTS; h *= 2) /* of 32 elements each */
+#pragma unroll
+            for (int e = 0; e < MAX_HEAD_PARTS; e++)
+                if (!(e & h) && (uint32_t)h * 32 < block) {
+                    float low = x[e], high = x[e + h];
+                    x[e] = low + high;
+                    x[e + h] = low - high;
+                }
+        float f = __frsqrt_rn((float)block);
+#pragma unroll
+        for (int e = 0; e < MAX_HEAD_PARTS; e++) x[e] *= f;
+    }
+#pragma unroll
+    for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+        uint32_t i = e * 32 + lane;
+        float v = fminf(fmaxf(x[e], -65504.0f), 65504.0f); /* of NaN -65504: its row was flagged */
+        if (i < head_dim)
+            row[i] = is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x[e]))
+                             : __half_as_ushort(__float2half_rn(v));
+    }
+}
+
+extern "C" void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n_rows,
+                                     uint32_t n_heads, uint32_t head_dim, void *stream) {
+    uint32_t n = n_rows * n_heads, per_block = UNIT_THREADS / 32;
+    finish_heads<<<(n + per_block - 1) / per_block, UNIT_THREADS, 0, (cudaStream_t)stream>>>(
+        (uint16_t *)rows, n, head_dim, turned, type == KI_CUDA_BF16);
+}
+
 /* ---- the MLP ---- */
 
 static __device__ __forceinline__ float gelu_tanh(float x) {
@@ -211,9 +266,9 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
         store(h, to + i, normed(from, i, m, norm), type);
 }
 
-extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
-                                    const uint32_t *rows, const ki_cuda_norm *norm,
-                                    uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
+                                    const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n,
+                                    ki_cuda_type type, void *stream) {
     ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
               type);
 }

@@ -48,6 +48,11 @@ typedef struct ki_cuda_heads {
 } ki_cuda_heads;
 void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uint32_t n_rows, void *stream);
 
+/* Rows [n_rows][H][D] of float16 where they are: turned as plus.h turns values, if `turned`, and of
+ * `type` then, F16 or BF16. D at most 256. */
+void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n_rows,
+                          uint32_t n_heads, uint32_t head_dim, void *stream);
+
 /* out[r][n] = act(gate) * up of rows [gate n][up n] (stride 2 n), or act alone of rows [n]. */
 typedef enum ki_cuda_act { KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL, KI_CUDA_GELU } ki_cuda_act;
 void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows, uint32_t n,
@@ -59,8 +64,8 @@ void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32
                          void *stream);
 /* best[i]: where row i of logits [n_rows][stride] is largest among n, the lowest on a tie; -1 where
  * nothing is larger than minus infinity. */
-void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,
-                    size_t stride, void *stream);
+void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n, size_t stride,
+                    void *stream);
 
 void ki_cuda_ring_copy_blocks(const ki_ring_copy *copy, void *stream);
 

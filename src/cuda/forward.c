@@ -1,6 +1,7 @@
 /* forward.c: from a batch of sequences to launches and back: what is uploaded, which graph is
  * replayed, and what the results say about each sequence. */
 #include "cuda_private.h"
+#include "kv_plan.h"
 
 #include <math.h>
 
@@ -9,7 +10,7 @@
 typedef struct batch_state {
     ki_cuda_backend *b;
     ki_batch *batch;
-    uint32_t n_rows, n_logits, n_slots, max_rows;
+    uint32_t n_rows, n_logits, n_slots, max_rows, n_whole, own_rows;
     bool decode; /* one row of each sequence */
 } batch_state;
 
@@ -31,6 +32,22 @@ static void put_frequencies(const ki_cuda_backend *b, uint32_t row, const kivi_s
     else memcpy(to, b->model->rope_freq, half * sizeof *to);
 }
 
+/* Who attends: cuDNN takes prompts that are whole and long enough. */
+static void put_attention(batch_state *s, ki_cuda_seq *slot) {
+    const ki_cuda_backend *b = s->b;
+    const ki_cuda_layout *l = &b->layout;
+    uint8_t *records = up(b, b->upload_at.records);
+    if (!b->sdpa || slot->n_rows < KI_SDPA_MIN_ROWS || slot->n_rows > KI_SDPA_MAX_ROWS ||
+        !ki_plan_is_whole(l, slot)) {
+        s->own_rows = KI_MAX(s->own_rows, slot->n_rows);
+        return;
+    }
+    slot->flags |= KI_CUDA_ELSEWHERE;
+    ki_sdpa_record((int32_t *)(void *)(records + s->n_whole * KI_SDPA_RECORD_BYTES), slot->n_rows,
+                   l->n_heads, l->n_kv_heads, l->head_dim);
+    s->n_whole++;
+}
+
 static void put_item(batch_state *s, ki_batch_item *item) {
     const ki_cuda_backend *b = s->b;
     const kivi_seq *seq = item->seq;
@@ -47,6 +64,7 @@ static void put_item(batch_state *s, ki_batch_item *item) {
                           .first_row = s->n_rows,
                           .run_start = seq->run_start,
                           .flags = seq->run_left ? KI_CUDA_PROMPT : 0};
+    put_attention(s, slot);
     memcpy((uint32_t *)up(b, b->upload_at.tables) + s->n_slots * stride, seq->pages,
            KI_MIN((size_t)seq->n_pages, stride) * sizeof(uint32_t));
     for (uint32_t r = 0; r < item->n_rows; r++) {
@@ -144,9 +162,11 @@ static ki_cuda_shape shape_of(const ki_cuda_backend *b, const batch_state *s) {
                            .n_seqs = s->n_slots,
                            .max_rows = s->max_rows,
                            .n_logits = s->n_logits,
+                           .n_whole = s->n_whole,
+                           .own_rows = s->own_rows,
                            .decode = s->decode};
-    shape.split_tokens = ki_cuda_split_tokens(&b->layout, ki_cuda_bucket(s->n_slots),
-                                              b->sizes.max_tokens, b->n_sms);
+    shape.split_tokens =
+        ki_cuda_split_tokens(&b->layout, ki_cuda_bucket(s->n_slots), b->sizes.max_tokens, b->n_sms);
     return shape;
 }
 

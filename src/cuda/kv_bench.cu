@@ -1,6 +1,7 @@
 /* kv_bench.cu: the report of `kivi bench attention --device cuda`. */
 #include "kv_bench.h"
 #include "kv_bench.cuh"
+#include "sdpa.h"
 
 #include <stdio.h>
 
@@ -190,6 +191,51 @@ static kivi_status measure_shapes(report &r) {
     return KIVI_OK;
 }
 
+/* The same by cuDNN; lengths in device memory as an engine has them, or the length in the plan, as
+ * torch has it. */
+static kivi_status time_sdpa(double *us, bench_batch &b, const ki_cuda_attend_call &c,
+                             const bench_shape &s, bool exact, ki_mem *mem, kivi_error *err) {
+    const uint64_t room = 32 << 20;
+    int device = 0, major = 0;
+    int32_t record[KI_SDPA_RECORD_BYTES / 4], *there;
+    uint8_t *workspace;
+    ki_sdpa_options o = {};
+    ki_sdpa *sdpa = NULL;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    o.mem = mem, o.n_heads = s.n_heads, o.n_kv_heads = s.n_kv_heads, o.head_dim = 128;
+    o.n_windows = 1, o.min_rows = o.max_rows = c.n_rows, o.exact = exact;
+    o.compute_major = (uint32_t)major, o.workspace_bytes = room;
+    KI_TRY(b.take(&there, KI_SDPA_RECORD_BYTES / 4, err));
+    KI_TRY(b.take(&workspace, room, err));
+    ki_sdpa_record(record, c.n_rows, s.n_heads, s.n_kv_heads, 128);
+    KI_TRY(ki_cuda_check(cudaMemcpy(there, record, sizeof record, cudaMemcpyHostToDevice), "record",
+                         err));
+    ki_sdpa_call call = {};
+    call.q = c.q, call.k = c.k_rows, call.v = c.v_rows, call.out = (uint16_t *)c.out;
+    call.record = there, call.workspace = workspace;
+    call.n_rows = c.n_rows, call.scale = c.scale;
+    KI_TRY(ki_sdpa_create(&sdpa, &o, err));
+    kivi_status status = time_launches(
+        us, c.n_rows > 8192 ? 2 : 8,
+        [&](uint32_t, cudaStream_t stream) { return ki_sdpa_run(sdpa, &call, stream, err); }, err);
+    ki_sdpa_destroy(&sdpa);
+    return status;
+}
+
+static void sdpa_line(report &r, bench_batch &b, const ki_cuda_attend_call &c, const bench_shape &s,
+                      double flops, bool exact) {
+    double us = 0;
+    ki_mem mem;
+    kivi_error error = {};
+    const char *how = exact ? "cuDNN, length in the plan" : "cuDNN, length in device memory";
+    ki_mem_init(&mem);
+    if (time_sdpa(&us, b, c, s, exact, &mem, &error) == KIVI_OK)
+        say(r, "prompt B1 32/32 T%-6u %10.1f us  %4.0f TFLOP/s  (%s)", c.n_rows, us,
+            flops / us * 1e-6, how);
+    else say(r, "prompt B1 32/32 T%-6u not measured (%s): %s", c.n_rows, how, error.text);
+}
+
 /* A whole prompt under the rule `paper`: causal attention over its own rows. */
 static kivi_status prompt_line(report &r, uint32_t tokens) {
     const bench_shape s = {1, 32, 32, 128};
@@ -198,8 +244,8 @@ static kivi_status prompt_line(report &r, uint32_t tokens) {
     uint16_t *q, *k, *v, *out;
     double us;
     KI_TRY(b.ki_make(s, kivi2_window, 1, 2, r.err));
-    for (uint16_t **p : {&q, &k, &v, &out}) {
-        KI_TRY(b.take(p, n, r.err));
+    for (uint16_t **p : {&q, &k, &v, &out}) { /* cuDNN reads behind the last row */
+        KI_TRY(b.take(p, n + KI_SDPA_TAIL_ROWS * s.n_heads * 128, r.err));
         ki_bench_halves_kernel<<<2048, 256>>>((uint32_t *)*p, n / 2, (uint64_t)(p == &q) + 13);
     }
     ki_cuda_seq seq = {};
@@ -219,6 +265,8 @@ static kivi_status prompt_line(report &r, uint32_t tokens) {
         r.err));
     double flops = 2.0 * tokens * tokens * 128 * s.n_heads; /* two products, half of them masked */
     say(r, "prompt B1 32/32 T%-6u %10.1f us  %4.0f TFLOP/s", tokens, us, flops / us * 1e-6);
+    sdpa_line(r, b, c, s, flops, false);
+    sdpa_line(r, b, c, s, flops, true);
     return KIVI_OK;
 }
 

@@ -61,6 +61,7 @@ static kivi_status time_launches(double *us, uint32_t n_launches,
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
     cudaEvent_t from = NULL, to = NULL;
+    cudaError_t ended = cudaSuccess;
     kivi_status status = KIVI_OK;
     float ms[REPEATS];
     KI_TRY_GOTO(ki_cuda_check(cudaStreamCreate(&stream), "stream", err));
@@ -70,7 +71,12 @@ static kivi_status time_launches(double *us, uint32_t n_launches,
     KI_TRY_GOTO(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                               "capture", err));
     for (uint32_t i = 0; i < n_launches && status == KIVI_OK; i++) status = launch(i, stream);
-    KI_TRY_GOTO(ki_cuda_check(cudaStreamEndCapture(stream, &graph), "capture", err));
+    ended = cudaStreamEndCapture(stream, &graph);
+    if (status != KIVI_OK) { /* what was said then counts */
+        (void)cudaGetLastError();
+        goto fail;
+    }
+    KI_TRY_GOTO(ki_cuda_check(ended, "capture", err));
     KI_TRY_GOTO(ki_cuda_check(cudaGraphInstantiate(&exec, graph, 0), "graph", err));
     for (int r = -WARM; r < REPEATS; r++) {
         cudaEventRecord(from, stream);

@@ -5,6 +5,7 @@
  * whatever the lengths are, so they are captured in a CUDA graph when the engine is made and
  * replayed; lengths, tables and positions come with the upload. Other steps launch one by one. */
 #include "cuda_private.h"
+#include "kv_plan.h"
 
 #include <math.h>
 
@@ -93,6 +94,43 @@ static ki_cuda_append_call append_of(const layer_call *c) {
     return a;
 }
 
+/* One whole prompt by cuDNN; what it leaves in float16 becomes what the next product reads. */
+static kivi_status attend_whole(const layer_call *c, const ki_cuda_attend_call *a,
+                                const ki_cuda_seq *seq, uint32_t number, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    size_t q = (size_t)config->n_heads * config->head_dim, at = seq->first_row;
+    size_t kv = (size_t)config->n_kv_heads * config->head_dim;
+    const ki_sdpa_call call = {.q = a->q + at * q,
+                               .k = a->k_rows + at * kv,
+                               .v = a->v_rows + at * kv,
+                               .out = (uint16_t *)a->out + at * q,
+                               .record = b->buffers.upload + b->upload_at.records +
+                                         number * KI_SDPA_RECORD_BYTES,
+                               .workspace = b->workspace,
+                               .n_rows = seq->n_rows,
+                               .window = a->window,
+                               .scale = a->scale};
+    KI_TRY(ki_sdpa_run(b->sdpa, &call, b->memory.stream, err));
+    if (b->type != KI_CUDA_F16 || b->layout.is_plus)
+        ki_cuda_finish_heads(call.out, b->type, b->layout.is_plus, seq->n_rows, config->n_heads,
+                             config->head_dim, b->memory.stream);
+    return KIVI_OK;
+}
+
+/* Of a step with prompts: whole ones that are long enough by cuDNN, the rest by our own kernel. */
+static kivi_status attend_prompts(const layer_call *c, const ki_cuda_attend_call *all,
+                                  kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_cuda_seq *seqs = (const ki_cuda_seq *)(const void *)(b->up + b->upload_at.seqs);
+    ki_cuda_attend_call own = *all;
+    own.max_rows = c->shape->own_rows;
+    if (own.max_rows) KI_TRY(b->kernels->prompt_attend(&own, b->memory.stream, err));
+    for (uint32_t i = 0, n = 0; n < c->shape->n_whole && i < c->shape->n_seqs; i++)
+        if (seqs[i].flags & KI_CUDA_ELSEWHERE) KI_TRY(attend_whole(c, all, &seqs[i], n++, err));
+    return KIVI_OK;
+}
+
 /* q, k, v of all rows are in qkv: the cache takes keys and values, attention is left in attn. */
 static kivi_status attention(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
@@ -108,7 +146,7 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     }
     append.pdl = attend.pdl = false;
     KI_TRY(k->prompt_append(&append, stream, err));
-    KI_TRY(k->prompt_attend(&attend, stream, err));
+    KI_TRY(attend_prompts(c, &attend, err));
     return k->prompt_window(&append, stream, err);
 }
 
@@ -183,8 +221,7 @@ static void make_ropes(ki_cuda_backend *b, const ki_cuda_shape *s) {
     }
 }
 
-/* Which of the two kinds of layers, all and local, the model has. */
-static void kinds_of(bool has[2], const ki_config *c) {
+void ki_cuda_kinds_of(bool has[2], const ki_config *c) {
     has[0] = has[1] = false;
     for (uint32_t i = 0; i < c->n_layers; i++) has[c->local[i]] = true;
 }
@@ -192,13 +229,24 @@ static void kinds_of(bool has[2], const ki_config *c) {
 static kivi_status make_plans(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     bool has[2];
-    kinds_of(has, &b->model->config);
+    ki_cuda_kinds_of(has, &b->model->config);
     for (int local = 0; local < 2 && c->shape->decode && b->kernels->plan; local++) {
         ki_cuda_attend_call a = attend_of(c, local);
         a.pdl = false; /* kernels of the attention begin to read plans early */
         if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
     }
     return KIVI_OK;
+}
+
+/* cuDNN reads values behind a sequence's last row with weight 0: those behind the step's last row
+ * may be anything that an earlier step left, an infinity too. */
+static kivi_status clear_tail(const ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
+    size_t kv = (size_t)b->model->config.n_kv_heads * b->model->config.head_dim;
+    if (!s->n_whole) return KIVI_OK;
+    return ki_cuda_check(cudaMemsetAsync(b->buffers.v_rows + s->n_rows * kv, 0,
+                                         KI_SDPA_TAIL_ROWS * kv * sizeof(uint16_t),
+                                         b->memory.stream),
+                         "rows behind a prompt", err);
 }
 
 static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
@@ -228,6 +276,7 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
                   c->n_embd, c->embed_scale, b->type, stream);
     make_ropes(b, s);
     KI_TRY(make_plans(&call, err));
+    KI_TRY(clear_tail(b, s, err));
     for (call.index = 0; call.index < c->n_layers; call.index++) {
         call.layer = &b->model->layers[call.index];
         call.norms = &b->norms[call.index];

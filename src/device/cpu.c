@@ -75,11 +75,16 @@ static kivi_status isa_by_name(ki_isa *out, const char *name, size_t n_bytes, ki
                    (int)KI_MIN(n_bytes, (size_t)64), name);
 }
 
+/* What KIVI_DISABLE leaves out on a GPU. */
+static bool is_cuda_name(const char *p, size_t n) {
+    return n == 5 && (!strncmp(p, "fused", 5) || !strncmp(p, "cudnn", 5));
+}
+
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err) {
     bool off[KI_ISA_COUNT] = {false};
     for (const char *p = disabled; p && *p;) {
         size_t n = strcspn(p, ",");
-        if (n && strncmp(p, "fused", KI_MAX(n, (size_t)5))) { /* that one is CUDA's */
+        if (n && !is_cuda_name(p, n)) {
             ki_isa isa = KI_ISA_SCALAR;
             KI_TRY(isa_by_name(&isa, p, n, err));
             if (isa == KI_ISA_SCALAR)

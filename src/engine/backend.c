@@ -110,6 +110,7 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
     if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
         return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
     bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
+    bo.no_cudnn = e->options.disable && strstr(e->options.disable, "cudnn");
     char why[200];
     e->library = open_library(why, sizeof why);
     if (!e->library) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);

@@ -750,6 +750,8 @@ static void check_rest() {
     if (open_case("repeat/kivi2+")) run_repeat(o);
 }
 
+#include "sdpa_cases.cuh"
+
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         std::string a = argv[i];
@@ -772,6 +774,7 @@ int main(int argc, char **argv) {
     check_quant();
     check_kinds();
     check_oracle();
-    printf("%u passed, %u failed, 0 skipped\n", run.n_passed, run.n_failed);
+    check_sdpa();
+    printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;
 }
