@@ -1,6 +1,7 @@
 /* backend.c: what libkivi-cuda.so hands to the engine (backend.h): opening a device, saying what
  * runs on it and what that takes, and the calls of a running engine. */
 #include "cuda_private.h"
+#include "kv_bench.h"
 
 #include <stdio.h>
 
@@ -236,10 +237,20 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
     return KIVI_OK;
 }
 
+static kivi_status bench(const kivi_bench_options *o, uint32_t number, kivi_error *err) {
+    struct cudaDeviceProp found;
+    char name[96];
+    KI_TRY(find_device(&found, number, err));
+    KI_TRY(ki_cuda_check(cudaSetDevice((int)number), "device", err));
+    snprintf(name, sizeof name, "cuda:%u %.64s", number, found.name);
+    return ki_cuda_bench_attention(o, name, err);
+}
+
 KIVI_API const ki_library *ki_backend_library(void);
 KIVI_API const ki_library *ki_backend_library(void) {
     static ki_library library;
     ki_library_fill(&library);
     library.open = open;
+    library.bench = bench;
     return &library;
 }
