@@ -16,8 +16,8 @@ extern "C" {
  * CONSTANT    the same with splits of constant size: no row depends on its neighbours' lengths
  * WINDOW      decode attention with the 16-bit window: R of the kind, and 32 where it may have that
  * LENGTH      WINDOW at 128, 256, ... 131,072 tokens, of the first kind
- * APPEND      one row to each sequence: rope, window, codes; all distances from a page's end alike
- * CLOSE       the same where every sequence closes its page
+ * APPEND      one row to each sequence in one layer: rope, window, codes of values
+ * CLOSE       the keys of a page of each sequence in one layer become codes, as once in R rows
  * PROMPT      causal attention of one whole prompt over its own 16-bit rows, batch 1 */
 #define KIVI_BENCH_LIST(X)                                                                         \
     X(READ, "read")                                                                                \

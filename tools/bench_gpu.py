@@ -184,16 +184,16 @@ def put_attention(t, f):
 
 def put_append(t, f, step_ns):
     for kind in 'kivi2', 'kivi2+':
+        close = f.ours('close', kind, (32, 32, 32))
+        t.put(f'page close {kind}, us for 1,024 pages', close, '%.1f')
         for batch in 1, 32:
             step_us = step_ns.get((kind, batch), 0) * 1e-3
             us = f.ours('append', kind, (batch, 32, 32))
-            close = f.ours('close', kind, (batch, 32, 32))
             t.put(f'append {kind} B{batch}, us a layer', us, '%.2f')
             t.put(f'append {kind} B{batch}, share of a step', ratio(us and us * LAYERS, step_us), '%.4f', .02, False,
                   '%.2f')
-            t.put(f'page close {kind} B{batch}, us a layer', close, '%.2f')
-            more = max(close - us, 0) * LAYERS / 128 if close and us else None
-            share = ratio(more, step_us) if more else more
+            # A sequence closes 32 heads in each of 32 layers once in 128 steps: the pages of 32 sequences in one layer.
+            share = ratio(close and close * batch / 128, step_us)
             t.put(f'page close {kind} B{batch}, share of a step, once in 128', share, '%.4f',
                   .02 if kind == 'kivi2+' else None, False, '%.2f')
 

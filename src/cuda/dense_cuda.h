@@ -33,11 +33,12 @@ typedef struct ki_cuda_norm {
     const float *weight, *bias;
     float eps;
 } ki_cuda_norm;
+/* held: a row stays in registers where it fits (n a multiple of 4 up to 8,192). */
 void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm, uint32_t n_rows,
-                       uint32_t n, ki_cuda_type type, void *stream);
+                       uint32_t n, ki_cuda_type type, bool held, void *stream);
 /* x[r] += norm(delta[r]). */
 void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm, uint32_t n_rows,
-                      uint32_t n, void *stream);
+                      uint32_t n, bool held, void *stream);
 
 /* q, k, v rows [n_rows][stride]: bias [(H + 2 Hk) D] (NULL: none) is added, then each head of q
  * and k divided by its root mean square (weights [D], NULL: none). */

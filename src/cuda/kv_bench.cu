@@ -1,5 +1,6 @@
 /* kv_bench.cu: the figures of `kivi bench attention`. */
 #include "kv_bench.h"
+#include "kv_append.h"
 #include "kv_bench.cuh"
 
 struct report {
@@ -208,7 +209,9 @@ static kivi_status append(report &r, kivi_bench_what what, bench_shape s, const 
     KI_TRY(time_launches(
         &row.us, APPEND_SETS, r.o->n_repeats,
         [&](uint32_t i, cudaStream_t stream) {
-            return ki_cuda_append(&a.calls[i % a.b.n_sets], stream, r.err);
+            const ki_cuda_append_call *c = &a.calls[i % a.b.n_sets];
+            return what == KIVI_BENCH_CLOSE ? ki_cuda_close_keys(c, 1, stream, r.err)
+                                            : ki_cuda_append_rows(c, stream, r.err);
         },
         r.err));
     tell(r, row);

@@ -23,6 +23,20 @@ bool ki_isa_available(ki_isa isa);
  * set disables the richer ones built on it; sets of other architectures may be named). ARG names an
  * unknown word. */
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
+/* Parts of the CUDA engine that the same list may name, to measure what each is worth. Without
+ * fused  the plain kernels of the cache instead of the fast ones
+ * ahead  products of few rows ask for no weights beyond their first ones before their turn
+ * norms  a norm reads its row again and again
+ * act    activations of few rows by a kernel of their own
+ * close  a page of keys is closed by the append of its last row, not at the end of the step */
+enum {
+    KI_PART_FUSED = 1,
+    KI_PART_AHEAD = 2,
+    KI_PART_NORMS = 4,
+    KI_PART_ACT = 8,
+    KI_PART_CLOSE = 16
+};
+uint32_t ki_parts_disabled(const char *disabled); /* of those */
 
 /* A pool of n_threads - 1 workers; the caller is the last one. Idle workers sleep in the kernel:
  * they look for new work a few microseconds long and then wait on a futex, so a busy machine loses

@@ -63,7 +63,7 @@ typedef struct ki_backend_options {
     uint32_t device;      /* its number */
     uint64_t limit_bytes; /* most device memory to take; 0: all there is */
     ki_weight compute;    /* what products read: KI_WEIGHT_F32, F16 or BF16 */
-    bool no_fused;        /* the plain kernels of the cache instead of the fused ones */
+    uint32_t without;     /* KI_PART_...: parts that are left out */
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim,
                         uint32_t length); /* ki_rope_frequencies, which is on this side */
     void (*log)(void *user, const char *line); /* NULL: silent */
