@@ -1,6 +1,7 @@
 /* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "act.cuh"
+#include "ahead.cuh"
 #include "dense_cuda.h"
 
 #include "kv_launch.h"
@@ -8,6 +9,21 @@
 
 /* 1,024 threads: at small batches a step waits for single rows. */
 enum { ROW_THREADS = 1024, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
+/* Thread blocks that a kernel has before its own where it asks for weights ahead. */
+enum { ROW_AHEAD_BLOCKS = 16, UNIT_AHEAD_BLOCKS = 64 };
+
+/* True in such a block, which is done then. *block: of the others, from 0. */
+static __device__ __forceinline__ bool asks_ahead(uint32_t *block, const ki_cuda_ahead &ahead,
+                                                  uint32_t n_blocks) {
+    uint32_t n = ahead.weights ? n_blocks : 0;
+    *block = blockIdx.x - n;
+    if (blockIdx.x >= n) return false;
+    ki_ask_rows(ahead, blockIdx.x * blockDim.x + threadIdx.x, n * blockDim.x);
+    return true;
+}
+static ki_cuda_ahead ahead_or_none(const ki_cuda_ahead *ahead) {
+    return ahead ? *ahead : ki_cuda_ahead{NULL, 0, 0, 0};
+}
 
 static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
     if (type == KI_CUDA_F16) return __half2float(((const __half *)in)[i]);
@@ -148,11 +164,13 @@ static __device__ __forceinline__ float center(float4 (&v)[FOURS], uint32_t n, b
 template <int FOURS>
 static __global__ void __launch_bounds__(ROW_THREADS)
     norm_held(void *h, float *x, const float *from, ki_cuda_norm norm, uint32_t n,
-              ki_cuda_type type) {
+              ki_cuda_type type, ki_cuda_ahead ahead) {
     const float4 zero = {0, 0, 0, 0};
     float4 v[FOURS], w[FOURS], b[FOURS], old[FOURS];
-    size_t row = (size_t)blockIdx.x * (n / 4);
+    uint32_t block;
     ki_pdl_launch();
+    if (asks_ahead(&block, ahead, ROW_AHEAD_BLOCKS)) return;
+    size_t row = (size_t)block * (n / 4);
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
@@ -185,25 +203,30 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 
 /* False: the row is too long, or its float4 would not be aligned. */
 static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
-                        uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+                        uint32_t n_rows, uint32_t n, ki_cuda_type type, ki_cuda_ahead ahead,
+                        void *stream) {
     uintptr_t ends = (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight |
                      (uintptr_t)norm->bias;
     if (n % 4 || n > MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
     auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<MOST_FOURS>;
-    ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type);
+    uint32_t n_blocks = n_rows + (ahead.weights ? ROW_AHEAD_BLOCKS : 0);
+    ki_launch(kernel, n_blocks, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type, ahead);
     return true;
 }
 
 extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
                                   uint32_t n_rows, uint32_t n, ki_cuda_type type, bool held,
-                                  void *stream) {
-    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, stream)) return;
+                                  const ki_cuda_ahead *ahead, void *stream) {
+    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, ahead_or_none(ahead), stream))
+        return;
     ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
 }
 
 extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
                                  uint32_t n_rows, uint32_t n, bool held, void *stream) {
-    if (held && launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, stream)) return;
+    if (held &&
+        launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, ahead_or_none(NULL), stream))
+        return;
     ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
 }
 
@@ -240,12 +263,13 @@ extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uin
 /* ---- the MLP ---- */
 
 static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
-                                ki_cuda_type type) {
+                                ki_cuda_type type, ki_cuda_ahead ahead) {
+    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS, block;
     ki_pdl_launch();
+    if (asks_ahead(&block, ahead, UNIT_AHEAD_BLOCKS)) return;
     ki_pdl_wait();
-    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
-    size_t row = blockIdx.x / per_row;
-    uint32_t i = blockIdx.x % per_row * UNIT_THREADS + threadIdx.x;
+    size_t row = block / per_row;
+    uint32_t i = block % per_row * UNIT_THREADS + threadIdx.x;
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
@@ -258,9 +282,12 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
 }
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
-                                 uint32_t n, ki_cuda_type type, void *stream) {
+                                 uint32_t n, ki_cuda_type type, const ki_cuda_ahead *ahead,
+                                 void *stream) {
     uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
-    ki_launch(activate, n_rows * per_row, UNIT_THREADS, 0, true, stream, out, in, act, n, type);
+    ki_cuda_ahead a = ahead_or_none(ahead);
+    uint32_t n_blocks = n_rows * per_row + (a.weights ? UNIT_AHEAD_BLOCKS : 0);
+    ki_launch(activate, n_blocks, UNIT_THREADS, 0, true, stream, out, in, act, n, type, a);
 }
 
 /* ---- out of the pass ---- */

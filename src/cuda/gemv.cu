@@ -1,6 +1,7 @@
 #include "gemv.h"
 
 #include "act.cuh"
+#include "ahead.cuh"
 #include "kv_launch.h"
 #include "pdl.cuh"
 
@@ -37,15 +38,6 @@ static __device__ __forceinline__ uint4 fresh(const uint4 *p) {
     return v;
 }
 
-/* Asks for n_bytes (a multiple of 16) at p into the L2 cache; one thread's work. */
-static __device__ __forceinline__ void ask_ahead(const uint4 *p, uint32_t n_bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
-                 "r"(n_bytes)
-                 : "memory");
-#endif
-}
-
 /* The rows of weights of a warp: neighbours, or a gate and its up. A row past the end is the last
  * one, and is not written. */
 template <int R, bool GATED>
@@ -76,7 +68,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
         uint32_t n_bytes = min(row_ahead, (n8 - 32 * AHEAD) * 16);
 #pragma unroll
         for (int r = 0; r < R; r++)
-            if (lane == (uint32_t)r) ask_ahead(w[r] + 32 * AHEAD, n_bytes);
+            if (lane == (uint32_t)r) ki_ask_ahead(w[r] + 32 * AHEAD, n_bytes);
     }
     ki_pdl_launch();
     ki_pdl_wait();

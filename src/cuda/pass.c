@@ -134,10 +134,33 @@ static uint32_t qkv_dim(const ki_config *c) {
     return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
 }
 
-static void norm(const layer_call *c, const ki_cuda_norm *n) {
+/* What a small kernel asks for of the product behind it, n rows of weights: in steps of decoding by
+ * cuBLASLt's kernels, which begin when it has ended. Ours ask by themselves. */
+static ki_cuda_ahead behind(const layer_call *c, const ki_matrix *weight, uint32_t n) {
     const ki_cuda_backend *b = c->b;
-    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, n, c->shape->n_rows, b->model->config.n_embd,
-                      b->type, is_held(b), b->memory.stream);
+    uint32_t row_bytes = weight->n_cols * (uint32_t)ki_cuda_element_bytes(b->type);
+    ki_cuda_ahead a = {weight->tiles, n, row_bytes, KI_GEMV_AHEAD_BYTES / n / 256 * 256};
+    a.slice_bytes = KI_MIN(a.slice_bytes, row_bytes / 16 * 16);
+    if (!c->shape->decode || c->shape->n_rows <= KI_GEMV_ROWS || !ahead_of(b) || !a.slice_bytes)
+        a.weights = NULL;
+    return a;
+}
+
+/* h = norm(x), which the product with n rows of weights reads. */
+static void norm(const layer_call *c, const ki_cuda_norm *to, const ki_matrix *weight, uint32_t n) {
+    const ki_cuda_backend *b = c->b;
+    ki_cuda_ahead ahead = behind(c, weight, n);
+    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, to, c->shape->n_rows, b->model->config.n_embd,
+                      b->type, is_held(b), &ahead, b->memory.stream);
+}
+
+/* act = act(mlp), which the down product reads. */
+static void activate(const layer_call *c, ki_cuda_act act) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    ki_cuda_ahead ahead = behind(c, &c->layer->down, config->n_embd);
+    ki_cuda_activate(b->buffers.act, b->buffers.mlp, act, c->shape->n_rows, config->n_ff, b->type,
+                     &ahead, b->memory.stream);
 }
 
 /* x += rows weight, normalized first where the family does that. */
@@ -171,7 +194,7 @@ static kivi_status gate_and_up(const layer_call *c, kivi_error *err) {
     if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !(b->without & KI_PART_ACT))
         return ki_gemv_run(&few, b->memory.stream, err);
     KI_TRY(product(b, r->mlp, gate, n, r->h, m, false, err));
-    ki_cuda_activate(r->act, r->mlp, act, m, config->n_ff, b->type, b->memory.stream);
+    activate(c, act);
     return KIVI_OK;
 }
 
@@ -181,11 +204,11 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    norm(c, &c->norms->ffn);
+    norm(c, &c->norms->ffn, &y->gate, 2 * config->n_ff);
     KI_TRY(gate_and_up(c, err));
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
@@ -197,13 +220,13 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
-    if (!config->one_norm) norm(c, &c->norms->ffn);
+    if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
     KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
+    activate(c, KI_CUDA_GELU);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 

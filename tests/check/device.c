@@ -79,7 +79,8 @@ static void choose(void) {
                  {"avx2", 0},
                  {"fused", KI_PART_FUSED},
                  {"ahead,avx2,norms", KI_PART_AHEAD | KI_PART_NORMS},
-                 {",act,,close", KI_PART_ACT | KI_PART_CLOSE}};
+                 {",act,,close", KI_PART_ACT | KI_PART_CLOSE},
+                 {"ranking", KI_PART_RANKING}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         CHECK(ki_parts_disabled(parts[i].disabled) == parts[i].parts, "'%s' leaves out %u",
               parts[i].disabled, ki_parts_disabled(parts[i].disabled));

@@ -141,7 +141,8 @@ static void run_product(const product_case &c) {
     for (size_t i = 0; i < n_out; i++) CHECK(twice[i] == got[i] + got[i], "added: %zu", i);
     out.put(got.data(), n_out);
     for (ki_cuda_act how : {KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL}) {
-        ki_cuda_activate(act.data, out.data, how, c.m, c.n / 2, c.type, NULL);
+        const ki_cuda_ahead ahead = {weight.data, c.n, c.k * 2, c.k * 2};
+        ki_cuda_activate(act.data, out.data, how, c.m, c.n / 2, c.type, &ahead, NULL);
         call.add = false, call.act_out = fused.data, call.act = how, call.out = NULL;
         CHECK_OK(ki_gemv_run(&call, NULL, err));
         CHECK(act.get(0, n_out / 2) == fused.get(0, n_out / 2), "activation %d: other bits", how);
@@ -164,7 +165,10 @@ static void run_norm(uint32_t n, bool has_bias) {
     for (int held = 0; held < 2 && !check_failed(); held++) {
         sum.put(in.data(), in.size());
         MUST(cudaMemset(h.data, 0xff, in.size() * 4));
-        ki_cuda_norm_rows(h.data, x.data, &norm, n_rows, n, KI_CUDA_F32, held, NULL);
+        /* rows of x in the place of weights: what is asked for is there */
+        const ki_cuda_ahead ahead = {x.data, n_rows, n * 4, n * 4 / 16 * 16};
+        ki_cuda_norm_rows(h.data, x.data, &norm, n_rows, n, KI_CUDA_F32, held,
+                          n % 4 ? NULL : &ahead, NULL);
         ki_cuda_add_norm(sum.data, x.data, &norm, n_rows, n, held, NULL);
         std::vector<float> got = h.get(0, in.size()), added = sum.get(0, in.size());
         for (uint32_t row = 0; row < n_rows && !check_failed(); row++) {
