@@ -1,8 +1,8 @@
 /* kivi_bench.h: measures a CUDA device's kernels of the cache by themselves: random data, no model.
  * `kivi bench attention` prints what comes of it.
  *
- * A figure is the median of event-timed replays of a CUDA graph of launches that together touch
- * more memory than the device's L2 cache has; head size 128. */
+ * A figure is the median of event-timed replays of a CUDA graph of launches that take turns on a
+ * gigabyte of pages, more than an L2 cache has, or on 256 batches; head size 128. */
 #ifndef KIVI_BENCH_H
 #define KIVI_BENCH_H
 #include "kivi.h"

@@ -101,6 +101,10 @@ with case('bench_gpu/a-part-that-hangs'):
     assert r.returncode == 1 and len(left_out) == 1 and left_out[0].startswith('without hangs: stopped'), left_out
     assert table['decode kivi2 without hangs B1 at 128, tokens/s'] == ('111.0', ''), table
 
+with case('bench_gpu/command'):
+    r, _, _ = bench('--command', 'echo "$KIVI_BUILD"; echo "$LD_LIBRARY_PATH"; exit 7')
+    assert r.returncode == 7 and r.stdout.split('\n')[0] == FOLDER and FOLDER + '/lib' in r.stdout, r
+
 with case('bench_gpu/no-time'):
     r, table, left_out = bench('--only', 'attention,torch', '--minutes', '0.1')
     assert r.returncode == 1 and [line.split(':')[0] for line in left_out] == ['attention', 'torch'], left_out

@@ -9,7 +9,8 @@ What runs, in this order, each with a limit of time of its own; what does not fi
                  prompts of 160, by kind of cache
   whole KIND     batch 32, 338 tokens behind 160
   transformers   tools/bench_transformers.py: the same batch, 160 in and 338 out
-  without X      decode kivi2 again with KIVI_DISABLE=X, for each X of --without: what a part of the engine is worth
+  without X      batch 1 and 32 behind 128 tokens again with KIVI_DISABLE=X, for each X of --without (close: kivi2+,
+                 else kivi2): what a part of the engine is worth
   lengths        kivi bench attention --measure length
 A figure without a goal has an empty cell; * marks a goal that is missed. FOLDER has kivi, libkivi-cuda.so and
 check-cuda, and in lib/ what they need.
@@ -38,6 +39,7 @@ SHAPES = [((32, 32, 32, 4096), .90, .80, 5.0), ((8, 32, 32, 32768), .90, .80, 5.
           ((8, 32, 8, 32768), .87, .80, 4.8), ((1, 32, 8, 131072), .80, None, 4.5)]
 KINDS = ('kivi2', 'kivi2+', 'f16')
 TOKENS_IN, TOKENS_OUT, BATCH = 160, 338, 32
+WITHOUT = {'close': 'kivi2+'}  # the kind that a part matters most to, where that is not kivi2
 
 
 # ---- running the parts ----
@@ -227,13 +229,12 @@ def put_engine(t, f, speeds, whole, theirs):
 ENGINE = ('--dummy-weights', '1', '--dummy-type', 'f16', '--device', 'cuda')
 
 
-def decode_part(b, name, model, kind, **env):
-    """{(batch): row} of 64 tokens behind 128, and the row of prompts."""
-    rows = b.kivi(name, 25, 90, 'bench', model, *ENGINE, '--kv', kind, '-p', str(TOKENS_IN), '-n', '64', '-d', '0,128',
-                  '-b', f'1,{BATCH}', '-r', '3', **env)
+def decode_part(b, name, model, kind, *more, **env):
+    """{(batch): row} of 64 tokens behind 128, and the other rows."""
+    rows = b.kivi(name, 20, 90, 'bench', model, *ENGINE, '--kv', kind, '-n', '64', '-b', f'1,{BATCH}', '-r', '3', *more,
+                  **env)
     decode = {r['n_batch']: r for r in rows if r['n_gen'] and r['n_depth'] == 128}
-    prompts = [r for r in rows if r['n_prompt'] and r['n_depth'] == 0 and r['n_batch'] == BATCH]
-    return decode, prompts[0] if prompts else None
+    return decode, [r for r in rows if not (r['n_gen'] and r['n_depth'] == 128)]
 
 
 def whole_part(b, model, kind, prompt):
@@ -251,6 +252,8 @@ def parse_args():
     parser.add_argument('--minutes', type=float, default=9.5, help='most time in all (9.5)')
     parser.add_argument('--part-limit', type=float, default=180, help='most seconds of any part (180)')
     parser.add_argument('--without', default='', metavar='X,..', help='parts of the engine to measure by leaving out')
+    parser.add_argument('--command', metavar='TEXT', help='run this in the shell with the libraries of FOLDER and '
+                        'KIVI_BUILD=FOLDER, and measure nothing')
     parser.add_argument('--only', default='', metavar='PART,..', help='these parts: right attention torch decode whole '
                         'transformers without lengths')
     return parser.parse_args()
@@ -259,6 +262,9 @@ def parse_args():
 def main():
     o = parse_args()
     b = Bench(o.folder, o.minutes, o.part_limit)
+    if o.command:
+        env = {**os.environ, **b.env, 'KIVI_BUILD': b.folder, 'KIVI_BIN': os.path.join(b.folder, 'kivi')}
+        return subprocess.call(['bash', '-c', o.command], cwd=ROOT, env=env)
     parts = set(o.only.split(',')) if o.only else None
 
     def wanted(part):
@@ -274,17 +280,20 @@ def main():
         with open(os.path.join(model, 'config.json'), 'w') as f:
             json.dump(LLAMA, f)
         for kind in KINDS if wanted('decode') or wanted('whole') else ():
-            decode, prompt = decode_part(b, f'decode {kind}', model, kind)
+            decode, rest = decode_part(b, f'decode {kind}', model, kind, '-p', str(TOKENS_IN), '-d', '0,128')
+            prompts = [r for r in rest if r['n_prompt'] and r['n_depth'] == 0 and r['n_batch'] == BATCH]
             speeds.update({(kind, batch): r['avg_ts'] for batch, r in decode.items()})
             step_ns.update({(kind, batch): r['median_step_ns'] for batch, r in decode.items()})
             if wanted('whole'):
-                whole[kind] = whole_part(b, model, kind, prompt)
+                whole[kind] = whole_part(b, model, kind, prompts[0] if prompts else None)
         if wanted('transformers'):
             rows = objects(b.run('transformers', 75, 150, sys.executable, 'tools/bench_transformers.py', '--json'))
             theirs = rows[-1]['tokens_per_s'] if rows else None
         for part in [p for p in o.without.split(',') if p] if wanted('without') else ():
-            decode, _ = decode_part(b, f'without {part}', model, 'kivi2', KIVI_DISABLE=part)
-            speeds.update({(f'kivi2 without {part}', batch): r['avg_ts'] for batch, r in decode.items()})
+            decode, _ = decode_part(b, f'without {part}', model, WITHOUT.get(part, 'kivi2'), '-p', '0', '-d', '128',
+                                    KIVI_DISABLE=part)
+            kind = WITHOUT.get(part, 'kivi2')
+            speeds.update({(f'{kind} without {part}', batch): r['avg_ts'] for batch, r in decode.items()})
     if wanted('lengths'):
         lengths = b.kivi('lengths', 20, 90, 'bench', 'attention', '--device', 'cuda', '--kv', 'kivi2', '-r', '5',
                          '--measure', 'length')

@@ -109,7 +109,7 @@ static kivi_status attention(report &r, kivi_bench_what what, const bench_shape 
                              const bench_kind &kind) {
     bench_batch b;
     kivi_bench_row row = row_of(what, s, kind);
-    KI_TRY(b.ki_make(s, kind, 1ull << 30, 24, r.err));
+    KI_TRY(b.ki_make(s, kind, 1ull << 30, 256, r.err));
     uint32_t n = what == KIVI_BENCH_CONSTANT ? 0 : s.batch;
     uint32_t split = ki_cuda_split_tokens(&b.l, n, s.tokens, r.n_sms);
     KI_TRY(b.ki_plan(split, 0, !r.o->plain, r.err));

@@ -161,6 +161,24 @@ def repeats():
                 assert cuda(folder, tokens, '--residual', 32, *options).tobytes() == first.tobytes()
 
 
+# ---- parts of the engine that can be left out ----
+
+def parts(kv):
+    """Without a part the bits are the same where it changes no sum, and near where it does."""
+    folder, tokens = os.path.join(GOLDEN, 'llama-gqa'), load('llama-gqa/tokens.json')[:300]
+    base = None
+    for part in ('close', 'ahead', 'act', 'norms', 'ranking', 'close,ahead,act'):
+        with case(f'without/{part}/{kv}'):
+            if base is None:
+                base = cuda(folder, tokens, '--kv', kv, '--prompt', 100)
+            ours = cuda(folder, tokens, '--kv', kv, '--prompt', 100, env={'KIVI_DISABLE': part})
+            if part not in ('norms', 'ranking'):
+                assert ours.tobytes() == base.tobytes(), f'mean |difference| {np.abs(ours - base).mean():.6f}'
+            else:
+                say(f'without/{part}/{kv}', check(ours - base, 0 if kv == 'f16' else 0.3 * base.std(),
+                                                  PRODUCTS * base.std(), FEW_FLIPS))
+
+
 # ---- weight types: a model of random blocks ----
 
 def fields(dtype, rng, n):
@@ -300,6 +318,8 @@ for family, *options in FAMILIES:
     golden(family, *options)
 for one in CPU_CASES:
     later(against_cpu, *one)
+for kv in ('kivi2', 'kivi2+', 'f16'):
+    later(parts, kv)
 later(repeats)
 later(weight_types)
 later(command)
