@@ -78,6 +78,7 @@ class Bench:
             own = self.env if command[0].startswith(self.folder) else {}
             child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **own, **env}, stdout=out,
                                      stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+            errors = ''
             try:
                 errors = child.communicate(timeout=min(limit_s, left))[1]
                 if child.returncode:
@@ -85,8 +86,10 @@ class Bench:
                     self.left_out.append(f'{name}: exit status {child.returncode}: {last}')
             except subprocess.TimeoutExpired:
                 child.kill()
-                child.communicate()
+                errors = child.communicate()[1]
                 self.left_out.append(f'{name}: stopped after {time.monotonic() - began:.0f} s; what it printed counts')
+            for line in errors.strip().split('\n')[-60:] if errors.strip() else ():
+                print(f'# {line}')
             out.seek(0)
             text = out.read()
         print(text.rstrip() + f'\n# {name} took {time.monotonic() - began:.1f} s', flush=True)

@@ -29,12 +29,18 @@ static __device__ __forceinline__ float dot8(float sum, const uint4 &w, const ui
     return sum;
 }
 
-/* Weights are read once: past the caches that rows of x should stay in. */
-static __device__ __forceinline__ uint4 fresh(const uint4 *p) {
+/* Weights are read once: past the first cache, where rows of x should stay, and the first to leave
+ * the second one, where those that the next product asked for should. */
+static __device__ __forceinline__ uint64_t leave_first(void) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+static __device__ __forceinline__ uint4 fresh(const uint4 *p, uint64_t policy) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
+                 : "l"(p), "l"(policy));
     return v;
 }
 
@@ -51,6 +57,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
     gemv(ki_gemv_call c, uint32_t row_ahead) {
     uint32_t lane = threadIdx.x % 32, n8 = c.k / 8;
     uint32_t warp = blockIdx.x * WARPS + threadIdx.x / 32;
+    const uint64_t policy = leave_first();
     const uint4 zero = {0, 0, 0, 0}, *w[R], *x = (const uint4 *)c.x;
     uint4 ahead[AHEAD][R];
     float sum[M][R] = {};
@@ -62,7 +69,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
         for (int r = 0; r < R; r++) {
             uint32_t i = lane + 32 * a;
-            ahead[a][r] = i < n8 ? fresh(w[r] + i) : zero;
+            ahead[a][r] = i < n8 ? fresh(w[r] + i, policy) : zero;
         }
     if (row_ahead && n8 > 32 * AHEAD) {
         uint32_t n_bytes = min(row_ahead, (n8 - 32 * AHEAD) * 16);
@@ -80,7 +87,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 now[r] = ahead[a][r];
-                ahead[a][r] = next < n8 ? fresh(w[r] + next) : zero;
+                ahead[a][r] = next < n8 ? fresh(w[r] + next, policy) : zero;
             }
             if (i >= n8) continue;
 #pragma unroll
