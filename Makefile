@@ -113,11 +113,14 @@ NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc
 CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
-KV_HEADERS := $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
-CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh) include/kivi.h include/kivi_cache.h src/load/load.h
+# The kernels of the cache take minutes: only their own headers count for them.
+KV_HEADERS := $(filter-out %/kv_append.h %/kv_bench.h %/kv_bench.cuh %/kv_quant.cuh,$(wildcard src/cuda/kv_*.h \
+              src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-# The kernels of the cache take minutes: only their own headers count for them.
+$(BUILD)/src/cuda/kv_append.cu.o: src/cuda/kv_append.h src/cuda/kv_quant.cuh
+$(BUILD)/src/cuda/kv_bench.cu.o: src/cuda/kv_append.h src/cuda/kv_bench.h src/cuda/kv_bench.cuh include/kivi_bench.h
 $(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
@@ -140,8 +143,6 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
-$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 $(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # cuDNN's plans without a device (tests/py_sdpa.py): the driver in their way is one of our own.
@@ -152,7 +153,7 @@ $(BUILD)/fake-driver/libcuda.so.1: tests/cuda/fake_driver.c
 	$(CC) $(CFLAGS_BASE) $(WARN) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 $< -o $@
 $(BUILD)/fake-driver/libcuda.so.1: CFLAGS_BASE := -std=c17 -O2 -fPIC
 ifneq ($(NVCC),)
-all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda $(BUILD)/bench-cuda
+all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda
 all: $(BUILD)/check-sdpa $(BUILD)/fake-driver/libcuda.so.1
 endif
 
@@ -178,7 +179,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
 	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
-	install -m 644 include/kivi_convert.h include/kivi_serve.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi_convert.h include/kivi_serve.h include/kivi_bench.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -193,7 +194,7 @@ install: all
 	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
 	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert,_serve}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert,_serve,_bench}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1

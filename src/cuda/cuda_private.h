@@ -9,6 +9,7 @@
 #include "dense_cuda.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "kv_append.h"
 #include "kv_cuda.h"
 #include "plain.h"
 #include "sdpa.h"
@@ -70,6 +71,9 @@ void ki_cuda_weights_done(ki_cuda_weights *w);
 typedef struct ki_cuda_kernels {
     const char *name;
     kivi_status (*append)(const ki_cuda_append_call *, void *stream, kivi_error *);
+    /* Closes what appends of all layers left open; NULL: they leave nothing. */
+    kivi_status (*close)(const ki_cuda_append_call *, uint32_t n_layers, void *stream,
+                         kivi_error *);
     kivi_status (*prompt_append)(const ki_cuda_append_call *, void *stream, kivi_error *);
     kivi_status (*prompt_window)(const ki_cuda_append_call *, void *stream, kivi_error *);
     kivi_status (*plan)(const ki_cuda_attend_call *, void *stream, kivi_error *); /* NULL: none */
@@ -113,8 +117,7 @@ typedef struct ki_cuda_backend {
     int number;
     uint32_t n_sms, compute_major;
     ki_cuda_type type; /* of weights, and of the rows that products read */
-    bool no_fused;     /* plain.h serves all head sizes */
-    bool no_cudnn;     /* kv_prompt.cu serves all prompts */
+    uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */

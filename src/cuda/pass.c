@@ -11,6 +11,12 @@
 
 static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upload + offset; }
 
+static bool is_held(const ki_cuda_backend *b) { return !(b->without & KI_PART_NORMS); }
+
+static uint32_t ahead_of(const ki_cuda_backend *b) {
+    return b->without & KI_PART_AHEAD ? 0 : KI_GEMV_AHEAD_BYTES;
+}
+
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
 static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t stride,
                               const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
@@ -24,7 +30,8 @@ static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t strid
                         .k = shape.k,
                         .m = m,
                         .type = b->type,
-                        .add = add};
+                        .add = add,
+                        .ahead_bytes = ahead_of(b)};
     if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
         return ki_gemv_run(&few, b->memory.stream, err);
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
@@ -150,16 +157,48 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     return k->prompt_window(&append, stream, err);
 }
 
+/* After all layers of a step of decoding. */
+static kivi_status close_pages(layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    if (!c->shape->decode || !b->kernels->close) return KIVI_OK;
+    c->index = 0;
+    ki_cuda_append_call first = append_of(c);
+    return b->kernels->close(&first, b->model->config.n_layers, b->memory.stream, err);
+}
+
 /* ---- layers ---- */
 
 static uint32_t qkv_dim(const ki_config *c) {
     return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
 }
 
-static void norm(const layer_call *c, const ki_cuda_norm *n) {
+/* What a small kernel asks for of the product behind it, n rows of weights: in steps of decoding by
+ * cuBLASLt's kernels, which begin when it has ended. Ours ask by themselves. */
+static ki_cuda_ahead behind(const layer_call *c, const ki_matrix *weight, uint32_t n) {
     const ki_cuda_backend *b = c->b;
-    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, n, c->shape->n_rows, b->model->config.n_embd,
-                      b->type, b->memory.stream);
+    uint32_t row_bytes = weight->n_cols * (uint32_t)ki_cuda_element_bytes(b->type);
+    ki_cuda_ahead a = {weight->tiles, n, row_bytes, KI_GEMV_AHEAD_BYTES / n / 256 * 256};
+    a.slice_bytes = KI_MIN(a.slice_bytes, row_bytes / 16 * 16);
+    if (!c->shape->decode || c->shape->n_rows <= KI_GEMV_ROWS || !ahead_of(b) || !a.slice_bytes)
+        a.weights = NULL;
+    return a;
+}
+
+/* h = norm(x), which the product with n rows of weights reads. */
+static void norm(const layer_call *c, const ki_cuda_norm *to, const ki_matrix *weight, uint32_t n) {
+    const ki_cuda_backend *b = c->b;
+    ki_cuda_ahead ahead = behind(c, weight, n);
+    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, to, c->shape->n_rows, b->model->config.n_embd,
+                      b->type, is_held(b), &ahead, b->memory.stream);
+}
+
+/* act = act(mlp), which the down product reads. */
+static void activate(const layer_call *c, ki_cuda_act act) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    ki_cuda_ahead ahead = behind(c, &c->layer->down, config->n_embd);
+    ki_cuda_activate(b->buffers.act, b->buffers.mlp, act, c->shape->n_rows, config->n_ff, b->type,
+                     &ahead, b->memory.stream);
 }
 
 /* x += rows weight, normalized first where the family does that. */
@@ -169,7 +208,31 @@ static kivi_status add_product(const layer_call *c, const ki_matrix *weight, con
     uint32_t n = b->model->config.n_embd, m = c->shape->n_rows;
     if (!post->weight) return product(b, b->buffers.x, weight, n, rows, m, true, err);
     KI_TRY(product(b, b->buffers.delta, weight, n, rows, m, false, err));
-    ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, b->memory.stream);
+    ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, is_held(b), b->memory.stream);
+    return KIVI_OK;
+}
+
+/* act [m][n_ff] = act(gate) up of the rows in h. */
+static kivi_status gate_and_up(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    const ki_cuda_buffers *r = &b->buffers;
+    const ki_matrix *gate = &c->layer->gate;
+    uint32_t m = c->shape->n_rows, n = 2 * config->n_ff;
+    ki_cuda_act act = config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL;
+    ki_gemv_call few = {.weight = gate->tiles,
+                        .x = r->h,
+                        .n = n,
+                        .k = gate->n_cols,
+                        .m = m,
+                        .type = b->type,
+                        .act_out = r->act,
+                        .act = act,
+                        .ahead_bytes = ahead_of(b)};
+    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !(b->without & KI_PART_ACT))
+        return ki_gemv_run(&few, b->memory.stream, err);
+    KI_TRY(product(b, r->mlp, gate, n, r->h, m, false, err));
+    activate(c, act);
     return KIVI_OK;
 }
 
@@ -179,14 +242,12 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    norm(c, &c->norms->ffn);
-    KI_TRY(product(b, r->mlp, &y->gate, 2 * config->n_ff, r->h, m, false, err));
-    ki_cuda_activate(r->act, r->mlp, config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL, m,
-                     config->n_ff, b->type, b->memory.stream);
+    norm(c, &c->norms->ffn, &y->gate, 2 * config->n_ff);
+    KI_TRY(gate_and_up(c, err));
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -197,13 +258,13 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
-    if (!config->one_norm) norm(c, &c->norms->ffn);
+    if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
     KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
+    activate(c, KI_CUDA_GELU);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -282,6 +343,7 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
         call.norms = &b->norms[call.index];
         KI_TRY(c->fused_qkv ? falcon_layer(&call, err) : llama_layer(&call, err));
     }
+    KI_TRY(close_pages(&call, err));
     KI_TRY(make_logits(b, s, err));
     return ki_cuda_check(cudaGetLastError(), "a launch of the pass", err);
 }

@@ -27,8 +27,8 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
 
 /* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *s) {
-    return b->compute_major >= 9 && !b->no_cudnn && !b->no_fused && b->type != KI_CUDA_F32 &&
-           s->n_rows >= KI_SDPA_MIN_ROWS;
+    return b->compute_major >= 9 && !(b->without & (KI_PART_CUDNN | KI_PART_FUSED)) &&
+           b->type != KI_CUDA_F32 && s->n_rows >= KI_SDPA_MIN_ROWS;
 }
 
 static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backend_sizes *s,
