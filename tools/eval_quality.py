@@ -8,8 +8,8 @@ with them instead): of the texts over 6,000 characters, sorted by path, the firs
 Scored by `kivi eval kld` from position 128 on under rule `stream`, against the same engine with a 16-bit cache.
 
 The reference is a program in torch that shares no code with kivi, on the same windows; its figures and standard errors
-stand below. A row agrees when the two means are within two of the reference's standard errors; where it gives none, when
-ours is not above its mean by more than two of our own. --ppl also compares the
+stand below. A row agrees when the two means are within two of the reference's standard errors; where it gives none, when ours
+is not above its mean by more than two of our own. --ppl also compares the
 perplexity of the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
 --ablation measures what each ingredient of kivi2+ is worth instead, alone and left out; it compares nothing.
 The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
@@ -114,9 +114,10 @@ def kinds(model, files, threads):
         apart = (kld['mean'] - mean) / (se or kld['se'])
         agree = abs(apart) <= 2 if se else apart <= 2
         all_agree = all_agree and agree
-        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | '
-              f'{mean:.4f}{f" +- {se:.4f}" if se else ""} | {f"{apart:+.1f}" if se else ""} | {kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | '
-              f'{ppl or ""} | {"agrees" if agree else "DIFFERS"} |', flush=True)
+        reference, distance = (f'{mean:.4f} +- {se:.4f}', f'{apart:+.1f}') if se else (f'{mean:.4f}', '')
+        print(f'| {name} | {m["bits"]:.2f} | {kld["mean"]:.4f} +- {kld["se"]:.4f} | {reference} | {distance} | '
+              f'{kld["median"]:.4f} | {m["top1"]:.3f} | {m["ppl"]:.2f} | {ppl or ""} | '
+              f'{"agrees" if agree else "DIFFERS"} |', flush=True)
     print(f'\nPerplexity with the 16-bit cache: {m["ppl_base"]:.3f}, the reference has 21.04. {m["windows"]} windows, '
           f'{m["tokens"]} positions. {cpu_name()}, {threads} threads.', flush=True)
     return all_agree
