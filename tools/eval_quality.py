@@ -8,9 +8,9 @@ with them instead): of the texts over 6,000 characters, sorted by path, the firs
 Scored by `kivi eval kld` from position 128 on under rule `stream`, against the same engine with a 16-bit cache.
 
 The reference is a program in torch that shares no code with kivi, on the same windows; its figures and standard errors
-stand below. A row agrees when the two means are within two of the reference's standard errors; where it gives none, when ours
-is not above its mean by more than two of our own. --ppl also compares the
-perplexity of the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
+stand below. A row agrees when the two means are within two of the reference's standard errors; where it gives none,
+when ours is not above its mean by more than two of our own. --ppl also compares the perplexity of the 16-bit cache with
+llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
 --ablation measures what each ingredient of kivi2+ is worth instead, alone and left out; it compares nothing.
 The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
 """
