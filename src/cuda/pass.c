@@ -60,9 +60,8 @@ static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
                              .max_rows = c->shape->max_rows,
                              .split_tokens = c->shape->split_tokens,
                              .max_tokens = b->sizes.max_tokens,
-                             .workspace = b->buffers.plan[local]};
-    /* A row of 16 bit that the step itself puts into a page must be there before pages are read. */
-    a.pdl = b->layout.k_bits < 16 && b->layout.v_bits < 16;
+                             .workspace = b->buffers.plan[local],
+                             .pdl = true};
     if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
     return a;
 }

@@ -3,6 +3,7 @@
  *
  * usage: check_engine FOLDER_OF_GOLDEN_FILES FOLDER_TO_WRITE_IN */
 #include "base.h"
+#include "kivi_cache.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -13,7 +14,7 @@ static int n_failed;
 static kivi_error err;
 static char model_path[1024], file_path[1024];
 
-enum { CTX = 512, N_PROMPT = 150, N_MORE = 60, MAX_SESSIONS = 8 };
+enum { CTX = 512, N_PROMPT = 200, N_MORE = 60, MAX_SESSIONS = 8 };
 
 #define FAIL(...) return snprintf(why, sizeof why, __VA_ARGS__), false
 #define MUST(call)                                                                                 \
@@ -27,7 +28,7 @@ static kivi_engine_options options_of(const char *device) {
     kivi_engine_options o = kivi_engine_defaults();
     o.model_path = model_path;
     o.device = device;
-    o.compute_type = "f32";
+    if (!strcmp(device, "cuda")) o.compute_type = "f32"; /* refused on the cpu */
     o.ctx_tokens = CTX;
     o.max_sessions = MAX_SESSIONS;
     o.kv.residual_tokens = 32;
@@ -275,6 +276,38 @@ static kivi_engine *open_engine(const char *device) {
     return kivi_engine_create(&e, &o, &err) == KIVI_OK ? e : NULL;
 }
 
+/* Forks, steps back and files of the kinds with planes of their own: a page is closed and another
+ * begun by the prompt's 200 rows, and the second one closes among the rows behind it. */
+static bool plus_kinds(const char *family) {
+    static const char *const kinds[] = {"kivi2+", "k4v2+", "k4v3+"};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        kivi_engine *e[2] = {NULL};
+        char name[64];
+        for (int cpu = 0; cpu < 2; cpu++) {
+            kivi_engine_options o = options_of(cpu ? "cpu" : "cuda");
+            o.kv.residual_tokens = 0;
+            MUST(kivi_kv_by_name(&o.kv, kinds[i], &err));
+            kivi_status status = kivi_engine_create(&e[cpu], &o, &err);
+            if (status == KIVI_UNSUPPORTED && !cpu) { /* heads without a fused kernel */
+                printf("skip %s/%s: %s\n", family, kinds[i], err.text);
+                return true;
+            }
+            if (status != KIVI_OK) FAIL("%s", err.text);
+        }
+        snprintf(name, sizeof name, "%s/fork-and-rewind", kinds[i]);
+        report(family, name, fork_and_rewind(e[0]));
+        snprintf(name, sizeof name, "%s/file-to-cuda", kinds[i]);
+        report(family, name, files(e[0], e[0], 0));
+        snprintf(name, sizeof name, "%s/file-to-cpu", kinds[i]);
+        report(family, name, files(e[0], e[1], 2.5));
+        snprintf(name, sizeof name, "%s/file-from-cpu", kinds[i]);
+        report(family, name, files(e[1], e[0], 2.5));
+        kivi_engine_destroy(&e[0]);
+        kivi_engine_destroy(&e[1]);
+    }
+    return true;
+}
+
 int main(int argc, char **argv) {
     static const char *const families[] = {"llama-gqa", "mistral-swa", "gemma3"};
     if (argc != 3) return 2;
@@ -297,6 +330,7 @@ int main(int argc, char **argv) {
         report(f, "counts", counts(gpu));
         kivi_engine_destroy(&gpu);
         kivi_engine_destroy(&cpu);
+        report(f, "plus-kinds", plus_kinds(f));
     }
     snprintf(model_path, sizeof model_path, "%s/llama-gqa", argv[1]);
     report("memory", "runs-out", out_of_memory());
