@@ -7,10 +7,12 @@
 #define KI_CUDA_PRIVATE_H
 #include "backend.h"
 #include "dense_cuda.h"
+#include "draw_cuda.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "kv_cuda.h"
 #include "plain.h"
+#include "skinny.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -81,12 +83,14 @@ typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
     ki_cuda_heads heads;
 } ki_cuda_norms;
 
-/* What a step reads from the host in one copy, and gives back in one. Offsets in bytes. */
+/* What a step reads from the host in one copy, and gives back in one; what it draws, and the edits
+ * of that, in a second one when there is any. Offsets in bytes. */
 typedef struct ki_cuda_upload {
     size_t seqs, tokens, positions, logit_rows, tables, frequencies, n_bytes;
+    size_t draws, edits, all_bytes;
 } ki_cuda_upload;
 typedef struct ki_cuda_result {
-    size_t row_flags, finite, best, counters, n_bytes;
+    size_t row_flags, finite, best, drawn, counters, n_bytes;
 } ki_cuda_result;
 
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
@@ -96,8 +100,10 @@ typedef struct ki_cuda_buffers { /* device memory; rows as padded for products *
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
 } ki_cuda_buffers;
 
-typedef struct ki_cuda_shape { /* of a step, as launches see it */
-    uint32_t n_rows, n_seqs, max_rows, n_logits, split_tokens;
+/* Of a pass, as launches see it. A step is one, or in the batch-invariant mode several: its logits
+ * then stand behind those of the passes before, from first_logit on. */
+typedef struct ki_cuda_shape {
+    uint32_t n_rows, n_seqs, max_rows, n_logits, first_logit, split_tokens;
     bool decode;
 } ki_cuda_shape;
 
@@ -111,6 +117,7 @@ typedef struct ki_cuda_backend {
     uint32_t n_sms;
     ki_cuda_type type; /* of weights, and of the rows that products read */
     bool no_fused;     /* plain.h serves all head sizes */
+    bool invariant;    /* neighbours change nothing (forward.c) */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */
@@ -121,6 +128,8 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
+    uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: skinny.h makes them */
+    ki_batch_item **chosen; /* [max_items]: of a pass */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
     ki_cuda_buffers buffers;
@@ -145,12 +154,17 @@ typedef struct ki_cuda_sizes {
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
                       const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
 uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
+/* Tokens of a split of decode attention: by the batch, or constant in the invariant mode. */
+uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
+                          uint32_t max_tokens);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);
 kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
+kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
+                         kivi_error *err);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
 

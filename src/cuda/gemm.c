@@ -9,7 +9,7 @@ typedef struct plan {
     cublasLtMatmulAlgo_t algo;
 } plan;
 
-enum { MAX_PLANS = 4096, STEP_ROWS = 64 };
+enum { MAX_PLANS = 4096, STEP_ROWS = KI_GEMM_STEP_ROWS };
 
 struct ki_gemm {
     ki_mem *mem;

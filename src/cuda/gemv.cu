@@ -1,5 +1,6 @@
 #include "gemv.h"
 
+#include "fresh.cuh"
 #include "kv_launch.h"
 #include "pdl.cuh"
 
@@ -28,15 +29,6 @@ static __device__ __forceinline__ float dot8(float sum, const uint4 &w, const ui
     return sum;
 }
 
-/* Weights are read once: past the caches that rows of x should stay in. */
-static __device__ __forceinline__ uint4 fresh(const uint4 *p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 template <class T, int M, int R>
 static __global__ void __launch_bounds__(WARPS * 32) gemv(ki_gemv_call c) {
     uint32_t lane = threadIdx.x % 32, n8 = c.k / 8;
@@ -52,7 +44,7 @@ static __global__ void __launch_bounds__(WARPS * 32) gemv(ki_gemv_call c) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             uint32_t i = lane + 32 * a;
-            ahead[a][r] = i < n8 ? fresh(w[r] + i) : zero;
+            ahead[a][r] = i < n8 ? ki_fresh(w[r] + i) : zero;
         }
     ki_pdl_launch();
     ki_pdl_wait();
@@ -64,7 +56,7 @@ static __global__ void __launch_bounds__(WARPS * 32) gemv(ki_gemv_call c) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 now[r] = ahead[a][r];
-                ahead[a][r] = next < n8 ? fresh(w[r] + next) : zero;
+                ahead[a][r] = next < n8 ? ki_fresh(w[r] + next) : zero;
             }
             if (i >= n8) continue;
 #pragma unroll

@@ -10,10 +10,12 @@
 
 static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upload + offset; }
 
-/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
-static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t stride,
-                              const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
-                              bool add, kivi_error *err) {
+/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. In a
+ * batch-invariant pass of decoding all numbers of rows have the same kernel. */
+static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, float *out,
+                              size_t stride, const ki_matrix *weight, uint32_t n, const void *x,
+                              uint32_t m, bool add, kivi_error *err) {
+    bool fixed = b->invariant && s->decode;
     ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
     ki_gemv_call few = {.out = out,
                         .out_stride = stride,
@@ -24,17 +26,12 @@ static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t strid
                         .m = m,
                         .type = b->type,
                         .add = add};
-    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
+    if (fixed && !b->fixed_rows) return ki_skinny_run(&few, b->memory.stream, err);
+    if (fixed) m = b->fixed_rows; /* buffers have so many rows */
+    else if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
         return ki_gemv_run(&few, b->memory.stream, err);
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
-
-static kivi_status product(const ki_cuda_backend *b, float *out, const ki_matrix *weight,
-                           uint32_t n, const void *x, uint32_t m, bool add, kivi_error *err) {
-    return product_to(b, out, n, weight, n, x, m, add, err);
-}
-
-/* ---- attention ---- */
 
 typedef struct layer_call {
     ki_cuda_backend *b;
@@ -44,6 +41,14 @@ typedef struct layer_call {
     uint32_t index;
     ki_cuda_cache kv;
 } layer_call;
+
+/* Of all rows of the pass. */
+static kivi_status product(const layer_call *c, float *out, const ki_matrix *weight, uint32_t n,
+                           const void *x, bool add, kivi_error *err) {
+    return product_to(c->b, c->shape, out, n, weight, n, x, c->shape->n_rows, add, err);
+}
+
+/* ---- attention ---- */
 
 static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
     const ki_cuda_backend *b = c->b;
@@ -128,8 +133,8 @@ static kivi_status add_product(const layer_call *c, const ki_matrix *weight, con
                                const ki_cuda_norm *post, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     uint32_t n = b->model->config.n_embd, m = c->shape->n_rows;
-    if (!post->weight) return product(b, b->buffers.x, weight, n, rows, m, true, err);
-    KI_TRY(product(b, b->buffers.delta, weight, n, rows, m, false, err));
+    if (!post->weight) return product(c, b->buffers.x, weight, n, rows, true, err);
+    KI_TRY(product(c, b->buffers.delta, weight, n, rows, false, err));
     ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, b->memory.stream);
     return KIVI_OK;
 }
@@ -141,11 +146,11 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
     norm(c, &c->norms->attn);
-    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
     norm(c, &c->norms->ffn);
-    KI_TRY(product(b, r->mlp, &y->gate, 2 * config->n_ff, r->h, m, false, err));
+    KI_TRY(product(c, r->mlp, &y->gate, 2 * config->n_ff, r->h, false, err));
     ki_cuda_activate(r->act, r->mlp, config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL, m,
                      config->n_ff, b->type, b->memory.stream);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
@@ -159,9 +164,9 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
     norm(c, &c->norms->attn);
-    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     if (!config->one_norm) norm(c, &c->norms->ffn);
-    KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
+    KI_TRY(product(c, r->mlp, &y->up, config->n_ff, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
     ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
@@ -206,12 +211,13 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
     uint8_t *result = r->result;
     cudaStream_t stream = b->memory.stream;
     size_t stride = ki_logits_stride(c);
+    float *logits = r->logits + s->first_logit * stride;
     ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
                         at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
                         b->type, stream);
-    KI_TRY(product_to(b, r->logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
+    KI_TRY(product_to(b, s, logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
                       false, err));
-    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), r->logits, s->n_logits,
+    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits,
                    c->n_vocab, stride, stream);
     return KIVI_OK;
 }

@@ -109,6 +109,7 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
                                                      : KI_WEIGHT_BF16;
     if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
         return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
+    bo.invariant = e->options.batch_invariant;
     bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
     char why[200];
     e->library = open_library(why, sizeof why);
