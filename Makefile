@@ -137,12 +137,16 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+# The same beside the cache: tokens drawn against engine/draw.c, products of few rows.
+DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/gemv.cu cuda/skinny.cu engine/draw)
+$(BUILD)/check-dense: $(BUILD)/tests/cuda/check_dense.cu.o $(DENSE_OBJ) $(CORE_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 $(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 $(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 ifneq ($(NVCC),)
-all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda $(BUILD)/bench-cuda
+all: $(addprefix $(BUILD)/,libkivi-cuda.so libkivi-cuda-kernels.a check-cuda check-dense bench-cuda)
 endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.

@@ -2,8 +2,8 @@
  * replayed, and what the results say about each sequence.
  *
  * A step is one pass over all its rows. In the batch-invariant mode, where a row's bits are those
- * it would have alone, it is one pass over the sequences with one row, whose products and splits are
- * the same for any number of them (pass.c), and one for each other sequence by itself. */
+ * it would have alone, it is one pass over the sequences with one row, whose products and splits
+ * are the same for any number of them (pass.c), and one for each other sequence by itself. */
 #include "cuda_private.h"
 
 #include <math.h>
