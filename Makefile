@@ -38,7 +38,8 @@ OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/is
 
 # The library, and the part of it that needs no library at all (kernels and cache: build/check-kernels).
 # What needs CUDA's headers is in a library of its own.
-CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sizes.c start.c weights.c)
+CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c pass.c sdpa.c sdpa_graph.c sizes.c \
+            start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
             src/cuda/kv_layout.c
@@ -112,11 +113,14 @@ NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc
 CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
-KV_HEADERS := $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh tests/cuda/*.cuh) include/kivi.h include/kivi_cache.h
-CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh) include/kivi.h include/kivi_cache.h src/load/load.h
+# The kernels of the cache take minutes: only their own headers count for them.
+KV_HEADERS := $(filter-out %/kv_append.h %/kv_bench.h %/kv_bench.cuh %/kv_quant.cuh,$(wildcard src/cuda/kv_*.h \
+              src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-# The kernels of the cache take minutes: only their own headers count for them.
+$(BUILD)/src/cuda/kv_append.cu.o: src/cuda/kv_append.h src/cuda/kv_quant.cuh
+$(BUILD)/src/cuda/kv_bench.cu.o: src/cuda/kv_append.h src/cuda/kv_bench.h src/cuda/kv_bench.cuh include/kivi_bench.h
 $(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
@@ -127,26 +131,34 @@ $(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
 # loaded with it. Its one symbol is ki_backend_library.
 CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUDA_C_OBJ := $(CUDA_C:%.c=$(BUILD)/%.o)
+# cuDNN's headers, where they are: beside CUDA's or the system's. Its library is looked for at run time.
+SDPA_OBJ := $(BUILD)/src/cuda/sdpa.o $(BUILD)/src/cuda/sdpa_graph.o
 $(CUDA_C_OBJ): PKG_CFLAGS += -isystem $(CUDA_HOME)/include
 $(BUILD)/libkivi-cuda.so: $(CUDA_C_OBJ) $(CUDA_OBJ) $(BUILD)/libkivi.a
 	$(CC) -shared -Wl,--no-undefined -Wl,--exclude-libs,ALL $(LDFLAGS) $^ -o $@ -L$(CUDA_HOME)/lib64 \
 	    -lcudart_static -lcublasLt -lstdc++ -lm -ldl -lrt -pthread
-$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ)
+$(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 	@rm -f $@
 	$(AR) rcs $@ $^
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
-$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # The same beside the cache: tokens drawn against engine/draw.c, products of few rows.
 DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/gemv.cu cuda/skinny.cu engine/draw)
 $(BUILD)/check-dense: $(BUILD)/tests/cuda/check_dense.cu.o $(DENSE_OBJ) $(CORE_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
-$(BUILD)/bench-cuda: $(BUILD)/tests/cuda/bench_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
-$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+$(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
+# cuDNN's plans without a device (tests/py_sdpa.py): the driver in their way is one of our own.
+$(BUILD)/check-sdpa: $(BUILD)/tests/cuda/check_sdpa.o $(SDPA_OBJ) $(BUILD)/src/base/base.o
+	$(CC) $(LDFLAGS) $^ -o $@ -ldl -pthread
+$(BUILD)/fake-driver/libcuda.so.1: tests/cuda/fake_driver.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_BASE) $(WARN) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 $< -o $@
+$(BUILD)/fake-driver/libcuda.so.1: CFLAGS_BASE := -std=c17 -O2 -fPIC
 ifneq ($(NVCC),)
-all: $(addprefix $(BUILD)/,libkivi-cuda.so libkivi-cuda-kernels.a check-cuda check-dense bench-cuda)
+all: $(addprefix $(BUILD)/,libkivi-cuda.so libkivi-cuda-kernels.a check-cuda check-dense)
+all: $(BUILD)/check-sdpa $(BUILD)/fake-driver/libcuda.so.1
 endif
 
 # A change of compiler or flags rebuilds everything; those of single files are among them.
@@ -171,7 +183,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
 	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
-	install -m 644 include/kivi_convert.h include/kivi_serve.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 include/kivi_convert.h include/kivi_serve.h include/kivi_bench.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 $(BUILD)/libkivi.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 $(BUILD)/libkivi.so $(DESTDIR)$(PREFIX)/lib/libkivi.so.$(VERSION)
 	ln -sf libkivi.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libkivi.so.0
@@ -186,7 +198,7 @@ install: all
 	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
 	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert,_serve}.h
+	rm -f $(DESTDIR)$(PREFIX)/bin/kivi $(DESTDIR)$(PREFIX)/include/kivi{,_cache,_text,_convert,_serve,_bench}.h
 	rm -f $(DESTDIR)$(PREFIX)/lib/libkivi.{a,so,so.0,so.$(VERSION)} $(DESTDIR)$(PREFIX)/lib/pkgconfig/kivi.pc
 	rm -rf $(DESTDIR)$(PREFIX)/libexec/kivi
 	rm -f $(DESTDIR)$(MAN)/kivi.1 $(DESTDIR)$(MAN)/kivi-*.1
@@ -202,4 +214,5 @@ help:
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
 -include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
-         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d
+         $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d \
+         $(BUILD)/tests/cuda/check_sdpa.d

@@ -148,7 +148,7 @@ typedef struct kivi_engine_options {
     bool dummy_weights; /* random weights of dummy_seed: model_path needs only config.json */
     uint64_t dummy_seed;
     const char *dummy_type; /* "f16", "q8_0", "q4_0"; NULL: as config.json says */
-    const char *disable; /* instruction sets not to use ("avx512,avx2"); NULL: none */
+    const char *disable; /* instruction sets not to use ("avx512,avx2"), on a GPU "cudnn"; NULL: none */
     const char *device; /* "cpu", "cuda", "cuda:N"; "auto" and NULL: CUDA where there is one */
     const char *compute_type; /* of products on a CUDA device: "f16" and NULL, "bf16" or "f32" */
     uint64_t gpu_memory_bytes; /* most memory to take of a CUDA device; 0: all there is */

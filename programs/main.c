@@ -20,6 +20,7 @@ int main(int argc, char **argv) {
         case CMD_SERVE: code = command_serve(&o); break;
         case CMD_BATCH: code = command_batch(&o); break;
         case CMD_BENCH_SERVE: code = command_bench_serve(&o); break;
+        case CMD_BENCH_ATTENTION: code = command_bench_attention(&o); break;
         case CMD_ALL: break;
         }
     if (fflush(stdout) && !code) {

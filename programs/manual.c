@@ -59,7 +59,8 @@ static const char rest[] =
     ".SH ENVIRONMENT\nEvery option has an environment name, its own in capitals behind KIVI_, such "
     "as\n.BR KIVI_THREADS ;\nthe command line wins.\n.TP\n.B KIVI_DISABLE\nInstruction sets not to "
     "use: avx2, avx512, avx512vnni (x86-64), neon, neondot (aarch64); a set goes with all that "
-    "are built on it.\n.TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
+    "are built on it. On a GPU: cudnn, and all prompts are attended by our own kernel.\n"
+    ".TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
     "success, 2 usage, 3 the model, 4 memory or device, 5 input or output.\n";
 
 static const char chat_part[] =
@@ -75,16 +76,30 @@ static const char convert_part[] =
     "logits is q8_0. The file has its name when it is whole; a failure leaves nothing. What GGUF "
     "has no name for, such as a pre\\-tokenizer, is refused.\n";
 
+static const char attention_part[] =
+    "Random data, no model; head size 128. A figure is the median of event-timed replays of a CUDA "
+    "graph over more memory than the L2 cache has. What is measured:\n.TP\n.B decode\nattention of "
+    "one new row of each sequence, pages alone\n.TP\n.B constant\nthe same, cut at constant "
+    "lengths: no row depends on its neighbours\n.TP\n.B window\nthe same with the rows in 16 bit, "
+    "R of the kind and 32\n.TP\n.B length\nwindow at 128 to 131,072 tokens, of the first "
+    "kind\n.TP\n.B append\na row to each sequence in one layer: rope, window, codes of "
+    "values\n.TP\n.B close\nthe keys of a page of each sequence in one layer become codes, as "
+    "once in R rows\n.TP\n.B "
+    "prompt\nattention of a whole prompt\n.PP\nBefore these, a stream that only reads, of which "
+    "shares are given, and a copy.\n";
+
 static void put_page(FILE *out, const command_line *c) {
     option_info o;
     fprintf(out, ".TH KIVI\\-%s 1 \"\" \"kivi " KIVI_VERSION "\"\n.SH NAME\nkivi\\-%s \\- ",
             c->name, c->name);
     put_roff(out, c->help);
-    fprintf(out, "\n.SH SYNOPSIS\n.B kivi %s\n.I %s\n[options]\n.SH DESCRIPTION\n", c->name,
-            c->words);
-    fputs(c->command == CMD_CONVERT
-              ? convert_part
-              : ".I MODEL\nis a GGUF file, a Hugging Face folder, or smollm2.\n",
+    fprintf(out, "\n.SH SYNOPSIS\n.B kivi %s\n", c->name);
+    if (*c->words) fprintf(out, ".I %s\n", c->words);
+    fputs("[options]\n.SH DESCRIPTION\n", out);
+    fputs(c->command == CMD_CONVERT           ? convert_part
+          : c->command == CMD_BENCH_ATTENTION ? attention_part
+                                              : ".I MODEL\nis a GGUF file, a Hugging Face "
+                                                "folder, or smollm2.\n",
           out);
     fputs(".SH OPTIONS\n", out);
     for (size_t i = 0; options_get(&o, i); i++)

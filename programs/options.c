@@ -73,6 +73,23 @@ static const option table[] = {
     {"n-batch", "-b", LIST, CMD_BENCH, AT(bench_batch), 0, "N,..", "sequences at once (1)", 1, 256},
     {"repetitions", "-r", UINT, CMD_BENCH, AT(repeats), 0, "N", "timed repetitions (5)", 1, 1000},
     {"output", "-o", TEXT, CMD_BENCH, AT(format), 0, "FORM", "md, csv, json or jsonl (md)", 0, 0},
+    {"n-batch", "-b", LIST, CMD_BENCH_ATTENTION, AT(bench_batch), AT(batch_given), "N,..",
+     "sequences at once; with -H and -d instead of the usual shapes (1)", 1, 4096},
+    {"heads", "-H", TEXT, CMD_BENCH_ATTENTION, AT(heads), 0, "H/HK,..",
+     "query heads over KV heads (32/8)", 0, 0},
+    {"n-depth", "-d --depth", LIST, CMD_BENCH_ATTENTION, AT(bench_depth), AT(depth_given), "N,..",
+     "tokens in the cache, multiples of 128 (4096)", 128, 1e7},
+    {"measure", "", TEXT, CMD_BENCH_ATTENTION, AT(measures), 0, "WHAT,..",
+     "decode constant window length append close prompt (all)", 0, 0},
+    {"no-pdl", "", FLAG, CMD_BENCH_ATTENTION, AT(plain_launches), 0, NULL,
+     "launches wait for the end of the one before", 0, 0},
+    {"repetitions", "-r", UINT, CMD_BENCH_ATTENTION, AT(repeats), 0, "N",
+     "replays of a graph that a median is of (5)", 1, 1000},
+    {"output", "-o", TEXT, CMD_BENCH_ATTENTION, AT(format), 0, "FORM", "md or json (md)", 0, 0},
+    {"kv", "--kv-cache-dtype", TEXT, CMD_BENCH_ATTENTION, AT(kv), 0, "KIND,..",
+     "kinds of cache to measure (all that have a name)", 0, 0},
+    {"device", "", TEXT, CMD_BENCH_ATTENTION, AT(device), 0, "DEV",
+     "cuda or cuda:N (the first there is)", 0, 0},
     {"file", "-f", FILES, CMD_EVAL, AT(files), 0, "FILE", "a text to score; may be given again", 0,
      0},
     {"skip", "", UINT, CMD_EVAL, AT(skip), AT(skip_given), "N", "score positions from N on (128)",
@@ -194,6 +211,8 @@ static const struct {
     {"convert", CMD_CONVERT, "a Hugging Face folder as a GGUF file"},
     {"serve", CMD_SERVE, "an OpenAI-compatible server, and a page to chat at"},
     {"batch", CMD_BATCH, "answers to a file of requests in OpenAI's batch format"},
+    {"bench-attention", CMD_BENCH_ATTENTION,
+     "time a GPU's kernels of the cache: bench attention --device cuda"},
     {"bench-serve", CMD_BENCH_SERVE, "load a server and time it: bench serve http://HOST:PORT"},
 };
 static const char *const later[] = {"study"};
@@ -230,6 +249,7 @@ int fail_with(const kivi_error *err) {
 static const char *words_of(unsigned command) {
     if (command == CMD_BATCH) return "MODEL IN.jsonl OUT.jsonl";
     if (command == CMD_BENCH_SERVE) return "URL";
+    if (command == CMD_BENCH_ATTENTION) return "";
     return command == CMD_CONVERT ? "FOLDER OUT.gguf" : "MODEL";
 }
 
@@ -245,7 +265,7 @@ void options_help(FILE *out, unsigned command) {
               "[options]\n\n",
               out);
         for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-            fprintf(out, "  %-11s %s\n", commands[i].name, commands[i].help);
+            fprintf(out, "  %-15s %s\n", commands[i].name, commands[i].help);
         fputs("\nMODEL is a GGUF file, a Hugging Face folder, or smollm2. kivi COMMAND --help "
               "lists options.\n",
               out);
@@ -253,8 +273,8 @@ void options_help(FILE *out, unsigned command) {
     }
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (commands[i].command == command)
-            fprintf(out, "usage: kivi %s %s [options]    %s\n\n", commands[i].name,
-                    words_of(command), commands[i].help);
+            fprintf(out, "usage: kivi %s %s%s[options]    %s\n\n", commands[i].name,
+                    words_of(command), *words_of(command) ? " " : "", commands[i].help);
     for (size_t i = 0; i < N_OPTIONS; i++) {
         const option *o = &table[i];
         char left[96];
@@ -265,7 +285,8 @@ void options_help(FILE *out, unsigned command) {
     }
     fputs("\nEvery option also has an environment name, such as KIVI_THREADS; the command line "
           "wins.\n"
-          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out (arm: neon, neondot).\n",
+          "KIVI_DISABLE=avx512,avx2 leaves instruction sets out (arm: neon, neondot; gpu: "
+          "cudnn).\n",
           out);
 }
 
@@ -484,6 +505,8 @@ static int check(const options *o) {
         return usage_error("convert needs a folder and the name of the file to make");
     if (o->command == CMD_BENCH_SERVE && !o->model)
         return usage_error("no URL given: http://HOST:PORT");
+    if (o->command == CMD_BENCH_ATTENTION)
+        return o->model ? usage_error("'%s': bench attention has no model", o->model) : EXIT_OK;
     if (o->command == CMD_BATCH && (!o->model || !o->target))
         return usage_error("batch needs MODEL, a file of requests and the file of answers");
     if (!o->model)
@@ -538,8 +561,12 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
         *done = true;
         return (is_man ? manual_page : manual_completion)(stdout, argc > 1 ? argv[1] : NULL);
     }
-    bool two_words = argc > 1 && !strcmp(argv[0], "bench") && !strcmp(argv[1], "serve");
-    int code = find_command(o, two_words ? "bench-serve" : argv[0]);
+    const char *second = argc > 1 && !strcmp(argv[0], "bench") ? argv[1] : "";
+    const char *name = !strcmp(second, "serve")       ? "bench-serve"
+                       : !strcmp(second, "attention") ? "bench-attention"
+                                                      : argv[0];
+    bool two_words = name != argv[0];
+    int code = find_command(o, name);
     if (!code) code = from_environment(o);
     const char *prompt = o->prompt, *file = o->file; /* of the environment */
     if (!code) code = parse_words(o, on_line, argc - 1 - two_words, argv + 1 + two_words, done);

@@ -25,6 +25,7 @@ enum command {
     CMD_SERVE = 256,
     CMD_BATCH = 512,
     CMD_BENCH_SERVE = 1024,
+    CMD_BENCH_ATTENTION = 2048,
     CMD_ALL =
         CMD_RUN | CMD_INFO | CMD_LOGITS | CMD_BENCH | CMD_EVAL | CMD_CHAT | CMD_SERVE | CMD_BATCH
 };
@@ -65,6 +66,9 @@ typedef struct options {
     uint32_t n_files, skip, chunks;
     bool skip_given;
     list bench_prompt, bench_gen, bench_depth, bench_batch;
+    /* bench-attention */
+    const char *heads, *measures;
+    bool depth_given, batch_given, plain_launches;
     bool force, json, ignore_eos, only_ids, special, no_bos, by_zeros;
 } options;
 

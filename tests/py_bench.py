@@ -142,4 +142,19 @@ with case('compare/help'):
     r = compare('--kinds', 'llama:q9')
     assert r.returncode == 2 and 'q9' in r.stderr, r
 
+with case('bench/attention-refusals'):
+    def refused(*args, says):
+        bad(2, 'bench', 'attention', *args, says=says)
+    refused('--device', 'cpu', says="device 'cpu', expected cuda or cuda:N, a GPU's")
+    refused('--device', 'gpu', says="device 'gpu', expected auto, cpu, cuda or cuda:N")
+    refused(SMALL, says='bench attention has no model')
+    refused('-o', 'csv', says="'csv', expected md or json")
+    refused('-H', '32/5', says="'32/5', expected query heads over KV heads")
+    refused('-H', '32', says="'32', expected query heads over KV heads")
+    refused('-d', '200', says='200 tokens, expected a multiple of 128')
+    refused('--measure', 'decode,speed', says="'speed', expected decode, constant, window")
+    refused('--kv', 'kivi2,kivi3', says="'kivi3', expected f16, kivi8")
+    refused('--kv', ','.join(['kivi2'] * 17), says='at most 16 kinds')
+    bad(2, 'bench-attention', '--group', '32', says="unknown option '--group'")
+
 finish()

@@ -11,7 +11,7 @@ from blackbox import GOLDEN, ROOT, SCRATCH, case, finish, needs_model, skip
 from extract_examples import example
 
 BUILD = os.path.join(ROOT, os.environ.get('KIVI_BUILD') or 'build')
-HEADERS = ('kivi', 'kivi_cache', 'kivi_text', 'kivi_convert', 'kivi_serve')
+HEADERS = ('kivi', 'kivi_cache', 'kivi_text', 'kivi_convert', 'kivi_serve', 'kivi_bench')
 EXAMPLES = ('kivi', 'kivi_cache')  # those whose first comment is a program
 PKGS = ('jansson', 'libpcre2-8', 'libutf8proc')
 STRICT = ['-Wall', '-Wextra', '-Wpedantic', '-Werror']

@@ -21,7 +21,7 @@ ARROWS = {
     'programs': {'include', 'src/base'},
     'src/serve': {'src/engine', 'src/model', 'src/cache', 'src/device', 'src/base', 'include'},
     'src/engine': {'src/model', 'src/cache', 'src/token', 'src/load', 'src/device', 'src/base', 'include'},
-    'src/model': {'src/cache', 'src/kernel', 'src/load', 'src/device', 'src/base'},
+    'src/model': {'src/cache', 'src/kernel', 'src/load', 'src/device', 'src/base', 'include'},
     'src/cache': {'src/kernel', 'src/device', 'src/base', 'include'},
     'src/cuda': {'src/model', 'src/load', 'src/cache', 'src/kernel', 'src/device', 'src/base', 'include'},
     'src/kernel': {'src/device', 'src/base'},

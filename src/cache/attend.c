@@ -151,6 +151,11 @@ static void fill_tile(ki_attn_tile *t, const attend_call *call, const kivi_seq *
         t->k_wide = (const uint32_t *)(data + l->k_wide_at);
         t->k_list = data + l->k_list_at;
     }
+}
+
+/* Most tiles of a long sequence are codes alone, and need none of these. */
+static void fill_blocks(ki_attn_tile *t, const attend_call *call, const kivi_seq *seq,
+                        uint32_t head, uint32_t page) {
     for (uint32_t b = 0; b < KI_TILE_BLOCKS; b++) {
         t->k_blocks[b] = ki_seq_k_block(seq, call->layer, head, page * KI_TILE_BLOCKS + b);
         t->v_blocks[b] = ki_seq_v_block(seq, call->layer, head, page * KI_TILE_BLOCKS + b);
@@ -162,6 +167,7 @@ static uint16_t in_tile(uint32_t pos, uint32_t tile_pos) {
     return (uint16_t)(pos <= tile_pos ? 0 : KI_MIN(pos - tile_pos, (uint32_t)KI_PAGE_TOKENS));
 }
 
+/* Which tokens of a tile a row sees, and which of these in 16 bit: the same for all its heads. */
 static void set_ranges(ki_attn_query *q, const attend_call *call, const kivi_seq *seq, uint32_t pos,
                        uint32_t tile_pos) {
     uint32_t from = call->window && pos + 1 > call->window ? pos + 1 - call->window : 0;
@@ -170,6 +176,16 @@ static void set_ranges(ki_attn_query *q, const attend_call *call, const kivi_seq
     q->sink_end = in_tile(call->cache->layout.kv.sink_tokens, tile_pos);
     q->k_exact = in_tile(ki_k_exact(seq, pos), tile_pos);
     q->v_exact = in_tile(ki_v_exact(seq, pos), tile_pos);
+}
+
+static void copy_ranges(ki_attn_query *to, const ki_attn_query *from) {
+    to->first = from->first, to->end = from->end, to->sink_end = from->sink_end;
+    to->k_exact = from->k_exact, to->v_exact = from->v_exact;
+}
+
+/* A block that a sink ends in counts, even if the window begins behind the sink. */
+static bool reads_exact(const ki_attn_query *q) {
+    return q->first < q->end && (q->sink_end || KI_MIN(q->k_exact, q->v_exact) < q->end);
 }
 
 static void load_queries(worker_area *a, const attend_call *call, const row_block *block) {
@@ -208,14 +224,18 @@ static void run_split(worker_area *a, const attend_call *call, const row_block *
         a->queries[i].acc = a->acc + (size_t)i * l->head_dim;
     }
     for (uint32_t p = first_page; p < first_page + SPLIT_PAGES && p * KI_PAGE_TOKENS < end; p++) {
-        bool visible = false;
-        for (uint32_t i = 0; i < n_queries; i++) {
-            set_ranges(&a->queries[i], call, seq, pos0 + i / l->head_group, p * KI_PAGE_TOKENS);
-            visible = visible || a->queries[i].first < a->queries[i].end;
+        bool visible = false, exact = false;
+        for (uint32_t r = 0; r < block->n_rows; r++) {
+            ki_attn_query *q = a->queries + (size_t)r * l->head_group;
+            set_ranges(q, call, seq, pos0 + r, p * KI_PAGE_TOKENS);
+            visible = visible || q->first < q->end;
+            exact = exact || reads_exact(q);
+            for (uint32_t h = 1; h < l->head_group; h++) copy_ranges(q + h, q);
         }
         if (!visible) continue;
         ki_attn_tile tile;
         fill_tile(&tile, call, seq, block->head, p);
+        if (exact) fill_blocks(&tile, call, seq, block->head, p);
         announce_page(&tile, call, seq, block->head, p + 1);
         call->cache->kernels->attn.tile(&tile, a->queries, n_queries, a->tile_scratch);
     }

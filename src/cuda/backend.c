@@ -1,6 +1,7 @@
 /* backend.c: what libkivi-cuda.so hands to the engine (backend.h): opening a device, saying what
  * runs on it and what that takes, and the calls of a running engine. */
 #include "cuda_private.h"
+#include "kv_bench.h"
 
 #include <stdio.h>
 
@@ -82,12 +83,22 @@ static const ki_cuda_kernels plain = {.name = "plain",
                                       .prompt_attend = ki_plain_attend};
 
 static const ki_cuda_kernels fused = {.name = "fused",
-                                      .append = ki_cuda_append,
+                                      .append = ki_cuda_append_rows,
+                                      .close = ki_cuda_close_keys,
                                       .prompt_append = ki_cuda_prompt_append,
                                       .prompt_window = ki_cuda_prompt_window,
                                       .plan = ki_cuda_decode_plan,
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
+
+/* The same with pages of keys closed by the append of their last row. */
+static const ki_cuda_kernels closing = {.name = "fused",
+                                        .append = ki_cuda_append,
+                                        .prompt_append = ki_cuda_prompt_append,
+                                        .prompt_window = ki_cuda_prompt_window,
+                                        .plan = ki_cuda_decode_plan,
+                                        .attend = ki_cuda_decode_attend,
+                                        .prompt_attend = ki_cuda_prompt_attend};
 
 /* The fused kernels wherever they are built for the head size, unless they are left out: groups of
  * 32 tokens and more, and lines between codes and window on blocks of 32. */
@@ -104,12 +115,12 @@ static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_e
     ki_cuda_layout own;
     bool plus = l->kv.plus != 0;
     b->kernels = &plain;
-    if (b->no_fused && plus)
+    if (b->without & KI_PART_FUSED && plus)
         return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
-    if (b->no_fused || !is_fused_kind(l)) return KIVI_OK;
+    if ((b->without & KI_PART_FUSED) || !is_fused_kind(l)) return KIVI_OK;
     if (ki_cuda_layout_init(&own, &g, plus, NULL) != KIVI_OK) return KIVI_OK;
     KI_TRY(ki_cuda_kernels_init(err));
-    b->kernels = &fused;
+    b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
     return KIVI_OK;
 }
 
@@ -223,8 +234,9 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .frequencies = o->frequencies,
                            .number = (int)o->device,
                            .n_sms = (uint32_t)found.multiProcessorCount,
+                           .compute_major = (uint32_t)found.major,
                            .type = (ki_cuda_type)o->compute, /* both begin F32, F16, BF16 */
-                           .no_fused = o->no_fused,
+                           .without = o->without,
                            .invariant = o->invariant,
                            .log = o->log,
                            .log_user = o->log_user};
@@ -244,10 +256,20 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
     return KIVI_OK;
 }
 
+static kivi_status bench(const kivi_bench_options *o, uint32_t number, kivi_error *err) {
+    struct cudaDeviceProp found;
+    char name[96];
+    KI_TRY(find_device(&found, number, err));
+    KI_TRY(ki_cuda_check(cudaSetDevice((int)number), "device", err));
+    snprintf(name, sizeof name, "cuda:%u %.64s", number, found.name);
+    return ki_cuda_bench_attention(o, name, err);
+}
+
 KIVI_API const ki_library *ki_backend_library(void);
 KIVI_API const ki_library *ki_backend_library(void) {
     static ki_library library;
     ki_library_fill(&library);
     library.open = open;
+    library.bench = bench;
     return &library;
 }

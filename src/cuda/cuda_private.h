@@ -10,8 +10,10 @@
 #include "draw_cuda.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "kv_append.h"
 #include "kv_cuda.h"
 #include "plain.h"
+#include "sdpa.h"
 #include "skinny.h"
 
 #include <cublasLt.h>
@@ -71,6 +73,9 @@ void ki_cuda_weights_done(ki_cuda_weights *w);
 typedef struct ki_cuda_kernels {
     const char *name;
     kivi_status (*append)(const ki_cuda_append_call *, void *stream, kivi_error *);
+    /* Closes what appends of all layers left open; NULL: they leave nothing. */
+    kivi_status (*close)(const ki_cuda_append_call *, uint32_t n_layers, void *stream,
+                         kivi_error *);
     kivi_status (*prompt_append)(const ki_cuda_append_call *, void *stream, kivi_error *);
     kivi_status (*prompt_window)(const ki_cuda_append_call *, void *stream, kivi_error *);
     kivi_status (*plan)(const ki_cuda_attend_call *, void *stream, kivi_error *); /* NULL: none */
@@ -86,7 +91,7 @@ typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
 /* What a step reads from the host in one copy, and gives back in one; what it draws, and the edits
  * of that, in a second one when there is any. Offsets in bytes. */
 typedef struct ki_cuda_upload {
-    size_t seqs, tokens, positions, logit_rows, tables, frequencies, n_bytes;
+    size_t seqs, tokens, positions, logit_rows, tables, frequencies, records, n_bytes;
     size_t draws, edits, all_bytes;
 } ki_cuda_upload;
 typedef struct ki_cuda_result {
@@ -95,8 +100,8 @@ typedef struct ki_cuda_result {
 
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
     float *x, *qkv, *mlp, *delta, *logits, *rope;
-    void *h, *attn, *act, *last;       /* of the backend's type */
-    uint16_t *q16, *k_rows, *v_rows;   /* f16 */
+    void *h, *attn, *act, *last;        /* of the backend's type */
+    uint16_t *q16, *k_rows, *v_rows;    /* f16 */
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
 } ki_cuda_buffers;
 
@@ -104,6 +109,8 @@ typedef struct ki_cuda_buffers { /* device memory; rows as padded for products *
  * then stand behind those of the passes before, from first_logit on. */
 typedef struct ki_cuda_shape {
     uint32_t n_rows, n_seqs, max_rows, n_logits, first_logit, split_tokens;
+    uint32_t n_whole;  /* sequences marked KI_CUDA_ELSEWHERE: cuDNN's */
+    uint32_t own_rows; /* most rows of any other; 0: there is none. For steps with prompts */
     bool decode;
 } ki_cuda_shape;
 
@@ -114,9 +121,9 @@ typedef struct ki_cuda_backend {
     ki_mem *host;
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
-    uint32_t n_sms;
+    uint32_t n_sms, compute_major;
     ki_cuda_type type; /* of weights, and of the rows that products read */
-    bool no_fused;     /* plain.h serves all head sizes */
+    uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
     bool invariant;    /* neighbours change nothing (forward.c) */
     void (*log)(void *user, const char *line);
     void *log_user;
@@ -130,17 +137,18 @@ typedef struct ki_cuda_backend {
     ki_gemm *gemm;
     uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: skinny.h makes them */
     ki_batch_item **chosen; /* [max_items]: of a pass */
+    ki_sdpa *sdpa; /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
     ki_cuda_buffers buffers;
-    uint8_t *arena;                   /* all buffers but these */
-    uint8_t *workspace;               /* of products and attention */
-    float *vectors, *rope_freq;       /* norms and biases; [n_ropes][D / 2] */
-    ki_cuda_norms *norms;             /* [n_layers], host */
+    uint8_t *arena;             /* all buffers but these */
+    uint8_t *workspace;         /* of products and attention */
+    float *vectors, *rope_freq; /* norms and biases; [n_ropes][D / 2] */
+    ki_cuda_norms *norms;       /* [n_layers], host */
     ki_cuda_norm output_norm;
-    uint8_t *up, *down;               /* pinned host memory: upload and result */
-    float *host_logits;               /* [logit rows][stride], fetched on demand */
-    uint64_t *fetched, n_steps;       /* [logit rows]: the step each was fetched of */
+    uint8_t *up, *down;         /* pinned host memory: upload and result */
+    float *host_logits;         /* [logit rows][stride], fetched on demand */
+    uint64_t *fetched, n_steps; /* [logit rows]: the step each was fetched of */
     cudaGraphExec_t graphs[KI_MAX_BUCKETS];
 } ki_cuda_backend;
 
@@ -157,6 +165,9 @@ uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
 /* Tokens of a split of decode attention: by the batch, or constant in the invariant mode. */
 uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
                           uint32_t max_tokens);
+/* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
+ * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);
@@ -165,6 +176,8 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
                          kivi_error *err);
+/* Which of the two kinds of layers the model has: those that see all, and local ones. */
+void ki_cuda_kinds_of(bool has[2], const ki_config *config);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
 

@@ -1,20 +1,28 @@
 /* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
+#include "act.cuh"
+#include "ahead.cuh"
 #include "dense_cuda.h"
 
 #include "kv_launch.h"
 #include "pdl.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 /* 1,024 threads: at small batches a step waits for single rows. */
 enum { ROW_THREADS = 1024, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
+/* Thread blocks that a kernel has before its own where it asks for weights ahead. */
+enum { ROW_AHEAD_BLOCKS = 16, UNIT_AHEAD_BLOCKS = 64 };
 
-static __device__ __forceinline__ void store(void *out, size_t i, float v, ki_cuda_type type) {
-    if (type == KI_CUDA_F16) ((__half *)out)[i] = __float2half_rn(v);
-    else if (type == KI_CUDA_BF16) ((__nv_bfloat16 *)out)[i] = __float2bfloat16_rn(v);
-    else ((float *)out)[i] = v;
+/* True in such a block, which is done then. *block: of the others, from 0. */
+static __device__ __forceinline__ bool asks_ahead(uint32_t *block, const ki_cuda_ahead &ahead,
+                                                  uint32_t n_blocks) {
+    uint32_t n = ahead.weights ? n_blocks : 0;
+    *block = blockIdx.x - n;
+    if (blockIdx.x >= n) return false;
+    ki_ask_rows(ahead, blockIdx.x * blockDim.x + threadIdx.x, n * blockDim.x);
+    return true;
+}
+static ki_cuda_ahead ahead_or_none(const ki_cuda_ahead *ahead) {
+    return ahead ? *ahead : ki_cuda_ahead{NULL, 0, 0, 0};
 }
 
 static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
@@ -109,12 +117,7 @@ static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uin
     size_t at = (size_t)blockIdx.x * n;
     moments m = row_moments(x + at, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        store(h, at + i, normed(x + at, i, m, norm), type);
-}
-
-extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
-                                  uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
-    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
+        ki_store(h, at + i, normed(x + at, i, m, norm), type);
 }
 
 static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm, uint32_t n) {
@@ -126,8 +129,104 @@ static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm,
         x[at + i] += normed(delta + at, i, m, norm);
 }
 
+/* The same for rows that fit into a block's registers, FOURS float4 a thread: a row is read once,
+ * and weights and bias, which no kernel writes, before the wait for the kernel before this one. */
+enum { MOST_FOURS = 2 };
+
+static __device__ __forceinline__ float4 minus(float4 v, float mean) {
+    return make_float4(v.x - mean, v.y - mean, v.z - mean, v.w - mean);
+}
+static __device__ __forceinline__ float4 times_weight(float4 v, float scale, float4 w, float4 b) {
+    return make_float4(v.x * scale * w.x + b.x, v.y * scale * w.y + b.y, v.z * scale * w.z + b.z,
+                       v.w * scale * w.w + b.w);
+}
+
+/* v: the row less its mean where there is a bias, afterwards; 0 past its end. Returns the scale. */
+template <int FOURS>
+static __device__ __forceinline__ float center(float4 (&v)[FOURS], uint32_t n, bool has_mean,
+                                               float eps) {
+    float sum = 0, square = 0, mean = 0;
+    if (has_mean) {
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) sum += v[k].x + v[k].y + v[k].z + v[k].w;
+        mean = block_sum(sum) / (float)n;
+    }
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        if (threadIdx.x + k * ROW_THREADS >= n / 4) continue;
+        v[k] = minus(v[k], mean);
+        square += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+    }
+    return 1.0f / sqrtf(block_sum(square) / (float)n + eps);
+}
+
+/* h[r] = norm(from[r]), or with x instead: x[r] += norm(from[r]). */
+template <int FOURS>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    norm_held(void *h, float *x, const float *from, ki_cuda_norm norm, uint32_t n,
+              ki_cuda_type type, ki_cuda_ahead ahead) {
+    const float4 zero = {0, 0, 0, 0};
+    float4 v[FOURS], w[FOURS], b[FOURS], old[FOURS];
+    uint32_t block;
+    ki_pdl_launch();
+    if (asks_ahead(&block, ahead, ROW_AHEAD_BLOCKS)) return;
+    size_t row = (size_t)block * (n / 4);
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        uint32_t i = threadIdx.x + k * ROW_THREADS;
+        w[k] = i < n / 4 ? ((const float4 *)norm.weight)[i] : zero;
+        b[k] = i < n / 4 && norm.bias ? ((const float4 *)norm.bias)[i] : zero;
+    }
+    ki_pdl_wait();
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        uint32_t i = threadIdx.x + k * ROW_THREADS;
+        v[k] = i < n / 4 ? ((const float4 *)from)[row + i] : zero;
+        old[k] = i < n / 4 && x ? ((const float4 *)x)[row + i] : zero;
+    }
+    float scale = center(v, n, norm.bias != NULL, norm.eps);
+#pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        uint32_t i = threadIdx.x + k * ROW_THREADS;
+        if (i >= n / 4) continue;
+        float4 y = times_weight(v[k], scale, w[k], b[k]);
+        size_t at = (row + i) * 4;
+        if (x) {
+            ((float4 *)x)[row + i] = make_float4(old[k].x + y.x, old[k].y + y.y, old[k].z + y.z,
+                                                 old[k].w + y.w);
+            continue;
+        }
+        ki_store(h, at, y.x, type), ki_store(h, at + 1, y.y, type);
+        ki_store(h, at + 2, y.z, type), ki_store(h, at + 3, y.w, type);
+    }
+}
+
+/* False: the row is too long, or its float4 would not be aligned. */
+static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
+                        uint32_t n_rows, uint32_t n, ki_cuda_type type, ki_cuda_ahead ahead,
+                        void *stream) {
+    uintptr_t ends = (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight |
+                     (uintptr_t)norm->bias;
+    if (n % 4 || n > MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
+    auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<MOST_FOURS>;
+    uint32_t n_blocks = n_rows + (ahead.weights ? ROW_AHEAD_BLOCKS : 0);
+    ki_launch(kernel, n_blocks, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type, ahead);
+    return true;
+}
+
+extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
+                                  uint32_t n_rows, uint32_t n, ki_cuda_type type, bool held,
+                                  const ki_cuda_ahead *ahead, void *stream) {
+    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, ahead_or_none(ahead), stream))
+        return;
+    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
+}
+
 extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
-                                 uint32_t n_rows, uint32_t n, void *stream) {
+                                 uint32_t n_rows, uint32_t n, bool held, void *stream) {
+    if (held &&
+        launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, ahead_or_none(NULL), stream))
+        return;
     ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
 }
 
@@ -161,36 +260,89 @@ extern "C" void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uin
               *heads, n_rows);
 }
 
-/* ---- the MLP ---- */
+/* ---- what cuDNN's attention left ---- */
 
-static __device__ __forceinline__ float gelu_tanh(float x) {
-    const float root = 0.7978845608f; /* sqrt(2 / pi) */
-    return x / (1.0f + expf(-2.0f * root * (x + 0.044715f * x * x * x)));
+enum { MAX_HEAD_PARTS = 8 }; /* elements of a lane: 256 / 32 */
+
+/* One warp for each head of a row; lane l has elements l, l + 32, ... The butterfly is turn_row's
+ * (kv_rows.cuh), its partners in another lane or in this one. */
+static __global__ void finish_heads(uint16_t *rows, uint32_t n, uint32_t head_dim, bool turned,
+                                    bool is_bf16) {
+    uint32_t number = blockIdx.x * (UNIT_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (number >= n) return;
+    uint16_t *row = rows + (size_t)number * head_dim;
+    uint32_t block = head_dim & (0u - head_dim);
+    float x[MAX_HEAD_PARTS];
+#pragma unroll
+    for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+        uint32_t i = e * 32 + lane;
+        x[e] = i < head_dim ? __half2float(__ushort_as_half(row[i])) : 0.0f;
+    }
+    if (turned) {
+        for (uint32_t h = 1; h < 32 && h < block; h *= 2)
+#pragma unroll
+            for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+                float other = __shfl_xor_sync(0xffffffffu, x[e], h);
+                x[e] = lane & h ? other - x[e] : x[e] + other;
+            }
+#pragma unroll
+        for (int h = 1; h < MAX_HEAD_PARTS; h *= 2) /* of 32 elements each */
+#pragma unroll
+            for (int e = 0; e < MAX_HEAD_PARTS; e++)
+                if (!(e & h) && (uint32_t)h * 32 < block) {
+                    float low = x[e], high = x[e + h];
+                    x[e] = low + high;
+                    x[e + h] = low - high;
+                }
+        float f = __frsqrt_rn((float)block);
+#pragma unroll
+        for (int e = 0; e < MAX_HEAD_PARTS; e++) x[e] *= f;
+    }
+#pragma unroll
+    for (int e = 0; e < MAX_HEAD_PARTS; e++) {
+        uint32_t i = e * 32 + lane;
+        float v = fminf(fmaxf(x[e], -65504.0f), 65504.0f); /* of NaN -65504: its row was flagged */
+        if (i < head_dim)
+            row[i] = is_bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x[e]))
+                             : __half_as_ushort(__float2half_rn(v));
+    }
 }
 
+extern "C" void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n_rows,
+                                     uint32_t n_heads, uint32_t head_dim, void *stream) {
+    uint32_t n = n_rows * n_heads, per_block = UNIT_THREADS / 32;
+    finish_heads<<<(n + per_block - 1) / per_block, UNIT_THREADS, 0, (cudaStream_t)stream>>>(
+        (uint16_t *)rows, n, head_dim, turned, type == KI_CUDA_BF16);
+}
+
+/* ---- the MLP ---- */
+
 static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
-                                ki_cuda_type type) {
+                                ki_cuda_type type, ki_cuda_ahead ahead) {
+    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS, block;
     ki_pdl_launch();
+    if (asks_ahead(&block, ahead, UNIT_AHEAD_BLOCKS)) return;
     ki_pdl_wait();
-    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
-    size_t row = blockIdx.x / per_row;
-    uint32_t i = blockIdx.x % per_row * UNIT_THREADS + threadIdx.x;
+    size_t row = block / per_row;
+    uint32_t i = block % per_row * UNIT_THREADS + threadIdx.x;
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
         float x = in[row * n + i];
         v = x * (1.0f + erff(x * 0.7071067812f)) * 0.5f;
     } else {
-        float gate = in[row * 2 * n + i], up = in[row * 2 * n + n + i];
-        v = (act == KI_CUDA_SILU_MUL ? gate / (1.0f + expf(-gate)) : gelu_tanh(gate)) * up;
+        v = ki_gated(act, in[row * 2 * n + i], in[row * 2 * n + n + i]);
     }
-    store(out, row * n + i, v, type);
+    ki_store(out, row * n + i, v, type);
 }
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
-                                 uint32_t n, ki_cuda_type type, void *stream) {
+                                 uint32_t n, ki_cuda_type type, const ki_cuda_ahead *ahead,
+                                 void *stream) {
     uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
-    ki_launch(activate, n_rows * per_row, UNIT_THREADS, 0, true, stream, out, in, act, n, type);
+    ki_cuda_ahead a = ahead_or_none(ahead);
+    uint32_t n_blocks = n_rows * per_row + (a.weights ? UNIT_AHEAD_BLOCKS : 0);
+    ki_launch(activate, n_blocks, UNIT_THREADS, 0, true, stream, out, in, act, n, type, a);
 }
 
 /* ---- out of the pass ---- */
@@ -208,12 +360,12 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
     if (threadIdx.x == 0) finite[blockIdx.x] = bad == 0;
     moments m = row_moments(from, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        store(h, to + i, normed(from, i, m, norm), type);
+        ki_store(h, to + i, normed(from, i, m, norm), type);
 }
 
-extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x,
-                                    const uint32_t *rows, const ki_cuda_norm *norm,
-                                    uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
+                                    const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n,
+                                    ki_cuda_type type, void *stream) {
     ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
               type);
 }

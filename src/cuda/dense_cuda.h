@@ -33,11 +33,22 @@ typedef struct ki_cuda_norm {
     const float *weight, *bias;
     float eps;
 } ki_cuda_norm;
+
+/* Weights [n_rows][row_bytes] of the product behind a kernel, 16-byte aligned: the first
+ * slice_bytes (a multiple of 16) of each row are asked for into the L2 cache while it runs. */
+typedef struct ki_cuda_ahead {
+    const void *weights; /* NULL: none */
+    uint32_t n_rows, row_bytes, slice_bytes;
+} ki_cuda_ahead;
+
+/* held: a row stays in registers where it fits (n a multiple of 4 up to 8,192); only then ahead
+ * (NULL: none) is looked at. */
 void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm, uint32_t n_rows,
-                       uint32_t n, ki_cuda_type type, void *stream);
+                       uint32_t n, ki_cuda_type type, bool held, const ki_cuda_ahead *ahead,
+                       void *stream);
 /* x[r] += norm(delta[r]). */
 void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm, uint32_t n_rows,
-                      uint32_t n, void *stream);
+                      uint32_t n, bool held, void *stream);
 
 /* q, k, v rows [n_rows][stride]: bias [(H + 2 Hk) D] (NULL: none) is added, then each head of q
  * and k divided by its root mean square (weights [D], NULL: none). */
@@ -48,10 +59,15 @@ typedef struct ki_cuda_heads {
 } ki_cuda_heads;
 void ki_cuda_adjust_heads(float *qkv, const ki_cuda_heads *heads, uint32_t n_rows, void *stream);
 
+/* Rows [n_rows][H][D] of float16 where they are: turned as plus.h turns values, if `turned`, and of
+ * `type` then, F16 or BF16. D at most 256. */
+void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n_rows,
+                          uint32_t n_heads, uint32_t head_dim, void *stream);
+
 /* out[r][n] = act(gate) * up of rows [gate n][up n] (stride 2 n), or act alone of rows [n]. */
 typedef enum ki_cuda_act { KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL, KI_CUDA_GELU } ki_cuda_act;
 void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows, uint32_t n,
-                      ki_cuda_type type, void *stream);
+                      ki_cuda_type type, const ki_cuda_ahead *ahead, void *stream);
 
 /* h[i] = norm(x[rows[i]]); finite[i] becomes 0 where that row of x is not finite, else 1. */
 void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
@@ -59,8 +75,8 @@ void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32
                          void *stream);
 /* best[i]: where row i of logits [n_rows][stride] is largest among n, the lowest on a tie; -1 where
  * nothing is larger than minus infinity. */
-void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,
-                    size_t stride, void *stream);
+void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n, size_t stride,
+                    void *stream);
 
 void ki_cuda_ring_copy_blocks(const ki_ring_copy *copy, void *stream);
 

@@ -5,6 +5,7 @@
  * it would have alone, it is one pass over the sequences with one row, whose products and splits
  * are the same for any number of them (pass.c), and one for each other sequence by itself. */
 #include "cuda_private.h"
+#include "kv_plan.h"
 
 #include <math.h>
 
@@ -14,7 +15,7 @@ typedef struct batch_state { /* a pass */
     ki_cuda_backend *b;
     ki_batch_item **items;
     size_t n_items;
-    uint32_t n_rows, n_logits, n_slots, max_rows, first_logit;
+    uint32_t n_rows, n_logits, n_slots, max_rows, n_whole, own_rows, first_logit;
     uint32_t n_draws, n_edits;
     bool decode; /* one row of each sequence */
 } batch_state;
@@ -59,6 +60,22 @@ static bool put_draw(batch_state *s, const ki_draw *d, uint32_t logit_row) {
     return true;
 }
 
+/* Who attends: cuDNN takes prompts that are whole and long enough. */
+static void put_attention(batch_state *s, ki_cuda_seq *slot) {
+    const ki_cuda_backend *b = s->b;
+    const ki_cuda_layout *l = &b->layout;
+    uint8_t *records = up(b, b->upload_at.records);
+    if (!b->sdpa || slot->n_rows < KI_SDPA_MIN_ROWS || slot->n_rows > KI_SDPA_MAX_ROWS ||
+        !ki_plan_is_whole(l, slot)) {
+        s->own_rows = KI_MAX(s->own_rows, slot->n_rows);
+        return;
+    }
+    slot->flags |= KI_CUDA_ELSEWHERE;
+    ki_sdpa_record((int32_t *)(void *)(records + s->n_whole * KI_SDPA_RECORD_BYTES), slot->n_rows,
+                   l->n_heads, l->n_kv_heads, l->head_dim);
+    s->n_whole++;
+}
+
 static void put_item(batch_state *s, ki_batch_item *item) {
     const ki_cuda_backend *b = s->b;
     const kivi_seq *seq = item->seq;
@@ -75,6 +92,7 @@ static void put_item(batch_state *s, ki_batch_item *item) {
                           .first_row = s->n_rows,
                           .run_start = seq->run_start,
                           .flags = seq->run_left ? KI_CUDA_PROMPT : 0};
+    put_attention(s, slot);
     memcpy((uint32_t *)up(b, b->upload_at.tables) + s->n_slots * stride, seq->pages,
            KI_MIN((size_t)seq->n_pages, stride) * sizeof(uint32_t));
     for (uint32_t r = 0; r < item->n_rows; r++) {
@@ -175,6 +193,8 @@ static ki_cuda_shape shape_of(const ki_cuda_backend *b, const batch_state *s) {
                            .max_rows = s->max_rows,
                            .n_logits = s->n_logits,
                            .first_logit = s->first_logit,
+                           .n_whole = s->n_whole,
+                           .own_rows = s->own_rows,
                            .decode = s->decode};
     shape.split_tokens =
         ki_cuda_split_of(b, &b->layout, ki_cuda_bucket(s->n_slots), b->sizes.max_tokens);

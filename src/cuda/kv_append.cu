@@ -1,5 +1,7 @@
 /* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
- * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page). */
+ * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page); pages of keys
+ * that are closed at the end of a step are shared out over a fixed number of larger ones. */
+#include "kv_append.h"
 #include "kv_launch.h"
 #include "kv_quant.cuh"
 
@@ -15,9 +17,12 @@ struct append_args {
     uint32_t *row_flags;
     uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
     ki_cuda_type type;
+    bool closes; /* keys, where their line moves */
 };
 
-enum { APPEND_THREADS = 128, MAX_DIM = 256 };
+/* CLOSE_THREADS: five candidates of the 96 narrow channels of a + page all at once; four blocks of
+ * 32 tokens. CLOSE_BLOCKS: more than are resident. */
+enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, CLOSE_BLOCKS = 512, MAX_DIM = 256 };
 
 /* ---- rows ---- */
 
@@ -140,32 +145,39 @@ KI_DEV void stage_rows(uint16_t *raw, const append_args &a, const range_job &job
     }
 }
 
-/* Shared memory of one thread block, by the head size: raw has 32 rows, or as many blocks of 32 as
- * the block has threads for (128 channels' worth); codes the same and 64 numbered wide channels a
- * token; behind it what plus kinds need. */
+/* Shared memory of one thread block, by the head size: raw has 32 rows of `width`, which is the
+ * head size, or as many blocks of 32 as there are threads for; codes the same and 64 numbered wide
+ * channels a token; behind it what plus kinds need. */
 struct quant_shared {
     float *scratch, *low, *high;
     uint16_t *scale, *zero, *k16, *v16, *raw;
     uint8_t *codes, *more;
 };
 
-KI_BOTH uint32_t quant_width(uint32_t d) {
-    return d > APPEND_THREADS ? d : (uint32_t)APPEND_THREADS;
+KI_BOTH uint32_t quant_width(uint32_t d, uint32_t n_threads) {
+    return d > n_threads ? d : n_threads;
 }
-KI_BOTH uint32_t quant_bytes(uint32_t d) {
-    return 20 * d + KI_SUB_TOKENS * (2 * quant_width(d) + quant_width(d) + 64);
+KI_BOTH uint32_t quant_bytes(uint32_t d, uint32_t width) {
+    return 20 * d + KI_SUB_TOKENS * (2 * width + width + 64);
+}
+/* A + page is closed whole, from rows behind the rest. */
+KI_BOTH uint32_t close_width(const ki_cuda_layout *l) {
+    return quant_width(l->head_dim, l->is_plus ? APPEND_THREADS : CLOSE_THREADS);
 }
 
-KI_DEV quant_shared carve(uint8_t *base, uint32_t d) {
+KI_DEV quant_shared carve(uint8_t *base, uint32_t d, uint32_t width) {
     quant_shared m;
     m.raw = (uint16_t *)base;
-    m.scratch = (float *)(m.raw + KI_SUB_TOKENS * quant_width(d));
+    m.scratch = (float *)(m.raw + KI_SUB_TOKENS * width);
     m.low = m.scratch + d, m.high = m.low + d;
     m.scale = (uint16_t *)(m.high + d);
     m.zero = m.scale + d, m.k16 = m.zero + d, m.v16 = m.k16 + d;
     m.codes = (uint8_t *)(m.v16 + d);
-    m.more = base + quant_bytes(d);
+    m.more = base + quant_bytes(d, width);
     return m;
+}
+KI_DEV quant_shared carve_append(uint8_t *base, uint32_t d) {
+    return carve(base, d, quant_width(d, APPEND_THREADS));
 }
 
 KI_DEV void put_key_codes(const quant_shared &m, const append_args &a, const range_job &job,
@@ -459,11 +471,11 @@ KI_DEV void close_blocks_of_32(const quant_shared &m, const append_args &a, cons
         __syncthreads();
         uint32_t base = from + part * KI_SUB_TOKENS;
         uint8_t *codes = m.codes + part * KI_SUB_TOKENS * d;
-        uint8_t *sub = page_of(a, s, base / KI_PAGE_TOKENS, head) +
-                       base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
         uint32_t sinks = l.sink_tokens > base ? l.sink_tokens - base : 0;
         bool is_mine = part < n && sinks < KI_SUB_TOKENS;
         if (is_mine) {
+            uint8_t *sub = page_of(a, s, base / KI_PAGE_TOKENS, head) +
+                           base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
             uint8_t *raw = (uint8_t *)m.raw + part * fours * 16;
             float low = INFINITY, high = -INFINITY;
 #pragma unroll 8
@@ -513,12 +525,17 @@ KI_DEV void close_keys(const quant_shared &m, const append_args &a, const ki_cud
     }
 }
 
+KI_DEV bool moves_key_line(const ki_cuda_layout &l, const ki_cuda_seq &s) {
+    return l.k_bits < 16 &&
+           ki_cuda_k_packed(&l, s.n_tokens + 1) != ki_cuda_k_packed(&l, s.n_tokens);
+}
+
 /* ---- the kernels ---- */
 
 static __global__ void __launch_bounds__(APPEND_THREADS, 8)
     ki_append_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
-    const quant_shared m = carve(shared, a.l.head_dim);
+    const quant_shared m = carve_append(shared, a.l.head_dim);
     uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
     const ki_cuda_seq s = a.seqs[slot];
     if (s.n_rows != 1) {
@@ -535,18 +552,42 @@ static __global__ void __launch_bounds__(APPEND_THREADS, 8)
     if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
     if (a.l.k_bits == 16) copy_rows(m, a, job, true);
     if (a.l.v_bits == 16) copy_rows(m, a, job, false);
-    if (a.l.k_bits == 16 ||
-        ki_cuda_k_packed(&a.l, s.n_tokens + 1) == ki_cuda_k_packed(&a.l, s.n_tokens))
-        return;
+    if (!a.closes || !moves_key_line(a.l, s)) return;
     __syncthreads();
     close_keys(m, a, s, head);
+}
+
+/* Closes of n_layers layers from a.layer on. All pages of the step, sequence by sequence, are
+ * numbered, and dealt out to the thread blocks; every warp finds the same ones. */
+static __global__ void __launch_bounds__(CLOSE_THREADS, 2)
+    ki_close_kernel(const __grid_constant__ append_args args, uint32_t n_seqs, uint32_t n_layers) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    append_args a = args;
+    const quant_shared m = carve(shared, a.l.head_dim, close_width(&args.l));
+    uint32_t lane = threadIdx.x % 32, each = n_layers * a.l.n_kv_heads, n_before = 0;
+    wait_for_previous();
+    let_next_begin();
+    for (uint32_t base = 0; base < n_seqs; base += 32) {
+        uint32_t slot = base + lane;
+        bool moves = slot < n_seqs && a.seqs[slot].n_rows == 1 && moves_key_line(a.l, a.seqs[slot]);
+        for (uint32_t left = __ballot_sync(~0u, moves); left; left &= left - 1) {
+            const ki_cuda_seq s = a.seqs[base + __ffs(left) - 1];
+            uint32_t first = (blockIdx.x + gridDim.x - n_before % gridDim.x) % gridDim.x;
+            for (uint32_t k = first; k < each; k += gridDim.x) {
+                a.layer = args.layer + k / a.l.n_kv_heads;
+                close_keys(m, a, s, k % a.l.n_kv_heads);
+                __syncthreads();
+            }
+            n_before += each;
+        }
+    }
 }
 
 /* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */
 static __global__ void __launch_bounds__(APPEND_THREADS)
     ki_rows_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
-    const quant_shared m = carve(shared, a.l.head_dim);
+    const quant_shared m = carve_append(shared, a.l.head_dim);
     uint32_t row = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
     uint32_t d = a.l.head_dim;
     wait_for_previous();
@@ -558,7 +599,7 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
         a.k_rows[to + c] = m.k16[c], a.v_rows[to + c] = m.v16[c];
 }
 
-static __global__ void __launch_bounds__(APPEND_THREADS)
+static __global__ void __launch_bounds__(CLOSE_THREADS)
     ki_prompt_codes_kernel(const __grid_constant__ append_args a) {
     extern __shared__ __align__(16) uint8_t shared[];
     uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts;
@@ -567,7 +608,7 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     let_next_begin();
     const ki_cuda_seq s = a.seqs[slot];
     if (s.n_rows == 0) return;
-    move_lines(carve(shared, a.l.head_dim), a, s, head, part);
+    move_lines(carve_append(shared, a.l.head_dim), a, s, head, part);
 }
 
 /* The newest rows of a step into the store: what a ring can hold, and the sinks. One thread block a
@@ -641,39 +682,80 @@ static append_args args_of(const ki_cuda_append_call *c) {
     return a;
 }
 
+static uint32_t plus_bytes(const ki_cuda_layout *l) {
+    return l->is_plus ? sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2 : 0;
+}
+/* Of a block that may close pages, and of one that appends a row and no more. */
 static uint32_t shared_bytes(const ki_cuda_layout *l) {
-    uint32_t plus = sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2;
-    return quant_bytes(l->head_dim) + (l->is_plus ? plus : 0);
+    return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + plus_bytes(l);
+}
+static uint32_t row_bytes(const ki_cuda_layout *l) {
+    uint32_t terms = l->is_plus ? 14 * l->head_dim * (uint32_t)sizeof(float) : 0;
+    return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + terms;
+}
+static uint32_t close_bytes(const ki_cuda_layout *l) {
+    return quant_bytes(l->head_dim, close_width(l)) + plus_bytes(l);
 }
 
 kivi_status ki_cuda_append_prepare(kivi_error *err) {
-    int bytes = (int)(quant_bytes(MAX_DIM) + sizeof(plus_close) + KI_PAGE_TOKENS * MAX_DIM * 2);
+    ki_cuda_layout most = {};
+    most.head_dim = MAX_DIM, most.is_plus = 1;
+    int bytes = (int)shared_bytes(&most);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
                          "shared memory of append", err));
+    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
+                         "shared memory of closing", err));
     return ki_cuda_check(cudaFuncSetAttribute(ki_prompt_codes_kernel, limit, bytes),
                          "shared memory of append", err);
 }
 
-kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+static kivi_status append(const ki_cuda_append_call *c, bool closes, void *stream,
+                          kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
     a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
+    a.closes = closes;
+    uint32_t bytes = closes ? shared_bytes(l) : row_bytes(l);
     return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
-                                   APPEND_THREADS, shared_bytes(l), c->pdl, stream, a),
+                                   APPEND_THREADS, bytes, c->pdl, stream, a),
                          "append", err);
+}
+
+kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+    return append(c, true, stream, err);
+}
+
+kivi_status ki_cuda_append_rows(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
+    return append(c, false, stream, err);
+}
+
+kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, void *stream,
+                               kivi_error *err) {
+    const ki_cuda_layout *l = &c->cache->layout;
+    append_args a = args_of(c);
+    uint64_t most = (uint64_t)c->cache->n_seqs * n_layers * l->n_kv_heads;
+    if (l->k_bits == 16) return KIVI_OK;
+    a.k_rows = a.v_rows = NULL; /* as above */
+    uint32_t n_blocks = most < CLOSE_BLOCKS ? (uint32_t)most : (uint32_t)CLOSE_BLOCKS;
+    return ki_cuda_check(ki_launch(ki_close_kernel, n_blocks, CLOSE_THREADS, close_bytes(l), c->pdl,
+                                   stream, a, c->cache->n_seqs, n_layers),
+                         "closing pages", err);
 }
 
 kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
+    uint32_t row_shared = quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS));
+    /* the shared memory of a + page leaves room for few blocks: larger ones */
+    uint32_t n_threads = l->is_plus ? CLOSE_THREADS : APPEND_THREADS;
     KI_TRY(ki_cuda_check(ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS,
-                                   quant_bytes(l->head_dim), c->pdl, stream, a),
+                                   row_shared, c->pdl, stream, a),
                          "prompt rows", err));
     /* the lines move over max_rows tokens and what they were behind; one page more for each end */
     a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,
-                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, APPEND_THREADS,
+                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, n_threads,
                                    shared_bytes(l), c->pdl, stream, a),
                          "prompt codes", err);
 }

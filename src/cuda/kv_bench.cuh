@@ -1,5 +1,5 @@
-/* kv_bench.cuh: batches of random pages and their timing, for kv_bench.cu and tests/cuda/tune.cu.
- * */
+/* kv_bench.cuh: batches of random pages and their timing, for kv_bench.cu and
+ * tests/cuda/tune_cuda.cu. */
 #ifndef KI_KV_BENCH_CUH
 #define KI_KV_BENCH_CUH
 #include "kv_decode.cuh"
@@ -52,17 +52,18 @@ static __global__ void ki_bench_pages_kernel(uint32_t *pool,
 
 /* ---- timing ---- */
 
-/* Median microseconds of one of n_launches captured in a graph. */
-static kivi_status time_launches(double *us, uint32_t n_launches,
+/* Median microseconds of one of n_launches captured in a graph, over n_repeats replays. */
+static kivi_status time_launches(double *us, uint32_t n_launches, uint32_t n_repeats,
                                  const std::function<kivi_status(uint32_t, cudaStream_t)> &launch,
                                  kivi_error *err) {
-    enum { WARM = 6, REPEATS = 11 }; /* clocks rise for some milliseconds after a pause */
+    enum { WARM = 6 }; /* clocks rise for some milliseconds after a pause */
     cudaStream_t stream = NULL;
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
     cudaEvent_t from = NULL, to = NULL;
+    cudaError_t ended = cudaSuccess;
     kivi_status status = KIVI_OK;
-    float ms[REPEATS];
+    std::vector<float> ms(n_repeats);
     KI_TRY_GOTO(ki_cuda_check(cudaStreamCreate(&stream), "stream", err));
     KI_TRY_GOTO(ki_cuda_check(cudaEventCreate(&from), "event", err));
     KI_TRY_GOTO(ki_cuda_check(cudaEventCreate(&to), "event", err));
@@ -70,17 +71,22 @@ static kivi_status time_launches(double *us, uint32_t n_launches,
     KI_TRY_GOTO(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                               "capture", err));
     for (uint32_t i = 0; i < n_launches && status == KIVI_OK; i++) status = launch(i, stream);
-    KI_TRY_GOTO(ki_cuda_check(cudaStreamEndCapture(stream, &graph), "capture", err));
+    ended = cudaStreamEndCapture(stream, &graph);
+    if (status != KIVI_OK) { /* what was said then counts */
+        (void)cudaGetLastError();
+        goto fail;
+    }
+    KI_TRY_GOTO(ki_cuda_check(ended, "capture", err));
     KI_TRY_GOTO(ki_cuda_check(cudaGraphInstantiate(&exec, graph, 0), "graph", err));
-    for (int r = -WARM; r < REPEATS; r++) {
-        cudaEventRecord(from, stream);
-        cudaGraphLaunch(exec, stream);
-        cudaEventRecord(to, stream);
+    for (int r = -WARM; r < (int)n_repeats; r++) {
+        KI_TRY_GOTO(ki_cuda_check(cudaEventRecord(from, stream), "event", err));
+        KI_TRY_GOTO(ki_cuda_check(cudaGraphLaunch(exec, stream), "graph", err));
+        KI_TRY_GOTO(ki_cuda_check(cudaEventRecord(to, stream), "event", err));
         KI_TRY_GOTO(ki_cuda_check(cudaEventSynchronize(to), "graph", err));
         if (r >= 0) cudaEventElapsedTime(&ms[r], from, to);
     }
-    std::sort(ms, ms + REPEATS);
-    *us = ms[REPEATS / 2] * 1e3 / n_launches;
+    std::sort(ms.begin(), ms.end());
+    *us = ms[n_repeats / 2] * 1e3 / n_launches;
 fail:
     if (exec) cudaGraphExecDestroy(exec);
     if (graph) cudaGraphDestroy(graph);
@@ -99,6 +105,7 @@ struct bench_kind {
     const char *name;
     uint32_t k_bits, v_bits, residual;
     bool is_plus, pages_only;
+    uint32_t group; /* 0: 32 */
 };
 
 /* Several sets of sequences over different pages, so that no launch finds its bytes in the L2
@@ -139,7 +146,7 @@ inline kivi_status bench_batch::ki_make(const bench_shape &s, const bench_kind &
                                         uint64_t least_bytes, uint32_t most_sets, kivi_error *err) {
     kivi_cache_geometry g = kivi_cache_defaults();
     g.n_layers = 1, g.n_heads = s.n_heads, g.n_kv_heads = s.n_kv_heads, g.head_dim = 128;
-    g.kv.k_bits = kind.k_bits, g.kv.v_bits = kind.v_bits, g.kv.group = 32;
+    g.kv.k_bits = kind.k_bits, g.kv.v_bits = kind.v_bits, g.kv.group = kind.group ? kind.group : 32;
     g.kv.residual_tokens = kind.residual, g.kv.sink_tokens = kind.is_plus ? 4 : 0;
     KI_TRY(ki_cuda_layout_init(&l, &g, kind.is_plus, err));
     if (kind.pages_only) l.sink_tokens = 0;

@@ -210,7 +210,8 @@ uint32_t ki_cuda_split_tokens(const ki_cuda_layout *layout, uint32_t n_seqs, uin
 kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
 /* Sequences with n_rows == 1. Others are left alone. */
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
-/* Sequences with any number of rows, causal, by the visibility rule. No plan, no workspace. */
+/* Sequences with any number of rows, causal, by the visibility rule; not those that kv_plan.h's
+ * KI_CUDA_ELSEWHERE marks. No plan, no workspace. */
 kivi_status ki_cuda_prompt_attend(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
 
 /* ---- what the kernels and the host agree on (kv_plan.h has the splits) ---- */

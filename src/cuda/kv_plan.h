@@ -19,6 +19,19 @@
  * measurements of the packed part alone. */
 enum { KI_CUDA_PAGES_ONLY = 2 };
 
+/* flag of ki_cuda_seq: attention of the step's rows is somebody else's (sdpa.h):
+ * ki_cuda_prompt_attend leaves the sequence alone. */
+enum { KI_CUDA_ELSEWHERE = 4 };
+
+/* Whether the step's rows see nothing but each other, all in 16 bit: a whole prompt under `paper`,
+ * any first step of a float16 cache, and prompts that end before the rule's first line. */
+KI_BOTH int ki_plan_is_whole(const ki_cuda_layout *l, const ki_cuda_seq *s) {
+    if (s->n_tokens || !s->n_rows) return 0;
+    uint32_t last = s->n_rows - 1;
+    return (l->k_bits == 16 || ki_cuda_k_exact(l, s, last) == 0) &&
+           (l->v_bits == 16 || ki_cuda_v_exact(l, s, last) == 0);
+}
+
 /* A slow block has 8 KB of float16 values (and keys, in the last ones) where a fast one has 3 KB.
  * */
 enum { KI_SLOW_WEIGHT = 4, KI_MAX_SPLITS = 4096 };

@@ -615,7 +615,7 @@ static __global__ void __launch_bounds__(PROMPT_THREADS, D <= 128 ? 2 : 1)
     wait_for_previous();
     let_next_begin();
     const ki_cuda_seq s = a.seqs[slot];
-    if (first_row >= s.n_rows) return;
+    if (first_row >= s.n_rows || s.flags & KI_CUDA_ELSEWHERE) return;
     if constexpr (D <= 128) {
         block_view v = view_block(a, s, first_row, ROWS);
         if (v.plain == v.begin) {

@@ -5,17 +5,33 @@
  * whatever the lengths are, so they are captured in a CUDA graph when the engine is made and
  * replayed; lengths, tables and positions come with the upload. Other steps launch one by one. */
 #include "cuda_private.h"
+#include "kv_plan.h"
 
 #include <math.h>
 
 static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upload + offset; }
 
-/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. In a
- * batch-invariant pass of decoding all numbers of rows have the same kernel. */
+static bool is_held(const ki_cuda_backend *b) { return !(b->without & KI_PART_NORMS); }
+
+static uint32_t ahead_of(const ki_cuda_backend *b) {
+    return b->without & KI_PART_AHEAD ? 0 : KI_GEMV_AHEAD_BYTES;
+}
+
+/* A batch-invariant pass of decoding: all numbers of rows have the same kernel. */
+static bool is_fixed(const ki_cuda_backend *b, const ki_cuda_shape *s) {
+    return b->invariant && s->decode;
+}
+
+/* gemv.h's products. */
+static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m) {
+    return m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !is_fixed(b, s);
+}
+
+/* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
 static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, float *out,
                               size_t stride, const ki_matrix *weight, uint32_t n, const void *x,
                               uint32_t m, bool add, kivi_error *err) {
-    bool fixed = b->invariant && s->decode;
+    bool fixed = is_fixed(b, s);
     ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
     ki_gemv_call few = {.out = out,
                         .out_stride = stride,
@@ -25,11 +41,11 @@ static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, 
                         .k = shape.k,
                         .m = m,
                         .type = b->type,
-                        .add = add};
+                        .add = add,
+                        .ahead_bytes = ahead_of(b)};
     if (fixed && !b->fixed_rows) return ki_skinny_run(&few, b->memory.stream, err);
     if (fixed) m = b->fixed_rows; /* buffers have so many rows */
-    else if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
-        return ki_gemv_run(&few, b->memory.stream, err);
+    if (is_few(b, s, m)) return ki_gemv_run(&few, b->memory.stream, err);
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
 
@@ -97,6 +113,43 @@ static ki_cuda_append_call append_of(const layer_call *c) {
     return a;
 }
 
+/* One whole prompt by cuDNN; what it leaves in float16 becomes what the next product reads. */
+static kivi_status attend_whole(const layer_call *c, const ki_cuda_attend_call *a,
+                                const ki_cuda_seq *seq, uint32_t number, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    size_t q = (size_t)config->n_heads * config->head_dim, at = seq->first_row;
+    size_t kv = (size_t)config->n_kv_heads * config->head_dim;
+    const ki_sdpa_call call = {.q = a->q + at * q,
+                               .k = a->k_rows + at * kv,
+                               .v = a->v_rows + at * kv,
+                               .out = (uint16_t *)a->out + at * q,
+                               .record = b->buffers.upload + b->upload_at.records +
+                                         number * KI_SDPA_RECORD_BYTES,
+                               .workspace = b->workspace,
+                               .n_rows = seq->n_rows,
+                               .window = a->window,
+                               .scale = a->scale};
+    KI_TRY(ki_sdpa_run(b->sdpa, &call, b->memory.stream, err));
+    if (b->type != KI_CUDA_F16 || b->layout.is_plus)
+        ki_cuda_finish_heads(call.out, b->type, b->layout.is_plus, seq->n_rows, config->n_heads,
+                             config->head_dim, b->memory.stream);
+    return KIVI_OK;
+}
+
+/* Of a step with prompts: whole ones that are long enough by cuDNN, the rest by our own kernel. */
+static kivi_status attend_prompts(const layer_call *c, const ki_cuda_attend_call *all,
+                                  kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_cuda_seq *seqs = (const ki_cuda_seq *)(const void *)(b->up + b->upload_at.seqs);
+    ki_cuda_attend_call own = *all;
+    own.max_rows = c->shape->own_rows;
+    if (own.max_rows) KI_TRY(b->kernels->prompt_attend(&own, b->memory.stream, err));
+    for (uint32_t i = 0, n = 0; n < c->shape->n_whole && i < c->shape->n_seqs; i++)
+        if (seqs[i].flags & KI_CUDA_ELSEWHERE) KI_TRY(attend_whole(c, all, &seqs[i], n++, err));
+    return KIVI_OK;
+}
+
 /* q, k, v of all rows are in qkv: the cache takes keys and values, attention is left in attn. */
 static kivi_status attention(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
@@ -112,8 +165,17 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     }
     append.pdl = attend.pdl = false;
     KI_TRY(k->prompt_append(&append, stream, err));
-    KI_TRY(k->prompt_attend(&attend, stream, err));
+    KI_TRY(attend_prompts(c, &attend, err));
     return k->prompt_window(&append, stream, err);
+}
+
+/* After all layers of a step of decoding. */
+static kivi_status close_pages(layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    if (!c->shape->decode || !b->kernels->close) return KIVI_OK;
+    c->index = 0;
+    ki_cuda_append_call first = append_of(c);
+    return b->kernels->close(&first, b->model->config.n_layers, b->memory.stream, err);
 }
 
 /* ---- layers ---- */
@@ -122,10 +184,33 @@ static uint32_t qkv_dim(const ki_config *c) {
     return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
 }
 
-static void norm(const layer_call *c, const ki_cuda_norm *n) {
+/* What a small kernel asks for of the product behind it, n rows of weights: in steps of decoding by
+ * cuBLASLt's kernels, which begin when it has ended. Ours ask by themselves. */
+static ki_cuda_ahead behind(const layer_call *c, const ki_matrix *weight, uint32_t n) {
     const ki_cuda_backend *b = c->b;
-    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, n, c->shape->n_rows, b->model->config.n_embd,
-                      b->type, b->memory.stream);
+    uint32_t row_bytes = weight->n_cols * (uint32_t)ki_cuda_element_bytes(b->type);
+    ki_cuda_ahead a = {weight->tiles, n, row_bytes, KI_GEMV_AHEAD_BYTES / n / 256 * 256};
+    a.slice_bytes = KI_MIN(a.slice_bytes, row_bytes / 16 * 16);
+    if (!c->shape->decode || c->shape->n_rows <= KI_GEMV_ROWS || !ahead_of(b) || !a.slice_bytes)
+        a.weights = NULL;
+    return a;
+}
+
+/* h = norm(x), which the product with n rows of weights reads. */
+static void norm(const layer_call *c, const ki_cuda_norm *to, const ki_matrix *weight, uint32_t n) {
+    const ki_cuda_backend *b = c->b;
+    ki_cuda_ahead ahead = behind(c, weight, n);
+    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, to, c->shape->n_rows, b->model->config.n_embd,
+                      b->type, is_held(b), &ahead, b->memory.stream);
+}
+
+/* act = act(mlp), which the down product reads. */
+static void activate(const layer_call *c, ki_cuda_act act) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    ki_cuda_ahead ahead = behind(c, &c->layer->down, config->n_embd);
+    ki_cuda_activate(b->buffers.act, b->buffers.mlp, act, c->shape->n_rows, config->n_ff, b->type,
+                     &ahead, b->memory.stream);
 }
 
 /* x += rows weight, normalized first where the family does that. */
@@ -135,7 +220,31 @@ static kivi_status add_product(const layer_call *c, const ki_matrix *weight, con
     uint32_t n = b->model->config.n_embd, m = c->shape->n_rows;
     if (!post->weight) return product(c, b->buffers.x, weight, n, rows, true, err);
     KI_TRY(product(c, b->buffers.delta, weight, n, rows, false, err));
-    ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, b->memory.stream);
+    ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, is_held(b), b->memory.stream);
+    return KIVI_OK;
+}
+
+/* act [m][n_ff] = act(gate) up of the rows in h. */
+static kivi_status gate_and_up(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    const ki_cuda_buffers *r = &b->buffers;
+    const ki_matrix *gate = &c->layer->gate;
+    uint32_t m = c->shape->n_rows, n = 2 * config->n_ff;
+    ki_cuda_act act = config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL;
+    ki_gemv_call few = {.weight = gate->tiles,
+                        .x = r->h,
+                        .n = n,
+                        .k = gate->n_cols,
+                        .m = m,
+                        .type = b->type,
+                        .act_out = r->act,
+                        .act = act,
+                        .ahead_bytes = ahead_of(b)};
+    if (is_few(b, c->shape, m) && !(b->without & KI_PART_ACT))
+        return ki_gemv_run(&few, b->memory.stream, err);
+    KI_TRY(product(c, r->mlp, gate, n, r->h, false, err));
+    activate(c, act);
     return KIVI_OK;
 }
 
@@ -145,14 +254,12 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    norm(c, &c->norms->ffn);
-    KI_TRY(product(c, r->mlp, &y->gate, 2 * config->n_ff, r->h, false, err));
-    ki_cuda_activate(r->act, r->mlp, config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL, m,
-                     config->n_ff, b->type, b->memory.stream);
+    norm(c, &c->norms->ffn, &y->gate, 2 * config->n_ff);
+    KI_TRY(gate_and_up(c, err));
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -163,13 +270,13 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
     uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
-    norm(c, &c->norms->attn);
+    norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
-    if (!config->one_norm) norm(c, &c->norms->ffn);
+    if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
     KI_TRY(product(c, r->mlp, &y->up, config->n_ff, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, m, config->n_ff, b->type, b->memory.stream);
+    activate(c, KI_CUDA_GELU);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -187,8 +294,7 @@ static void make_ropes(ki_cuda_backend *b, const ki_cuda_shape *s) {
     }
 }
 
-/* Which of the two kinds of layers, all and local, the model has. */
-static void kinds_of(bool has[2], const ki_config *c) {
+void ki_cuda_kinds_of(bool has[2], const ki_config *c) {
     has[0] = has[1] = false;
     for (uint32_t i = 0; i < c->n_layers; i++) has[c->local[i]] = true;
 }
@@ -196,13 +302,24 @@ static void kinds_of(bool has[2], const ki_config *c) {
 static kivi_status make_plans(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     bool has[2];
-    kinds_of(has, &b->model->config);
+    ki_cuda_kinds_of(has, &b->model->config);
     for (int local = 0; local < 2 && c->shape->decode && b->kernels->plan; local++) {
         ki_cuda_attend_call a = attend_of(c, local);
         a.pdl = false; /* kernels of the attention begin to read plans early */
         if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
     }
     return KIVI_OK;
+}
+
+/* cuDNN reads values behind a sequence's last row with weight 0: those behind the step's last row
+ * may be anything that an earlier step left, an infinity too. */
+static kivi_status clear_tail(const ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
+    size_t kv = (size_t)b->model->config.n_kv_heads * b->model->config.head_dim;
+    if (!s->n_whole) return KIVI_OK;
+    return ki_cuda_check(cudaMemsetAsync(b->buffers.v_rows + s->n_rows * kv, 0,
+                                         KI_SDPA_TAIL_ROWS * kv * sizeof(uint16_t),
+                                         b->memory.stream),
+                         "rows behind a prompt", err);
 }
 
 static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
@@ -233,11 +350,13 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
                   c->n_embd, c->embed_scale, b->type, stream);
     make_ropes(b, s);
     KI_TRY(make_plans(&call, err));
+    KI_TRY(clear_tail(b, s, err));
     for (call.index = 0; call.index < c->n_layers; call.index++) {
         call.layer = &b->model->layers[call.index];
         call.norms = &b->norms[call.index];
         KI_TRY(c->fused_qkv ? falcon_layer(&call, err) : llama_layer(&call, err));
     }
+    KI_TRY(close_pages(&call, err));
     KI_TRY(make_logits(b, s, err));
     return ki_cuda_check(cudaGetLastError(), "a launch of the pass", err);
 }

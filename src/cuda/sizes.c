@@ -30,7 +30,14 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
     return (s->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
-static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backend_sizes *s) {
+/* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *s) {
+    return b->compute_major >= 9 && !(b->without & (KI_PART_CUDNN | KI_PART_FUSED)) &&
+           b->type != KI_CUDA_F32 && s->n_rows >= KI_SDPA_MIN_ROWS;
+}
+
+static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backend_sizes *s,
+                            bool sdpa) {
     size_t half = c->head_dim / 2, at = 0;
     o->upload.seqs = next(&at, o->n_slots, sizeof(ki_cuda_seq));
     o->upload.tokens = next(&at, o->n_rows, sizeof(int32_t));
@@ -38,6 +45,7 @@ static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backe
     o->upload.logit_rows = next(&at, o->n_logits, sizeof(uint32_t));
     o->upload.tables = next(&at, (size_t)o->n_slots * table_stride(s), sizeof(uint32_t));
     o->upload.frequencies = next(&at, is_dynamic(c) ? o->n_rows * half : 0, sizeof(float));
+    o->upload.records = next(&at, sdpa ? s->n_rows / KI_SDPA_MIN_ROWS : 0, KI_SDPA_RECORD_BYTES);
     o->upload.n_bytes = at;
     o->upload.draws = next(&at, o->n_slots, sizeof(ki_cuda_draw));
     o->upload.edits = next(&at, KI_DRAW_EDITS, sizeof(ki_draw_edit));
@@ -75,27 +83,29 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
                       const ki_cuda_layout *layout, const ki_backend_sizes *s) {
     size_t q = (size_t)c->n_heads * c->head_dim, kv = (size_t)c->n_kv_heads * c->head_dim, at = 0;
     size_t element = ki_cuda_element_bytes(b->type);
+    bool sdpa = ki_cuda_wants_sdpa(b, s);
     *o = (ki_cuda_sizes){.n_slots = ki_cuda_bucket(s->max_items)};
     o->n_rows = KI_MAX(ki_gemm_rows(s->n_rows), o->n_slots);
     o->n_logits = KI_MAX(ki_gemm_rows(s->n_logit_rows), o->n_slots);
     if (b->invariant) o->n_logits += KI_GEMM_STEP_ROWS; /* of a pass whose rows follow others' */
-    place_transfers(o, c, s);
+    place_transfers(o, c, s, sdpa);
+    size_t read_rows = o->n_rows + (sdpa ? KI_SDPA_TAIL_ROWS : 0);
     const struct {
         size_t rows, row_bytes;
     } table[] = {
-        {o->n_rows, c->n_embd * sizeof(float)},                            /* x */
-        {o->n_rows, (q + 2 * kv) * sizeof(float)},                         /* qkv */
+        {o->n_rows, c->n_embd * sizeof(float)},                                /* x */
+        {o->n_rows, (q + 2 * kv) * sizeof(float)},                             /* qkv */
         {o->n_rows, (c->no_gate ? 1u : 2u) * (size_t)c->n_ff * sizeof(float)}, /* mlp */
-        {o->n_rows, c->post_norms ? c->n_embd * sizeof(float) : 0},        /* delta */
-        {o->n_logits, ki_logits_stride(c) * sizeof(float)},                /* logits */
-        {o->n_rows, (size_t)c->n_ropes * c->head_dim * sizeof(float)},     /* rope */
-        {o->n_rows, (size_t)c->n_embd * element},                          /* h */
-        {o->n_rows, q * element},                                          /* attn */
-        {o->n_rows, (size_t)c->n_ff * element},                            /* act */
-        {o->n_logits, (size_t)c->n_embd * element},                        /* last */
-        {o->n_rows, q * 2},                                                /* q16 */
-        {o->n_rows, kv * 2},                                               /* k_rows */
-        {o->n_rows, kv * 2},                                               /* v_rows */
+        {o->n_rows, c->post_norms ? c->n_embd * sizeof(float) : 0},            /* delta */
+        {o->n_logits, ki_logits_stride(c) * sizeof(float)},                    /* logits */
+        {o->n_rows, (size_t)c->n_ropes * c->head_dim * sizeof(float)},         /* rope */
+        {o->n_rows, (size_t)c->n_embd * element},                              /* h */
+        {o->n_rows, q * element},                                              /* attn */
+        {o->n_rows, (size_t)c->n_ff * element},                                /* act */
+        {o->n_logits, (size_t)c->n_embd * element},                            /* last */
+        {read_rows, q * 2},                                                    /* q16 */
+        {read_rows, kv * 2},                                                   /* k_rows */
+        {read_rows, kv * 2},                                                   /* v_rows */
         {1, o->upload.all_bytes},
         {1, o->result.n_bytes},
     };

@@ -16,7 +16,7 @@ extern "C" {
 
 enum { KI_SKINNY_ROWS = 64 };
 
-/* A call of gemv.h with m from 1 to 64. */
+/* A call of gemv.h with m from 1 to 64, without act_out; weights are not asked for ahead. */
 kivi_status ki_skinny_run(const ki_gemv_call *call, void *stream, kivi_error *err);
 
 #ifdef __cplusplus

@@ -1,6 +1,8 @@
 /* start.c: all memory of the steps, the choice of products' kernels, and the graphs, made once. */
 #include "cuda_private.h"
 
+#include <stdio.h>
+
 /* ---- vectors ---- */
 
 typedef struct vector_copy { /* norms and biases on their way into one block */
@@ -56,9 +58,9 @@ static kivi_status put_vectors(ki_cuda_backend *b, kivi_error *err) {
 
 static void place_buffers(ki_cuda_backend *b, const ki_cuda_sizes *s) {
     uint8_t *base = b->arena;
-    void *out[] = {&b->buffers.x,      &b->buffers.qkv,    &b->buffers.mlp,  &b->buffers.delta,
-                   &b->buffers.logits, &b->buffers.rope,   &b->buffers.h,    &b->buffers.attn,
-                   &b->buffers.act,    &b->buffers.last,   &b->buffers.q16,  &b->buffers.k_rows,
+    void *out[] = {&b->buffers.x,      &b->buffers.qkv,    &b->buffers.mlp,   &b->buffers.delta,
+                   &b->buffers.logits, &b->buffers.rope,   &b->buffers.h,     &b->buffers.attn,
+                   &b->buffers.act,    &b->buffers.last,   &b->buffers.q16,   &b->buffers.k_rows,
                    &b->buffers.v_rows, &b->buffers.upload, &b->buffers.result};
     for (size_t i = 0; i < sizeof out / sizeof *out; i++) {
         uint8_t *p = base + s->offsets[i];
@@ -124,7 +126,8 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
 
 /* ---- products ---- */
 
-static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
+static kivi_status prepare_shapes(ki_cuda_backend *b, const ki_gemm_timing *timing,
+                                  kivi_error *err) {
     const ki_config *c = &b->model->config;
     uint32_t q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     uint32_t ff = c->no_gate ? c->n_ff : 2 * c->n_ff;
@@ -137,10 +140,59 @@ static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
     const ki_gemm_shape output = {c->n_vocab, c->n_embd, ki_logits_stride(c)};
     uint32_t rows = KI_MAX(b->sizes.n_rows, ki_cuda_bucket(b->sizes.max_items));
     uint32_t logits = KI_MAX(b->sizes.n_logit_rows, ki_cuda_bucket(b->sizes.max_items));
-    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, (ki_gemm_type)b->type, err));
+    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, (ki_gemm_type)b->type, timing, err));
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         KI_TRY(ki_gemm_prepare(b->gemm, &shapes[i], rows, err));
     return ki_gemm_prepare(b->gemm, &output, logits, err);
+}
+
+static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
+    enum { SCRATCH_BYTES = 1 << 30 };
+    ki_gemm_timing timing = {.n_bytes = SCRATCH_BYTES,
+                             .stream = b->memory.stream,
+                             .log = b->log,
+                             .log_user = b->log_user};
+    if (!(b->without & KI_PART_RANKING)) return prepare_shapes(b, NULL, err);
+    KI_TRY(take(&timing.scratch, b, KI_TAG_workspace, timing.n_bytes, err));
+    kivi_status status = prepare_shapes(b, &timing, err);
+    b->memory.device.free(b->memory.device.context, timing.scratch);
+    return status;
+}
+
+/* ---- attention of prompts ---- */
+
+static void log_attention(const ki_cuda_backend *b, const char *who, const char *why) {
+    char line[400];
+    if (!b->log) return;
+    snprintf(line, sizeof line, "cuda attention of prompts: %s%s", who, why);
+    b->log(b->log_user, line);
+}
+
+/* cuDNN's for prompts that are long enough, if it is there and has kernels; else our own, which
+ * serves all, and the log says why. */
+static kivi_status prepare_sdpa(ki_cuda_backend *b, kivi_error *err) {
+    const ki_config *c = &b->model->config;
+    kivi_error why = {0};
+    ki_sdpa_options o = {.mem = b->host,
+                         .n_heads = c->n_heads,
+                         .n_kv_heads = c->n_kv_heads,
+                         .head_dim = c->head_dim,
+                         .min_rows = KI_SDPA_MIN_ROWS,
+                         .max_rows = KI_MIN(b->sizes.n_rows, (uint32_t)KI_SDPA_MAX_ROWS),
+                         .compute_major = b->compute_major,
+                         .workspace_bytes = KI_GEMM_WORKSPACE_BYTES};
+    bool own = b->kernels->prompt_attend == ki_cuda_prompt_attend; /* that leaves marked ones out */
+    if (!own || !ki_cuda_wants_sdpa(b, &b->sizes)) return KIVI_OK;
+    bool has[2];
+    ki_cuda_kinds_of(has, c);
+    if (has[0]) o.windows[o.n_windows++] = 0;
+    if (has[1]) o.windows[o.n_windows++] = c->window;
+    kivi_status status = ki_sdpa_create(&b->sdpa, &o, &why);
+    if (status == KIVI_OK) log_attention(b, ki_sdpa_name(b->sdpa), "");
+    else log_attention(b, "our own, ", why.text);
+    if (status == KIVI_OK || status == KIVI_UNSUPPORTED || status == KIVI_DEVICE) return KIVI_OK;
+    if (err) *err = why;
+    return status;
 }
 
 /* ---- graphs ---- */
@@ -178,13 +230,13 @@ kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
     KI_TRY(take_all(b, err));
     KI_TRY(put_vectors(b, err));
     KI_TRY(prepare_products(b, err));
+    KI_TRY(prepare_sdpa(b, err));
     /* Once outside of a graph: kernels are loaded then, and what they lack shows. */
-    ki_cuda_shape one = {
-        .n_rows = 1, .n_seqs = 1, .max_rows = 1, .n_logits = 1, .decode = true};
+    ki_cuda_shape one = {.n_rows = 1, .n_seqs = 1, .max_rows = 1, .n_logits = 1, .decode = true};
     one.split_tokens = ki_cuda_split_of(b, &b->layout, 1, b->sizes.max_tokens);
-    KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.upload, 0, b->upload_at.n_bytes,
-                                         b->memory.stream),
-                         "upload", err));
+    KI_TRY(
+        ki_cuda_check(cudaMemsetAsync(b->buffers.upload, 0, b->upload_at.n_bytes, b->memory.stream),
+                      "upload", err));
     KI_TRY(ki_cuda_run_pass(b, &one, err));
     KI_TRY(ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "first pass", err));
     uint32_t last = ki_cuda_bucket(b->sizes.max_items);
@@ -201,6 +253,7 @@ void ki_cuda_stop(ki_cuda_backend *b) {
         if (b->graphs[i]) cudaGraphExecDestroy(b->graphs[i]);
     memset(b->graphs, 0, sizeof b->graphs);
     ki_gemm_destroy(&b->gemm);
+    ki_sdpa_destroy(&b->sdpa);
     d->free(d->context, b->arena);
     d->free(d->context, b->workspace);
     d->free(d->context, b->vectors);

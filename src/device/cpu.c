@@ -75,11 +75,30 @@ static kivi_status isa_by_name(ki_isa *out, const char *name, size_t n_bytes, ki
                    (int)KI_MIN(n_bytes, (size_t)64), name);
 }
 
+/* In the order of their bits. */
+static uint32_t part_by_name(const char *name, size_t n_bytes) {
+    static const char *const names[] = {"fused", "ahead",   "norms", "act",
+                                        "close", "ranking", "cudnn"};
+    for (uint32_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strlen(names[i]) == n_bytes && !memcmp(names[i], name, n_bytes)) return 1u << i;
+    return 0;
+}
+
+uint32_t ki_parts_disabled(const char *disabled) {
+    uint32_t parts = 0;
+    for (const char *p = disabled; p && *p;) {
+        size_t n = strcspn(p, ",");
+        parts |= part_by_name(p, n);
+        p += n + (p[n] == ',');
+    }
+    return parts;
+}
+
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err) {
     bool off[KI_ISA_COUNT] = {false};
     for (const char *p = disabled; p && *p;) {
         size_t n = strcspn(p, ",");
-        if (n && strncmp(p, "fused", KI_MAX(n, (size_t)5))) { /* that one is CUDA's */
+        if (n && !part_by_name(p, n)) {
             ki_isa isa = KI_ISA_SCALAR;
             KI_TRY(isa_by_name(&isa, p, n, err));
             if (isa == KI_ISA_SCALAR)

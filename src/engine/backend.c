@@ -21,15 +21,14 @@ void ki_engine_log(const kivi_engine *e, const char *format, ...) {
     e->options.log(e->options.log_user, line);
 }
 
-typedef enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA } device_kind;
-
-static kivi_status parse(device_kind *kind, uint32_t *number, const char *name, kivi_error *err) {
-    *kind = DEVICE_AUTO;
+kivi_status ki_device_parse(ki_device_kind *kind, uint32_t *number, const char *name,
+                            kivi_error *err) {
+    *kind = KI_DEVICE_AUTO;
     *number = 0;
     if (!name || !strcmp(name, "auto")) return KIVI_OK;
-    *kind = DEVICE_CPU;
+    *kind = KI_DEVICE_CPU;
     if (!strcmp(name, "cpu")) return KIVI_OK;
-    *kind = DEVICE_CUDA;
+    *kind = KI_DEVICE_CUDA;
     if (!strcmp(name, "cuda")) return KIVI_OK;
     bool ok = !strncmp(name, "cuda:", 5) && name[5] && strlen(name) <= 8;
     for (const char *p = ok ? name + 5 : ""; *p; p++) {
@@ -95,6 +94,21 @@ static bool same_build(const ki_library *library) {
            !memcmp(own.n_bytes, library->n_bytes, sizeof own.n_bytes);
 }
 
+kivi_status ki_library_open(void **handle, const ki_library **library, const char *asked,
+                            kivi_error *err) {
+    char why[200];
+    ki_library_fn get;
+    *handle = open_library(why, sizeof why);
+    if (!*handle) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);
+    void *symbol = dlsym(*handle, KI_LIBRARY_SYMBOL);
+    memcpy(&get, &symbol, sizeof get); /* POSIX: an object pointer that is a function's */
+    if (!symbol || !same_build(get()))
+        return KI_FAIL(err, DEVICE, "device %s: " LIBRARY " is not of this version (%s)", asked,
+                       KIVI_VERSION);
+    *library = get();
+    return KIVI_OK;
+}
+
 static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
     ki_backend_options bo = {.mem = &e->mem,
                              .device = number,
@@ -110,35 +124,28 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
     if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
         return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
     bo.invariant = e->options.batch_invariant;
-    bo.no_fused = e->options.disable && strstr(e->options.disable, "fused");
-    char why[200];
-    e->library = open_library(why, sizeof why);
-    if (!e->library) return KI_FAIL(err, DEVICE, "device %s: %s", asked, why);
-    void *symbol = dlsym(e->library, KI_LIBRARY_SYMBOL);
-    ki_library_fn get;
-    memcpy(&get, &symbol, sizeof get); /* POSIX: an object pointer that is a function's */
-    if (!symbol || !same_build(get()))
-        return KI_FAIL(err, DEVICE, "device %s: " LIBRARY " is not of this version (%s)",
-                       asked, KIVI_VERSION);
-    return get()->open(&e->backend, &bo, err);
+    bo.without = ki_parts_disabled(e->options.disable);
+    const ki_library *library;
+    KI_TRY(ki_library_open(&e->library, &library, asked, err));
+    return library->open(&e->backend, &bo, err);
 }
 
 /* ---- the choice ---- */
 
 kivi_status ki_engine_open_backend(kivi_engine *e, kivi_error *err) {
-    device_kind kind;
+    ki_device_kind kind;
     uint32_t number;
     kivi_error why = {0};
-    KI_TRY(parse(&kind, &number, e->options.device, err));
-    bool no_driver = kind == DEVICE_AUTO && !has_driver();
+    KI_TRY(ki_device_parse(&kind, &number, e->options.device, err));
+    bool no_driver = kind == KI_DEVICE_AUTO && !has_driver();
     if (no_driver) snprintf(why.text, sizeof why.text, "libcuda.so.1 is not on this system");
-    if (kind != DEVICE_CPU && !no_driver) {
+    if (kind != KI_DEVICE_CPU && !no_driver) {
         kivi_status status = open_cuda(e, number, &why);
         if (status == KIVI_OK) {
             ki_engine_log(e, "device %s", e->backend->name);
             return KIVI_OK;
         }
-        if (kind == DEVICE_CUDA || status != KIVI_DEVICE) {
+        if (kind == KI_DEVICE_CUDA || status != KIVI_DEVICE) {
             if (err) *err = why;
             return status;
         }
@@ -147,7 +154,7 @@ kivi_status ki_engine_open_backend(kivi_engine *e, kivi_error *err) {
     if (e->options.compute_type || e->options.gpu_memory_bytes)
         return KI_FAIL(err, ARG, "engine: %s is set, which is for a CUDA device; this is the cpu",
                        e->options.compute_type ? "compute_type" : "gpu_memory_bytes");
-    if (kind == DEVICE_AUTO && e->options.device) /* asked for, so answered */
+    if (kind == KI_DEVICE_AUTO && e->options.device) /* asked for, so answered */
         ki_engine_log(e, "device cpu (%s)", why.text);
     return ki_cpu_backend_create(&e->backend, &e->mem, err);
 }

@@ -39,6 +39,13 @@ struct kivi_session {
 };
 
 /* ---- backend.c ---- */
+typedef enum ki_device_kind { KI_DEVICE_AUTO, KI_DEVICE_CPU, KI_DEVICE_CUDA } ki_device_kind;
+kivi_status ki_device_parse(ki_device_kind *kind, uint32_t *number, const char *name,
+                            kivi_error *err);
+/* libkivi-cuda.so of this build; *handle is set also where that fails, for the caller to dlclose
+ * if it is not NULL. asked: the device's name, for the error. */
+kivi_status ki_library_open(void **handle, const ki_library **library, const char *asked,
+                            kivi_error *err);
 kivi_status ki_engine_open_backend(kivi_engine *engine, kivi_error *err);
 void ki_engine_close_backend(kivi_engine *engine);
 kivi_status ki_engine_check_plan(kivi_engine *engine, const ki_layout *layout, uint32_t n_pages,

@@ -113,9 +113,7 @@ KI_INLINE vs vs_dot(vs acc, vb u, vb s) {
 }
 KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, dot_pairs_add(acc, a); }
 #define KI_DOT16 1
-KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
-}
+KI_INLINE vi vi_dot16(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 #endif
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -363,6 +361,26 @@ KI_INLINE float vf_max(vf a) {
 KI_INLINE float fma1(float a, float b, float c) {
     return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(a), _mm_set_ss(b), _mm_set_ss(c)));
 }
+/* As KI_TREE_512, of eight rows at a time, whose row r ends in lane r / 2 + 4 (r % 2). */
+#define KI_TREE_256(name, op)                                                                      \
+    KI_INLINE __m256 name##_8(const vf *rows) {                                                    \
+        __m256 h[4], q[2], b[2];                                                                   \
+        for (unsigned i = 0; i < 4; i++) {                                                         \
+            for (unsigned j = 0; j < 2; j++) b[j] = op(rows[2 * i + j].lo, rows[2 * i + j].hi);    \
+            h[i] = op(_mm256_permute2f128_ps(b[0], b[1], 0x20),                                    \
+                      _mm256_permute2f128_ps(b[0], b[1], 0x31));                                   \
+        }                                                                                          \
+        for (unsigned i = 0; i < 2; i++)                                                           \
+            q[i] = op(_mm256_shuffle_ps(h[2 * i], h[2 * i + 1], 0x44),                             \
+                      _mm256_shuffle_ps(h[2 * i], h[2 * i + 1], 0xee));                            \
+        __m256 r = op(_mm256_shuffle_ps(q[0], q[1], 0x88), _mm256_shuffle_ps(q[0], q[1], 0xdd));   \
+        return _mm256_permutevar8x32_ps(r, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));             \
+    }                                                                                              \
+    KI_INLINE vf name(const vf *rows, unsigned n) {                                                \
+        return VF2(name##_8(rows), n > 8 ? name##_8(rows + 8) : _mm256_setzero_ps());              \
+    }
+KI_TREE_256(vf_sums, _mm256_add_ps)
+KI_TREE_256(vf_maxes, _mm256_max_ps)
 KI_INLINE void split15_half(__m256i *high, __m256i *low, __m256i a, __m256i b, __m256i c,
                             __m256i d) {
     __m256i ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
@@ -523,7 +541,7 @@ KI_INLINE vf vf_swap8(vf a) { KI_LANES(vf, a.v[i ^ 8]); }
 #endif
 
 /* ---- built from the above, so alike everywhere ---- */
-#if !defined(__AVX512F__)
+#if !defined(__AVX2__)
 KI_INLINE vf vf_sums(const vf *rows, unsigned n) {
     float lanes[16] = {0};
     for (unsigned i = 0; i < n; i++) lanes[i] = vf_sum(rows[i]);

@@ -8,6 +8,7 @@
  * ki_library_check compares. */
 #ifndef KI_BACKEND_H
 #define KI_BACKEND_H
+#include "kivi_bench.h"
 #include "model.h"
 
 #ifdef __cplusplus
@@ -67,7 +68,7 @@ typedef struct ki_backend_options {
     uint32_t device;      /* its number */
     uint64_t limit_bytes; /* most device memory to take; 0: all there is */
     ki_weight compute;    /* what products read: KI_WEIGHT_F32, F16 or BF16 */
-    bool no_fused;        /* the plain kernels of the cache instead of the fused ones */
+    uint32_t without;     /* KI_PART_...: parts that are left out */
     bool invariant;       /* a sequence's bits do not depend on its neighbours */
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim,
                         uint32_t length); /* ki_rope_frequencies, which is on this side */
@@ -77,9 +78,11 @@ typedef struct ki_backend_options {
 
 typedef struct ki_library {
     char version[16];
-    uint32_t n_bytes[10]; /* sizes of the structures both sides read: ki_library_fill */
+    uint32_t n_bytes[12]; /* sizes of the structures both sides read: ki_library_fill */
     /* DEVICE: there is no such device, or it is of a kind that is not supported. */
     kivi_status (*open)(ki_backend **out, const ki_backend_options *options, kivi_error *err);
+    /* kivi_bench_attention on device `number`; the options are checked. */
+    kivi_status (*bench)(const kivi_bench_options *options, uint32_t number, kivi_error *err);
 } ki_library;
 
 /* The symbol that a library exports. */
@@ -87,10 +90,12 @@ typedef struct ki_library {
 typedef const ki_library *(*ki_library_fn)(void);
 
 static inline void ki_library_fill(ki_library *out) {
-    const uint32_t n_bytes[10] = {sizeof(ki_model),       sizeof(kivi_cache),    sizeof(kivi_seq),
-                                 sizeof(ki_layout),      sizeof(ki_batch_item), sizeof(ki_config),
-                                 sizeof(ki_backend_api), sizeof(ki_device),     sizeof(ki_draw),
-                                  sizeof(ki_backend_options)};
+    const uint32_t n_bytes[12] = {sizeof(ki_model),           sizeof(kivi_cache),
+                                  sizeof(kivi_seq),           sizeof(ki_layout),
+                                  sizeof(ki_batch_item),      sizeof(ki_config),
+                                  sizeof(ki_backend_api),     sizeof(ki_device),
+                                  sizeof(kivi_bench_options), sizeof(kivi_bench_row),
+                                  sizeof(ki_draw),            sizeof(ki_backend_options)};
     memset(out->version, 0, sizeof out->version);
     memcpy(out->version, KIVI_VERSION, sizeof KIVI_VERSION);
     memcpy(out->n_bytes, n_bytes, sizeof n_bytes);

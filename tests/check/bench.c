@@ -1,5 +1,7 @@
-/* Speeds; they decide nothing. */
+/* Speeds; they decide nothing. --test=PREFIX chooses: plus/D64, attend/D64/kivi2/, matmul/q4_1. */
 #include "world.h"
+
+#include <stdarg.h>
 
 /* Times a call: repeats until half a second is over and gives the fastest of five such rounds'
  * means, in ns. */
@@ -21,6 +23,16 @@ static double time_ns(bench_fn fn, void *context) {
     return best;
 }
 
+/* Whether --test asks for it. */
+static bool wanted(const char *format, ...) {
+    char name[64];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    return !strncmp(name, check_opt.prefix, strlen(check_opt.prefix));
+}
+
 typedef struct attend_bench {
     kivi_cache *cache;
     ki_attend_item item;
@@ -34,6 +46,7 @@ static void run_attend(void *context) {
 static void bench_attend(ki_isa isa, uint32_t d, uint32_t heads, uint32_t kv_heads,
                          const char *kind) {
     enum { N = 8192 };
+    if (!wanted("attend/D%u/%s/", d, kind)) return;
     world w = world_small();
     w.isa = isa;
     w.geometry = (kivi_cache_geometry){.n_layers = 1,
@@ -84,6 +97,7 @@ static void run_matmul(void *context) {
 }
 
 static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_rows) {
+    if (!wanted("matmul/%s", name)) return;
     matmul_bench b = {.kernels = &ki_kernels_get(isa)->dense, .n_rows = n_rows};
     uint32_t n_cols = type < KI_WEIGHT_Q2_K ? 576 : 768; /* K-quants: a multiple of 256 */
     b.matrix = (ki_matrix){.type = type, .n_rows = 1536, .n_cols = n_cols};
@@ -136,6 +150,7 @@ static void run_turn(void *context) {
 
 /* What kivi2+ costs beside attention, for one KV head: a page of keys, a row of values. */
 static void bench_plus(ki_isa isa, unsigned d) {
+    if (!wanted("plus/D%u", d)) return;
     plus_bench b = {.kernels = &ki_kernels_get(isa)->plus, .head_dim = d};
     uint16_t *x = check_alloc((size_t)128 * d * 2);
     rng r = rng_make(1);

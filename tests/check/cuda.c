@@ -2,6 +2,7 @@
  * order, pages go to the CPU's order and back, and splits cover a sequence once. */
 #include "check.h"
 #include "kv_plan.h"
+#include "sdpa.h"
 
 static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
 enum { N_DIMS = sizeof head_dims / sizeof *head_dims };
@@ -237,6 +238,48 @@ static void check_layouts(void) {
     CHECK(ki_cuda_layout_init(&l, &g, false, &error) == KIVI_UNSUPPORTED, "head size 112");
 }
 
+/* Which steps are cuDNN's to attend: against each row's own lines, and in words for `paper`. */
+static void check_whole(void) {
+    rng r = check_rng();
+    for (int i = 0; i < 20000 && !check_failed(); i++) {
+        static const uint32_t bits[] = {2, 4, 16};
+        kivi_cache_geometry g = kivi_cache_defaults();
+        ki_cuda_layout l;
+        g.n_layers = 1, g.n_heads = 8, g.n_kv_heads = 8, g.head_dim = 128, g.n_pages = 1;
+        g.kv.k_bits = bits[rng_below(&r, 3)], g.kv.v_bits = bits[rng_below(&r, 3)];
+        g.kv.group = 32, g.kv.residual_tokens = 32 * (1 + rng_below(&r, 4));
+        g.kv.rule = (kivi_rule)rng_below(&r, 3), g.kv.span_tokens = 256;
+        CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+        if (check_failed()) return;
+        ki_cuda_seq s = {.n_tokens = rng_below(&r, 2) ? rng_below(&r, 400) : 0,
+                         .n_rows = rng_below(&r, 500),
+                         .flags = rng_below(&r, 4) ? KI_CUDA_PROMPT : 0};
+        s.run_start = rng_below(&r, 2) ? s.n_tokens : 0;
+        bool whole = s.n_tokens == 0 && s.n_rows > 0;
+        for (uint32_t pos = 0; pos < s.n_rows && s.n_tokens == 0; pos++)
+            whole = whole && (l.k_bits == 16 || ki_cuda_k_exact(&l, &s, pos) == 0) &&
+                    (l.v_bits == 16 || ki_cuda_v_exact(&l, &s, pos) == 0);
+        CHECK(!ki_plan_is_whole(&l, &s) == !whole, "%u rows behind %u, rule %u, %u/%u bits: %d",
+              s.n_rows, s.n_tokens, l.rule, l.k_bits, l.v_bits, whole);
+        if (l.rule == KIVI_RULE_PAPER && s.flags)
+            CHECK(whole == (s.n_tokens == 0 && s.n_rows > 0), "a prompt under `paper`");
+    }
+}
+
+static void check_records(void) {
+    static const uint32_t rows[][2] = {{1, 2048},    {1024, 2048},  {2048, 2048},  {2049, 8192},
+                                       {8192, 8192}, {8193, 32768}, {32768, 32768}};
+    int32_t record[KI_SDPA_RECORD_BYTES / 4];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        CHECK(ki_sdpa_rows(rows[i][0]) == rows[i][1], "%u rows take the plan of %u", rows[i][0],
+              ki_sdpa_rows(rows[i][0]));
+    ki_sdpa_record(record, 1025, 32, 8, 128);
+    for (int i = 0; i < KI_SDPA_RECORD_BYTES / 4; i++) {
+        int32_t want = i == 0 ? 1025 : i == 5 ? 1025 * 4096 : i == 9 ? 1025 * 1024 : 0;
+        CHECK(record[i] == want, "word %d is %d", i, record[i]);
+    }
+}
+
 void check_cuda(void) {
     if (check_case("cuda/order")) {
         check_orders();
@@ -252,6 +295,14 @@ void check_cuda(void) {
     }
     if (check_case("cuda/plan")) {
         check_plan();
+        check_end();
+    }
+    if (check_case("cuda/whole")) {
+        check_whole();
+        check_end();
+    }
+    if (check_case("cuda/records")) {
+        check_records();
         check_end();
     }
     if (check_case("cuda/layouts")) {

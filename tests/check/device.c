@@ -55,20 +55,35 @@ static void choose(void) {
                 {"neondot,neon", {VNNI, A512, A2}},
                 {"neon,avx512", {A2}},
                 {"avx512vnni,neondot", {NEON, A512, A2}},
-                {"avx2,neon", {NONE}}};
+                {"avx2,neon", {NONE}},
+                {"ahead,norms,act,close,fused", {DOT, NEON, VNNI, A512, A2}},
+                {"act,avx512,neon", {A2}}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ki_isa isa = KI_ISA_COUNT;
         CHECK_OK(ki_isa_choose(&isa, good[i].disabled, err));
         CHECK(isa == first_available(good[i].left), "'%s' gives %d", good[i].disabled, (int)isa);
     }
     static const char *const bad[] = {"avx",   "avx5122",         "AVX2",   "avx2;avx512",
-                                      " avx2", "avx512,nonsense", "scalar", "neond"};
+                                      " avx2", "avx512,nonsense", "scalar", "neond",
+                                      "ahea",  "fused2"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ki_isa isa;
         kivi_error err = {0};
         CHECK(ki_isa_choose(&isa, bad[i], &err) == KIVI_ARG && err.text[0], "'%s' is accepted",
               bad[i]);
     }
+    static const struct {
+        const char *disabled;
+        uint32_t parts;
+    } parts[] = {{NULL, 0},
+                 {"avx2", 0},
+                 {"fused", KI_PART_FUSED},
+                 {"ahead,avx2,norms", KI_PART_AHEAD | KI_PART_NORMS},
+                 {",act,,close", KI_PART_ACT | KI_PART_CLOSE},
+                 {"ranking", KI_PART_RANKING}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        CHECK(ki_parts_disabled(parts[i].disabled) == parts[i].parts, "'%s' leaves out %u",
+              parts[i].disabled, ki_parts_disabled(parts[i].disabled));
     for (int i = 0; i < KI_ISA_COUNT; i++)
         if (ki_isa_available((ki_isa)i))
             CHECK(ki_isa_compiled((ki_isa)i) && ki_kernels_get((ki_isa)i)->isa == (ki_isa)i,

@@ -1,25 +1,9 @@
 /* check-cuda: the CUDA kernels of the cache against the CPU's cache, the definition of the
  * quantizer and a float64 oracle. Needs a GPU. check-cuda [--seed=N] [--test=PREFIX] [--golden=DIR]
  * [--small] */
-#include "harness.cuh"
-#include "world.cuh"
+#include "check_step.cuh"
 
 #include <thread>
-
-/* ---- rows ---- */
-
-/* Keys with a few channels of large magnitude, as models have them. */
-static void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
-                        std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows, rng &r) {
-    size_t d = o.head_dim;
-    k.resize(n_rows * o.n_kv_heads * d), v.resize(k.size()), q.resize(n_rows * o.n_heads * d);
-    for (size_t i = 0; i < k.size(); i++) {
-        bool large = i % d % 31 == 7;
-        k[i] = ki_f32_to_f16(r.normal() * (large ? 8.0f : 1.0f) + (large ? 5.0f : 0));
-        v[i] = ki_f32_to_f16(r.normal());
-    }
-    for (size_t i = 0; i < q.size(); i++) q[i] = ki_f32_to_f16(r.normal());
-}
 
 struct error_sum {
     double difference = 0, reference = 0, largest = 0;
@@ -748,7 +732,10 @@ static void check_rest() {
     o = base_options();
     o.plus = true, o.sinks = 4;
     if (open_case("repeat/kivi2+")) run_repeat(o);
+    check_step(base_options());
 }
+
+#include "sdpa_cases.cuh"
 
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
@@ -772,6 +759,7 @@ int main(int argc, char **argv) {
     check_quant();
     check_kinds();
     check_oracle();
-    printf("%u passed, %u failed, 0 skipped\n", run.n_passed, run.n_failed);
+    check_sdpa();
+    printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;
 }

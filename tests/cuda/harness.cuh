@@ -11,7 +11,7 @@ static struct { /* one program, one file: this is its state */
     uint64_t seed = 1;
     std::string prefix, golden = "tests/golden", name, why;
     bool small = false, failed = false;
-    unsigned n_passed = 0, n_failed = 0;
+    unsigned n_passed = 0, n_failed = 0, n_skipped = 0;
     double started = 0;
 } run;
 
@@ -50,6 +50,11 @@ static void end_case(const std::string &note = "") {
     if (!run.failed && !note.empty()) printf(" # %s", note.c_str());
     if (took > 1) printf(" # %.1f s", took);
     printf("\n");
+    fflush(stdout);
+}
+static void skip_case(const std::string &why) {
+    run.n_skipped++;
+    printf("skip %s: %s\n", run.name.c_str(), why.c_str());
     fflush(stdout);
 }
 static rng case_rng() {

@@ -57,7 +57,7 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
                 double us;
                 KI_TRY(b.ki_plan(tokens, 0, pdl, err));
                 kivi_status status = time_launches(
-                    &us, bench_launches(b, mb / 2.0),
+                    &us, bench_launches(b, mb / 2.0), 11,
                     [&](uint32_t launch, cudaStream_t stream) {
                         return ki_cuda_decode_attend_by(&b.calls[launch % b.n_sets], k, stream,
                                                         err);

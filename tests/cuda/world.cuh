@@ -1,6 +1,7 @@
 /* world.cuh: a cache on the device with several sequences, fed step by step, for check-cuda. */
 #ifndef KI_CUDA_WORLD_CUH
 #define KI_CUDA_WORLD_CUH
+#include "kv_append.h"
 #include "kv_cuda.h"
 #include "kv_plan.h"
 
@@ -88,6 +89,7 @@ struct world_options {
     uint32_t span, window, n_seqs, max_tokens, split_tokens;
     bool plus, large_ring, pdl;
     uint32_t n_layers;
+    bool late; /* keys of all layers are closed at the end of a step (kv_append.h) */
 };
 
 static inline kivi_cache_geometry geometry_of(const world_options &o) {
@@ -100,6 +102,21 @@ static inline kivi_cache_geometry geometry_of(const world_options &o) {
     g.window_tokens = o.window;
     g.n_pages = (o.max_tokens / KI_PAGE_TOKENS + 2) * o.n_seqs;
     return g;
+}
+
+/* ---- rows ---- */
+
+/* Keys with a few channels of large magnitude, as models have them. */
+static void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
+                        std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows, rng &r) {
+    size_t d = o.head_dim;
+    k.resize(n_rows * o.n_kv_heads * d), v.resize(k.size()), q.resize(n_rows * o.n_heads * d);
+    for (size_t i = 0; i < k.size(); i++) {
+        bool large = i % d % 31 == 7;
+        k[i] = ki_f32_to_f16(r.normal() * (large ? 8.0f : 1.0f) + (large ? 5.0f : 0));
+        v[i] = ki_f32_to_f16(r.normal());
+    }
+    for (size_t i = 0; i < q.size(); i++) q[i] = ki_f32_to_f16(r.normal());
 }
 
 struct world {
@@ -186,9 +203,12 @@ struct world {
         for (uint32_t layer = 0; layer < o.n_layers; layer++) {
             ki_cuda_append_call a = append_call(layer, n_rows, 1);
             c.layer = layer;
-            CHECK_OK(ki_cuda_append(&a, NULL, err));
+            if (o.late) CHECK_OK(ki_cuda_append_rows(&a, NULL, err));
+            else CHECK_OK(ki_cuda_append(&a, NULL, err));
             CHECK_OK(ki_cuda_decode_attend(&c, NULL, err));
         }
+        ki_cuda_append_call first = append_call(0, n_rows, 1);
+        if (o.late) CHECK_OK(ki_cuda_close_keys(&first, o.n_layers, NULL, err));
         finish();
     }
     void prompt(uint32_t n_rows, uint32_t most, bool attend) {

@@ -28,7 +28,7 @@ static kivi_engine_options options_of(const char *device) {
     kivi_engine_options o = kivi_engine_defaults();
     o.model_path = model_path;
     o.device = device;
-    if (!strcmp(device, "cuda")) o.compute_type = "f32"; /* refused on the cpu */
+    if (strcmp(device, "cpu")) o.compute_type = "f32"; /* a CUDA device's option */
     o.ctx_tokens = CTX;
     o.max_sessions = MAX_SESSIONS;
     o.kv.residual_tokens = 32;
@@ -142,6 +142,69 @@ static bool mixed(kivi_engine *e) {
         kivi_session_destroy(&b);
     }
     if (!(apart(&x, &y) < 0.5)) FAIL("a decoding session beside a prompt: %g", apart(&x, &y));
+    return true;
+}
+
+/* What the log says of a prompt's attention. */
+static char attention[400];
+static void keep_line(void *user, const char *line) {
+    (void)user;
+    if (strstr(line, "attention of prompts")) snprintf(attention, sizeof attention, "%s", line);
+}
+
+enum { LONG_PROMPTS = 2, LONG_ROWS = 3000 };
+static const uint32_t long_rows[LONG_PROMPTS] = {1100, 1203};
+
+/* A session that decodes and two whole prompts in one step, and some tokens more. */
+static bool play_long(said out[LONG_PROMPTS + 1][2], kivi_engine *e) {
+    static int32_t prompts[LONG_PROMPTS][LONG_ROWS];
+    kivi_session *s[LONG_PROMPTS + 1] = {NULL};
+    kivi_step_item items[LONG_PROMPTS + 1];
+    int32_t one = token_at(0, N_PROMPT);
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) MUST(kivi_session_create(&s[i], e, &err));
+    if (!play(s[0], 0, 0)) return false;
+    items[0] = (kivi_step_item){.session = s[0], .tokens = &one, .n_tokens = 1};
+    for (uint32_t i = 0; i < LONG_PROMPTS; i++) {
+        tokens_of(prompts[i], i + 1, 0, long_rows[i]);
+        MUST(kivi_session_begin_prompt(s[i + 1], long_rows[i], &err));
+        items[i + 1] =
+            (kivi_step_item){.session = s[i + 1], .tokens = prompts[i], .n_tokens = long_rows[i]};
+    }
+    MUST(kivi_engine_step(e, items, LONG_PROMPTS + 1, &err));
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
+        if (items[i].status) FAIL("item %u: %s", i, items[i].error.text);
+        if (!listen(&out[i][0], e, s[i])) return false;
+    }
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
+        for (uint32_t t = 0; t < 3; t++)
+            MUST(kivi_session_decode(s[i], token_at(i, kivi_session_length(s[i])), &err));
+        if (!listen(&out[i][1], e, s[i])) return false;
+        kivi_session_destroy(&s[i]);
+    }
+    return true;
+}
+
+/* cuDNN's attention of whole prompts and our own: behind a prompt what differs is a float16's last
+ * bits, behind generated tokens now and then a code, too. */
+static bool whole_prompts(const char *compute) {
+    static said with[LONG_PROMPTS + 1][2], without[LONG_PROMPTS + 1][2];
+    kivi_engine *e = NULL;
+    kivi_engine_options o = options_of("cuda");
+    o.compute_type = compute;
+    o.ctx_tokens = 2048, o.step_rows = LONG_ROWS, o.max_sessions = LONG_PROMPTS + 1;
+    o.log = keep_line;
+    attention[0] = 0;
+    MUST(kivi_engine_create(&e, &o, &err));
+    if (!play_long(with, e)) return false;
+    kivi_engine_destroy(&e);
+    o.disable = "cudnn", o.log = NULL;
+    MUST(kivi_engine_create(&e, &o, &err));
+    if (!play_long(without, e)) return false;
+    kivi_engine_destroy(&e);
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
+        double now = apart(&with[i][0], &without[i][0]), then = apart(&with[i][1], &without[i][1]);
+        if (!(now < 0.5 && then < 2.0)) FAIL("session %u: %g, and later %g", i, now, then);
+    }
     return true;
 }
 
@@ -393,6 +456,13 @@ static void report(const char *family, const char *name, bool ok) {
     n_failed += !ok;
 }
 
+/* Nothing is compared where cuDNN has no part in it: no cuDNN, or the plain kernels' head sizes. */
+static void report_whole(const char *family, const char *name, bool ok) {
+    if (ok && !strstr(attention, "prompts: cuDNN"))
+        printf("skip %s/%s: %s\n", family, name, *attention ? attention : "not for this head size");
+    else report(family, name, ok);
+}
+
 static kivi_engine *open_engine(const char *device) {
     kivi_engine *e = NULL;
     kivi_engine_options o = options_of(device);
@@ -454,6 +524,8 @@ int main(int argc, char **argv) {
         report(f, "draws", draws(gpu));
         kivi_engine_destroy(&gpu);
         kivi_engine_destroy(&cpu);
+        report_whole(f, "whole-prompts-f16", whole_prompts("f16"));
+        report_whole(f, "whole-prompts-bf16", whole_prompts("bf16"));
         report(f, "plus-kinds", plus_kinds(f));
         report(f, "invariant/f16", invariant("f16", MOST, NULL));
     }

@@ -161,6 +161,24 @@ def repeats():
                 assert cuda(folder, tokens, '--residual', 32, *options).tobytes() == first.tobytes()
 
 
+# ---- parts of the engine that can be left out ----
+
+def parts(kv):
+    """Without a part the bits are the same where it changes no sum, and near where it does."""
+    folder, tokens = os.path.join(GOLDEN, 'llama-gqa'), load('llama-gqa/tokens.json')[:300]
+    base = None
+    for part in ('close', 'ahead', 'act', 'norms', 'ranking', 'close,ahead,act'):
+        with case(f'without/{part}/{kv}'):
+            if base is None:
+                base = cuda(folder, tokens, '--kv', kv, '--prompt', 100)
+            ours = cuda(folder, tokens, '--kv', kv, '--prompt', 100, env={'KIVI_DISABLE': part})
+            if part not in ('norms', 'ranking'):
+                assert ours.tobytes() == base.tobytes(), f'mean |difference| {np.abs(ours - base).mean():.6f}'
+            else:
+                say(f'without/{part}/{kv}', check(ours - base, 0 if kv == 'f16' else 0.3 * base.std(),
+                                                  PRODUCTS * base.std(), FEW_FLIPS))
+
+
 # ---- weight types: a model of random blocks ----
 
 def fields(dtype, rng, n):
@@ -243,6 +261,25 @@ def command():
         rows = json.loads(good('bench', model, '--device', 'cuda', '-p', 64, '-n', 16, '-b', '1,5', '-r', 2, '--kv',
                                'kivi2,f16', '-o', 'json').out)
         assert len(rows) >= 4 and all(r['avg_ts'] > 0 for r in rows), rows
+    with case('command/bench-attention'):
+        args = ('bench', 'attention', '--device', 'cuda', '--kv', 'kivi2,kivi2+,f16', '-b', '1,3', '-H', '8/2', '-d',
+                512, '-r', 3)
+        rows = json.loads(good(*args, '-o', 'json').out)
+        assert all(r['us'] > 0 and r['device'].startswith('cuda:0') for r in rows), rows
+        seen = sorted((r['what'], r['kv'], r['n_batch'], r['residual']) for r in rows if r['what'] != 'length')
+        kinds, batches = ('kivi2', 'kivi2+', 'f16'), (1, 3)
+        assert seen == sorted(
+            [('read', '', 0, 0), ('copy', '', 0, 0), ('prompt', '', 1, 0)] +
+            [(w, kv, b, 0) for w in ('decode', 'constant') for kv in kinds for b in batches] +
+            [('window', kv, b, r) for kv, r in (('kivi2', 128), ('kivi2', 32), ('kivi2+', 128)) for b in batches] +
+            [('append', kv, b, 0 if kv == 'f16' else 128) for kv in kinds for b in batches] +
+            [('close', kv, b, 128) for kv in ('kivi2', 'kivi2+') for b in batches]), seen
+        lengths = [(r['n_batch'], r['n_tokens']) for r in rows if r['what'] == 'length']
+        assert lengths == [(b, 128 << i) for b in batches for i in range(11)], lengths
+        shares = [r['read_share'] for r in rows if r['what'] == 'decode']
+        assert all(0 < s < 3 for s in shares), shares  # small ones are in the L2 cache
+        table = good(*args, '--measure', 'append', '--no-pdl').out
+        assert table.count('| append ') == 6 and 'plain launches' in table, table
     with case('command/bf16'):
         full = logits(model, load('llama-gqa/tokens.json')[:60], '--device', 'cpu', '--kv', 'f16')
         ours = cuda(model, load('llama-gqa/tokens.json')[:60], '--kv', 'f16', '--compute', 'bf16')
@@ -281,6 +318,8 @@ for family, *options in FAMILIES:
     golden(family, *options)
 for one in CPU_CASES:
     later(against_cpu, *one)
+for kv in ('kivi2', 'kivi2+', 'f16'):
+    later(parts, kv)
 later(repeats)
 later(weight_types)
 later(command)
