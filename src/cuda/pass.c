@@ -253,7 +253,7 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    uint32_t qkv = qkv_dim(config);
     norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     KI_TRY(attention(c, err));
@@ -269,7 +269,7 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    uint32_t qkv = qkv_dim(config);
     norm(c, &c->norms->attn, &y->q, qkv);
     KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
