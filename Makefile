@@ -143,6 +143,10 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 # Tests and measurements on a device: the project's own objects and the CUDA runtime inside, nothing else to carry.
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
+# The same beside the cache: tokens drawn against engine/draw.c, products of few rows.
+DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/gemv.cu cuda/skinny.cu engine/draw)
+$(BUILD)/check-dense: $(BUILD)/tests/cuda/check_dense.cu.o $(DENSE_OBJ) $(CORE_OBJ)
+	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 $(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # cuDNN's plans without a device (tests/py_sdpa.py): the driver in their way is one of our own.
@@ -153,7 +157,7 @@ $(BUILD)/fake-driver/libcuda.so.1: tests/cuda/fake_driver.c
 	$(CC) $(CFLAGS_BASE) $(WARN) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 $< -o $@
 $(BUILD)/fake-driver/libcuda.so.1: CFLAGS_BASE := -std=c17 -O2 -fPIC
 ifneq ($(NVCC),)
-all: $(BUILD)/libkivi-cuda.so $(BUILD)/libkivi-cuda-kernels.a $(BUILD)/check-cuda
+all: $(addprefix $(BUILD)/,libkivi-cuda.so libkivi-cuda-kernels.a check-cuda check-dense)
 all: $(BUILD)/check-sdpa $(BUILD)/fake-driver/libcuda.so.1
 endif
 

@@ -152,6 +152,7 @@ typedef struct kivi_engine_options {
     const char *device; /* "cpu", "cuda", "cuda:N"; "auto" and NULL: CUDA where there is one */
     const char *compute_type; /* of products on a CUDA device: "f16" and NULL, "bf16" or "f32" */
     uint64_t gpu_memory_bytes; /* most memory to take of a CUDA device; 0: all there is */
+    bool batch_invariant; /* on a CUDA device, too, neighbours change no bit (a CPU is always so) */
     uint64_t fail_after; /* tests: the allocation of this number fails, and all after it; 0: none */
     void (*log)(void *user, const char *line); /* NULL: silent */
     void *log_user;
@@ -233,14 +234,13 @@ typedef struct kivi_step_item {
     const int32_t *tokens; /* [n_tokens], n_tokens >= 1 */
     uint32_t n_tokens;
     bool all_logits; /* logits of each of its rows; the step's rows of logits are at most logit_rows */
-    kivi_status
-        status;       /* out: this item's own result; a failed item does not touch its neighbours */
+    kivi_status status; /* out: this item's own result; a failed item does not touch its neighbours */
     kivi_error error; /* out */
 } kivi_step_item;
 
 /* Evaluates the rows of all items, at most step_rows in all, each session at most once. A session's
  * result does not depend on its neighbours, on how its prompt is cut, or on the number of threads:
- * the same bytes. */
+ * the same bytes. On a CUDA device the last bits do; with batch_invariant only on the prompt's cuts. */
 KIVI_API kivi_status kivi_engine_step(kivi_engine *engine, kivi_step_item *items, size_t n_items,
                                       kivi_error *err);
 
@@ -282,17 +282,15 @@ typedef struct kivi_sampler_options {
 } kivi_sampler_options;
 
 typedef struct kivi_sampler kivi_sampler;
-KIVI_API kivi_sampler_options
-kivi_sampler_defaults(void); /* 0.8, 40, 0.95, 0.05, 1.1 over 64, seed 0 */
+KIVI_API kivi_sampler_options kivi_sampler_defaults(void); /* 0.8, 40, 0.95, 0.05, 1.1 over 64, seed 0 */
 KIVI_API kivi_status kivi_sampler_create(kivi_sampler **out, const kivi_engine *engine,
                                          const kivi_sampler_options *options, kivi_error *err);
 KIVI_API void kivi_sampler_destroy(kivi_sampler **sampler);
-/* One id from the session's last logits and its history. The same seed and history give the same
- * ids. */
+/* One id from the session's last logits and its history. The same seed and history give the same ids,
+ * and a CUDA device, where it is drawn there, takes the id that a CPU would from the same logits. */
 KIVI_API kivi_status kivi_sampler_next(int32_t *id, kivi_sampler *sampler,
                                        const kivi_session *session, kivi_error *err);
-KIVI_API int32_t kivi_logits_argmax(const float *logits,
-                                    uint32_t n_vocab); /* the lowest id on a tie */
+KIVI_API int32_t kivi_logits_argmax(const float *logits, uint32_t n_vocab); /* the lowest id on a tie */
 
 #ifdef __cplusplus
 }

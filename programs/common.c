@@ -99,6 +99,7 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     eo.ctx_tokens = o->ctx;
     eo.device = o->device;
     eo.compute_type = o->compute;
+    eo.batch_invariant = o->batch_invariant;
     eo.gpu_memory_bytes = (uint64_t)o->gpu_memory << 20;
     eo.log = log_line;
     eo.rope_type = o->rope_type;

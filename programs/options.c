@@ -191,6 +191,8 @@ static const option table[] = {
      "of products on a CUDA device: f16, bf16 or f32 (f16)", 0, 0},
     {"gpu-memory", "", UINT, CMD_ALL, AT(gpu_memory), 0, "MIB",
      "most memory to take of a CUDA device (all)", 1, 1e8},
+    {"batch-invariant", "", FLAG, CMD_ALL, AT(batch_invariant), 0, NULL,
+     "on a CUDA device, too, others in a batch change no bit of an answer", 0, 0},
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
 

@@ -49,7 +49,7 @@ typedef struct options {
     uint32_t port, max_seqs, step_tokens, max_queued, max_queued_tokens, kv_memory_mib;
     uint32_t drain_s, reader_s, request_s, header_s, keep_alive_s, stream_buffer_kib;
     uint32_t max_connections, max_body_kib;
-    bool no_prefix_cache, parse_special, kv_memory_given;
+    bool no_prefix_cache, parse_special, kv_memory_given, batch_invariant;
     /* bench-serve */
     uint32_t n_requests, concurrency, input_len, output_len;
     double request_rate, goodput_ttft_ms, goodput_tpot_ms;

@@ -78,7 +78,9 @@ def valgrind(build):
 
 def gpu(build):
     found = [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/gpu/py_*.py'))]
-    return [('check_engine', [f'{build}/gpu_engine', GOLDEN, tempfile.gettempdir()])] + found
+    programs = [('check_dense', [f'{build}/check-dense']), ('check_cuda', [f'{build}/check-cuda', '--small']),
+                ('check_engine', [f'{build}/gpu_engine', GOLDEN, tempfile.gettempdir()])]
+    return programs + found
 
 
 TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared library: sanitizers are in programs

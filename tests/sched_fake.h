@@ -23,7 +23,7 @@ static inline uint64_t fake_mix(uint64_t h, uint64_t x) {
 typedef struct fake {
     kivi_cache *cache;
     float *logits; /* [logit_rows][FAKE_VOCAB] */
-    uint64_t now_us, n_checked;
+    uint64_t now_us, n_checked, n_drawn;
     uint64_t
         fail_one_in; /* a row whose history's hash is a multiple of it is not finite; 0: none */
     uint32_t window; /* only so many tokens count; 0: all */
@@ -85,11 +85,22 @@ static inline uint64_t fake_history(const fake *f, const kivi_seq *seq, uint32_t
     return hash;
 }
 
+/* As a device does: some rows are left to the host. */
+static inline int32_t fake_draw(const float *logits, const ki_draw *draw, uint64_t hash) {
+    ki_candidate all[FAKE_VOCAB];
+    float mine[FAKE_VOCAB];
+    if (hash % 8 == 0) return -1;
+    memcpy(mine, logits, sizeof mine);
+    ki_draw_edit_logits(mine, draw);
+    ki_draw_hide_ends(mine, FAKE_VOCAB, draw);
+    return ki_sample(all, mine, FAKE_VOCAB, draw);
+}
+
 static inline void fake_item(fake *f, ki_batch_item *item, float **logits) {
     const kivi_seq *seq = item->seq;
     uint64_t hash = f->window ? 0 : fake_history(f, seq, seq->n_tokens);
     item->logit_row = (uint32_t)((*logits - f->logits) / FAKE_VOCAB);
-    item->best = -1;
+    item->best = item->drawn = -1;
     for (uint32_t r = 0; r < item->n_rows; r++) {
         uint32_t pos = seq->n_tokens + r;
         fake_put(f, seq, pos, item->tokens[r]);
@@ -103,6 +114,8 @@ static inline void fake_item(fake *f, ki_batch_item *item, float **logits) {
         if (f->knows_best) item->best = kivi_logits_argmax(*logits, FAKE_VOCAB);
         *logits += FAKE_VOCAB;
     }
+    f->n_drawn += item->draw != NULL;
+    if (item->draw) item->drawn = fake_draw(*logits - FAKE_VOCAB, item->draw, hash);
 }
 
 static inline void fake_forward(void *self, ki_batch_item *items, size_t n_items) {

@@ -242,6 +242,90 @@ static void test_penalty(void **state) {
     kivi_sampler_destroy(&s);
 }
 
+/* ---- the definition (model/draw.h) ---- */
+
+static void test_weights(void **state) {
+    (void)state;
+    assert_int_equal(ki_draw_weight(0), 1ull << 39);
+    assert_int_equal(ki_draw_weight(nextafterf(-27, -28)), 0);
+    assert_true(ki_draw_weight(-27) >= 1);
+    assert_int_equal(ki_draw_weight(NAN), 0);
+    assert_int_equal(ki_draw_weight(-INFINITY), 0);
+    for (int i = 0; i <= 27000; i++) {
+        float x = -(float)i / 1000;
+        double want = exp((double)x) * 0x1p39, got = (double)ki_draw_weight(x);
+        /* three roundings of float32, and what is cut off to an integer */
+        if (fabs(got - want) > want * 2e-7 + 1)
+            fail_msg("e^%g: %.17g, expected %.17g", (double)x, got, want);
+    }
+}
+
+/* The definition once more, by sorting. */
+typedef struct sorted {
+    float logit;
+    int32_t id;
+    uint64_t weight;
+} sorted;
+static int by_order(const void *a, const void *b) {
+    const sorted *x = a, *y = b;
+    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
+    return x->id < y->id ? -1 : 1;
+}
+static int32_t by_sorting(const float *x, uint32_t n, const ki_draw *d) {
+    static sorted all[V];
+    uint32_t k = d->top_k && d->top_k < n ? d->top_k : n, stay = 0;
+    uint64_t sum = 0, kept = 0, below = 0;
+    for (uint32_t i = 0; i < n; i++) all[i] = (sorted){.logit = x[i], .id = (int32_t)i};
+    qsort(all, n, sizeof *all, by_order);
+    for (uint32_t i = 0; i < n; i++)
+        all[i].weight = ki_draw_weight((all[i].logit - all[0].logit) / d->temperature);
+    for (uint32_t i = 0; i < k; i++) sum += all[i].weight;
+    for (; stay < k; kept += all[stay++].weight) {
+        if (stay && d->top_p < 1 && (double)kept >= (double)d->top_p * (double)sum) break;
+        if (stay && (all[stay].logit - all[0].logit) / d->temperature < d->min_x) break;
+    }
+    for (uint32_t i = 0; i < stay; i++)
+        if ((below += all[i].weight) > (uint64_t)(d->u * (double)kept)) return all[i].id;
+    return all[stay - 1].id;
+}
+static void test_against_sorting(void **state) {
+    (void)state;
+    static ki_candidate all[V];
+    for (uint64_t i = 0; i < 3000; i++) {
+        float x[V];
+        for (uint64_t j = 0; j < V; j++) {
+            x[j] = (float)(ki_sample_draw(i, j) * 12);
+            if (i % 3 == 0) x[j] = floorf(x[j]); /* ties */
+        }
+        ki_draw d = {.temperature = 0.1f + (float)ki_sample_draw(i, 1000),
+                     .top_p = i % 2 ? 1 : (float)(ki_sample_draw(i, 1001) * 0.99 + 0.01),
+                     .min_x = ki_draw_min_x(i % 4 < 2 ? 0 : (float)ki_sample_draw(i, 1002)),
+                     .top_k = i % 5 ? (uint32_t)(ki_sample_draw(i, 1003) * 60) : 0,
+                     .u = ki_sample_draw(i, 1004)};
+        assert_int_equal(ki_sample(all, x, V, &d), by_sorting(x, V, &d));
+    }
+}
+
+static void test_edits(void **state) {
+    (void)state;
+    float x[5] = {2, -2, 1, 3, 0};
+    const ki_draw_edit edits[] = {{.id = 0, .what = KI_EDIT_REPEATED},
+                                  {.id = 1, .what = KI_EDIT_REPEATED | KI_EDIT_BIAS, .bias = 1},
+                                  {.id = 2, .times = 3},
+                                  {.id = 3, .what = KI_EDIT_NEVER | KI_EDIT_REPEATED, .times = 1},
+                                  {.id = 4, .what = KI_EDIT_END}};
+    const ki_draw d = {
+        .repetition = 2, .frequency = 0.5f, .presence = 0.25f, .n_edits = 5, .edits = edits};
+    const float want[5] = {1, -2, -0.75f, -INFINITY, 0};
+    ki_draw_edit_logits(x, &d);
+    assert_memory_equal(x, want, sizeof x);
+    ki_draw_hide_ends(x, 5, &d);
+    assert_true(x[4] == -INFINITY);
+    float alone[5] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY, 0}; /* nothing else is left */
+    ki_draw_hide_ends(alone, 5, &d);
+    assert_true(alone[4] == 0);
+}
+
 /* Logits are lent: sampling leaves them as they are. */
 static void test_logits_stay(void **state) {
     (void)state;
@@ -298,6 +382,8 @@ int main(void) {
         cmocka_unit_test(test_seed),         cmocka_unit_test(test_distribution),
         cmocka_unit_test(test_cuts),         cmocka_unit_test(test_ties),
         cmocka_unit_test(test_penalty),      cmocka_unit_test(test_logits_stay),
+        cmocka_unit_test(test_weights),      cmocka_unit_test(test_against_sorting),
+        cmocka_unit_test(test_edits),
         cmocka_unit_test(test_not_numbers),  cmocka_unit_test(test_generation_repeats),
     };
     return cmocka_run_group_tests(tests, open_all, close_all);

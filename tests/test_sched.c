@@ -316,6 +316,7 @@ static void make_world(uint64_t seed) {
     fake_create(&w->f, &o);
     w->f.fail_one_in = 40000;
     w->f.knows_best = one_in(2);
+    w->f.machine.draws = seed % 2;
     so.max_queued = between(4, 40);
     so.max_queued_tokens = 8000;
     so.prefix_bytes = one_in(2) ? 0 : 1u << between(12, 18);
@@ -359,6 +360,7 @@ static void end_world(void) {
     assert_int_equal(st.pages_used, st.pages_cached);
     assert_int_equal(st.generated_tokens, w->n_tokens);
     assert_true(st.n_preemptions > 0);
+    assert_true((w->f.n_drawn > 0) == w->f.machine.draws);
     kivi_scheduler_destroy(&w->s);
     ki_chooser_deinit(&w->chooser);
     fake_destroy(&w->f);

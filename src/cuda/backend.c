@@ -170,6 +170,12 @@ static const float *logits(ki_backend *backend, uint32_t row) {
     return to;
 }
 
+static kivi_status draw(int32_t *id, ki_backend *backend, uint32_t row, const ki_draw *d,
+                        kivi_error *err) {
+    cudaSetDevice(of(backend)->number);
+    return ki_cuda_draw_one(id, of(backend), row, d, err);
+}
+
 static kivi_status exchange(ki_backend *backend, kivi_seq *host, kivi_seq *there, bool to_host,
                             kivi_error *err) {
     return ki_cuda_exchange(of(backend), host, there, to_host, err);
@@ -183,7 +189,8 @@ static void destroy(ki_backend *backend) {
     ki_free(b->host, b);
 }
 
-static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits, exchange};
+static const ki_backend_api api = {destroy, check,  plan, start,   stop,
+                                   forward, logits, draw, exchange};
 
 /* ---- opening ---- */
 
@@ -230,6 +237,7 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .compute_major = (uint32_t)found.major,
                            .type = (ki_cuda_type)o->compute, /* both begin F32, F16, BF16 */
                            .without = o->without,
+                           .invariant = o->invariant,
                            .log = o->log,
                            .log_user = o->log_user};
     b->base = (ki_backend){.api = &api,

@@ -7,12 +7,14 @@
 #define KI_CUDA_PRIVATE_H
 #include "backend.h"
 #include "dense_cuda.h"
+#include "draw_cuda.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "kv_append.h"
 #include "kv_cuda.h"
 #include "plain.h"
 #include "sdpa.h"
+#include "skinny.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -86,12 +88,14 @@ typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
     ki_cuda_heads heads;
 } ki_cuda_norms;
 
-/* What a step reads from the host in one copy, and gives back in one. Offsets in bytes. */
+/* What a step reads from the host in one copy, and gives back in one; what it draws, and the edits
+ * of that, in a second one when there is any. Offsets in bytes. */
 typedef struct ki_cuda_upload {
     size_t seqs, tokens, positions, logit_rows, tables, frequencies, records, n_bytes;
+    size_t draws, edits, all_bytes;
 } ki_cuda_upload;
 typedef struct ki_cuda_result {
-    size_t row_flags, finite, best, counters, n_bytes;
+    size_t row_flags, finite, best, drawn, counters, n_bytes;
 } ki_cuda_result;
 
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
@@ -101,8 +105,10 @@ typedef struct ki_cuda_buffers { /* device memory; rows as padded for products *
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
 } ki_cuda_buffers;
 
-typedef struct ki_cuda_shape { /* of a step, as launches see it */
-    uint32_t n_rows, n_seqs, max_rows, n_logits, split_tokens;
+/* Of a pass, as launches see it. A step is one, or in the batch-invariant mode several: its logits
+ * then stand behind those of the passes before, from first_logit on. */
+typedef struct ki_cuda_shape {
+    uint32_t n_rows, n_seqs, max_rows, n_logits, first_logit, split_tokens;
     uint32_t n_whole;  /* sequences marked KI_CUDA_ELSEWHERE: cuDNN's */
     uint32_t own_rows; /* most rows of any other; 0: there is none. For steps with prompts */
     bool decode;
@@ -118,6 +124,7 @@ typedef struct ki_cuda_backend {
     uint32_t n_sms, compute_major;
     ki_cuda_type type; /* of weights, and of the rows that products read */
     uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
+    bool invariant;    /* neighbours change nothing (forward.c) */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */
@@ -128,6 +135,8 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
+    uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: skinny.h makes them */
+    ki_batch_item **chosen; /* [max_items]: of a pass */
     ki_sdpa *sdpa; /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
@@ -153,6 +162,9 @@ typedef struct ki_cuda_sizes {
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
                       const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
 uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
+/* Tokens of a split of decode attention: by the batch, or constant in the invariant mode. */
+uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
+                          uint32_t max_tokens);
 /* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
  * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
@@ -162,6 +174,8 @@ void ki_cuda_stop(ki_cuda_backend *b);
 kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
+kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
+                         kivi_error *err);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */

@@ -90,9 +90,6 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
                              kivi_error *err) {
     exchange x = {.b = b, .host = host, .there = there, .to_host = to_host, .err = err};
     const ki_cuda_layout *l = &b->layout;
-    if (l->is_plus)
-        return KI_FAIL(err, UNSUPPORTED,
-                       "cuda: a + kind of cache cannot be saved from or loaded to a GPU");
     size_t n_bytes = KI_MAX(l->id_bytes, KI_MAX(l->ring_bytes, l->sink_bytes));
     void *p;
     KI_TRY(ki_alloc(&p, b->host, KI_TAG_other, n_bytes, err));

@@ -1,5 +1,9 @@
 /* forward.c: from a batch of sequences to launches and back: what is uploaded, which graph is
- * replayed, and what the results say about each sequence. */
+ * replayed, and what the results say about each sequence.
+ *
+ * A step is one pass over all its rows. In the batch-invariant mode, where a row's bits are those
+ * it would have alone, it is one pass over the sequences with one row, whose products and splits
+ * are the same for any number of them (pass.c), and one for each other sequence by itself. */
 #include "cuda_private.h"
 #include "kv_plan.h"
 
@@ -7,10 +11,12 @@
 
 /* ---- the upload ---- */
 
-typedef struct batch_state {
+typedef struct batch_state { /* a pass */
     ki_cuda_backend *b;
-    ki_batch *batch;
-    uint32_t n_rows, n_logits, n_slots, max_rows, n_whole, own_rows;
+    ki_batch_item **items;
+    size_t n_items;
+    uint32_t n_rows, n_logits, n_slots, max_rows, n_whole, own_rows, first_logit;
+    uint32_t n_draws, n_edits;
     bool decode; /* one row of each sequence */
 } batch_state;
 
@@ -30,6 +36,28 @@ static void put_frequencies(const ki_cuda_backend *b, uint32_t row, const kivi_s
     if (rope->scaling != KI_ROPE_DYNAMIC) return;
     if (length > rope->original_ctx) b->frequencies(to, rope, c->head_dim, length);
     else memcpy(to, b->model->rope_freq, half * sizeof *to);
+}
+
+/* What is to be drawn from a row of logits; false: there is no room for its edits. */
+static bool put_draw(batch_state *s, const ki_draw *d, uint32_t logit_row) {
+    const ki_cuda_backend *b = s->b;
+    if (d->n_edits > KI_DRAW_EDITS - s->n_edits) return false;
+    ki_draw_edit *edits = (ki_draw_edit *)up(b, b->upload_at.edits) + s->n_edits;
+    if (d->n_edits) memcpy(edits, d->edits, d->n_edits * sizeof *edits);
+    ((ki_cuda_draw *)up(b, b->upload_at.draws))[s->n_draws++] =
+        (ki_cuda_draw){.u = d->u,
+                       .temperature = d->temperature,
+                       .top_p = d->top_p,
+                       .min_x = d->min_x,
+                       .repetition = d->repetition,
+                       .frequency = d->frequency,
+                       .presence = d->presence,
+                       .row = logit_row,
+                       .top_k = d->top_k,
+                       .first_edit = s->n_edits,
+                       .n_edits = d->n_edits};
+    s->n_edits += d->n_edits;
+    return true;
 }
 
 /* Who attends: cuDNN takes prompts that are whole and long enough. */
@@ -73,9 +101,12 @@ static void put_item(batch_state *s, ki_batch_item *item) {
         ((uint32_t *)up(b, b->upload_at.positions))[row] = pos;
         put_frequencies(b, row, seq, pos);
     }
-    item->logit_row = s->n_logits;
+    item->logit_row = s->first_logit + s->n_logits;
     for (uint32_t r = item->all_logits ? 0 : item->n_rows - 1; r < item->n_rows; r++)
         ((uint32_t *)up(b, b->upload_at.logit_rows))[s->n_logits++] = s->n_rows + r;
+    item->drawn = -1;
+    if (item->draw && put_draw(s, item->draw, s->first_logit + s->n_logits - 1))
+        item->drawn = (int32_t)s->n_draws - 1; /* where the result will be */
     s->n_rows += item->n_rows;
     s->n_slots++;
     s->max_rows = KI_MAX(s->max_rows, item->n_rows);
@@ -98,11 +129,9 @@ static void fill_bucket(batch_state *s, uint32_t bucket) {
 
 static void put_batch(batch_state *s) {
     s->decode = true;
-    for (size_t i = 0; i < s->batch->n_items; i++) {
-        ki_batch_item *item = &s->batch->items[i];
-        if (item->status != KIVI_OK) continue;
-        s->decode = s->decode && item->n_rows == 1;
-        put_item(s, item);
+    for (size_t i = 0; i < s->n_items; i++) {
+        s->decode = s->decode && s->items[i]->n_rows == 1;
+        put_item(s, s->items[i]);
     }
     if (s->decode) fill_bucket(s, ki_cuda_bucket(s->n_slots));
 }
@@ -121,15 +150,18 @@ static void read_item(batch_state *s, ki_batch_item *item, uint32_t first_row) {
     const uint32_t *row_flags = (const uint32_t *)(const void *)(down + b->result_at.row_flags);
     const uint32_t *finite = (const uint32_t *)(const void *)(down + b->result_at.finite);
     const int32_t *best = (const int32_t *)(const void *)(down + b->result_at.best);
+    const int32_t *drawn = (const int32_t *)(const void *)(down + b->result_at.drawn);
     uint32_t n_logits = item->all_logits ? item->n_rows : 1;
+    uint32_t first_logit = item->logit_row - s->first_logit;
     uint32_t first = item->seq->n_tokens, last = first + item->n_rows - 1;
-    item->best = best[item->logit_row + n_logits - 1];
+    item->best = best[first_logit + n_logits - 1];
+    if (item->drawn >= 0) item->drawn = drawn[item->drawn];
     if (any(row_flags + first_row, item->n_rows, 1))
         item->status = KI_FAIL(item->err, NUMERIC,
                                "model: a key or value within positions %u to %u is infinite or not "
                                "a number",
                                first, last);
-    else if (any(finite + item->logit_row, n_logits, 0))
+    else if (any(finite + first_logit, n_logits, 0))
         item->status = KI_FAIL(
             item->err, NUMERIC,
             "model: the result within positions %u to %u is infinite or not a number", first, last);
@@ -141,15 +173,13 @@ static void read_results(batch_state *s) {
         (const ki_cuda_counters *)(const void *)(s->b->down + s->b->result_at.counters);
     uint32_t row = 0;
     atomic_fetch_add(&s->b->cache->n_saturated, counters->n_saturated);
-    for (size_t i = 0; i < s->batch->n_items; i++) {
-        ki_batch_item *item = &s->batch->items[i];
-        if (item->status != KIVI_OK) continue;
-        read_item(s, item, row);
-        row += item->n_rows;
+    for (size_t i = 0; i < s->n_items; i++) {
+        read_item(s, s->items[i], row);
+        row += s->items[i]->n_rows;
     }
 }
 
-/* ---- a step ---- */
+/* ---- a pass ---- */
 
 static int bucket_index(uint32_t n) {
     int i = 0;
@@ -162,12 +192,31 @@ static ki_cuda_shape shape_of(const ki_cuda_backend *b, const batch_state *s) {
                            .n_seqs = s->n_slots,
                            .max_rows = s->max_rows,
                            .n_logits = s->n_logits,
+                           .first_logit = s->first_logit,
                            .n_whole = s->n_whole,
                            .own_rows = s->own_rows,
                            .decode = s->decode};
     shape.split_tokens =
-        ki_cuda_split_tokens(&b->layout, ki_cuda_bucket(s->n_slots), b->sizes.max_tokens, b->n_sms);
+        ki_cuda_split_of(b, &b->layout, ki_cuda_bucket(s->n_slots), b->sizes.max_tokens);
     return shape;
+}
+
+/* Queues the draws of rows of logits that are, or are being made, on the device. */
+static kivi_status queue_draws(const batch_state *s, kivi_error *err) {
+    const ki_cuda_backend *b = s->b;
+    const ki_config *c = &b->model->config;
+    size_t from = b->upload_at.draws,
+           n_bytes = b->upload_at.edits + s->n_edits * sizeof(ki_draw_edit) - from;
+    if (!s->n_draws) return KIVI_OK;
+    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->buffers.upload + from, b->up + from, n_bytes,
+                                         cudaMemcpyHostToDevice, b->memory.stream),
+                         "upload of draws", err));
+    ki_cuda_draw_rows((int32_t *)(void *)(b->buffers.result + b->result_at.drawn),
+                      b->buffers.logits, ki_logits_stride(c), c->n_vocab,
+                      (const ki_cuda_draw *)(const void *)(b->buffers.upload + from),
+                      (ki_draw_edit *)(void *)(b->buffers.upload + b->upload_at.edits), s->n_draws,
+                      b->memory.stream);
+    return ki_cuda_check(cudaGetLastError(), "draws", err);
 }
 
 static kivi_status run(batch_state *s, kivi_error *err) {
@@ -181,26 +230,58 @@ static kivi_status run(batch_state *s, kivi_error *err) {
     if (s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket])
         KI_TRY(ki_cuda_check(cudaGraphLaunch(b->graphs[bucket], stream), "graph", err));
     else KI_TRY(ki_cuda_run_pass(b, &shape, err));
+    KI_TRY(queue_draws(s, err));
     KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->down, b->buffers.result, b->result_at.n_bytes,
                                          cudaMemcpyDeviceToHost, stream),
                          "download", err));
     return ki_cuda_check(cudaStreamSynchronize(stream), "step", err);
 }
 
-void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch) {
-    batch_state s = {.b = b, .batch = batch};
+static void pass(ki_cuda_backend *b, size_t n_items, uint32_t *first_logit) {
+    batch_state s = {.b = b, .items = b->chosen, .n_items = n_items, .first_logit = *first_logit};
     kivi_error err = {0};
+    if (!n_items) return;
     put_batch(&s);
-    if (s.n_slots == 0) return;
-    b->n_steps++;
     kivi_status status = run(&s, &err);
-    if (status == KIVI_OK) {
-        read_results(&s);
-        return;
+    if (status == KIVI_OK) read_results(&s);
+    for (size_t i = 0; i < n_items; i++) {
+        ki_batch_item *item = s.items[i];
+        *first_logit += item->all_logits ? item->n_rows : 1;
+        if (status == KIVI_OK) continue;
+        item->status = status;
+        if (item->err) *item->err = err;
     }
+}
+
+/* ---- a step ---- */
+
+void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch) {
+    uint32_t first_logit = 0;
+    size_t n = 0;
+    b->n_steps++;
     for (size_t i = 0; i < batch->n_items; i++) {
-        if (batch->items[i].status != KIVI_OK) continue;
-        batch->items[i].status = status;
-        if (batch->items[i].err) *batch->items[i].err = err;
+        ki_batch_item *item = &batch->items[i];
+        if (item->status == KIVI_OK && (!b->invariant || item->n_rows == 1)) b->chosen[n++] = item;
     }
+    pass(b, n, &first_logit);
+    for (size_t i = 0; i < batch->n_items && b->invariant; i++) {
+        b->chosen[0] = &batch->items[i];
+        if (b->chosen[0]->status == KIVI_OK && b->chosen[0]->n_rows > 1) pass(b, 1, &first_logit);
+    }
+}
+
+kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
+                             kivi_error *err) {
+    batch_state s = {.b = b};
+    cudaStream_t stream = b->memory.stream;
+    size_t at = b->result_at.drawn;
+    *id = -1;
+    if (!put_draw(&s, draw, row)) return KIVI_OK;
+    KI_TRY(queue_draws(&s, err));
+    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->down + at, b->buffers.result + at, sizeof *id,
+                                         cudaMemcpyDeviceToHost, stream),
+                         "drawn token", err));
+    KI_TRY(ki_cuda_check(cudaStreamSynchronize(stream), "draw", err));
+    memcpy(id, b->down + at, sizeof *id);
+    return KIVI_OK;
 }

@@ -11,7 +11,7 @@ typedef struct plan {
     cublasLtMatmulAlgo_t algo;
 } plan;
 
-enum { MAX_PLANS = 4096, STEP_ROWS = 64, N_CANDIDATES = 8, N_TIMES = 7 };
+enum { MAX_PLANS = 4096, STEP_ROWS = KI_GEMM_STEP_ROWS, N_CANDIDATES = 8, N_TIMES = 7 };
 
 struct ki_gemm {
     ki_mem *mem;

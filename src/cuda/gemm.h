@@ -19,6 +19,7 @@ typedef struct ki_gemm_shape {
 } ki_gemm_shape;
 
 enum { KI_GEMM_WORKSPACE_BYTES = 32 << 20 }; /* what NVIDIA recommends for Hopper */
+enum { KI_GEMM_STEP_ROWS = 64 };             /* rows are rounded up by less than that */
 
 /* The rows a product of m rows is computed with: what buffers must have room for. */
 uint32_t ki_gemm_rows(uint32_t m);

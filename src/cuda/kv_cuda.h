@@ -91,7 +91,7 @@ kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *
 kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *geometry, bool plus,
                                kivi_error *err);
 /* A page in the CPU's order (ki_layout's planes for the same kind) to the device's order and back;
- * host memory. Not for plus kinds. */
+ * host memory. Of a plus kind with all its parts. */
 void ki_cuda_page_from_cpu(uint8_t *out, const uint8_t *page, const ki_cuda_layout *layout);
 void ki_cuda_page_to_cpu(uint8_t *out, const uint8_t *page, const ki_cuda_layout *layout);
 /* Bytes of a ring of that many 32-token blocks a side, all layers and KV heads: for a prompt's

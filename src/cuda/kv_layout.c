@@ -116,7 +116,7 @@ kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g
         return KI_FAIL(err, ARG, "cuda: %u heads over %u KV heads, expected a multiple", g->n_heads,
                        g->n_kv_heads);
     if (kv->plus && !plus)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: + kinds run on the CPU only, take --device cpu");
+        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
     if (plus) KI_TRY(check_plus(out, err));
     else {
         ki_layout cpu; /* the same refusals as the CPU's */
@@ -191,37 +191,72 @@ static uint8_t *host_f16(const exchange *x, uint32_t t, uint32_t c, bool keys) {
     return x->host + (keys ? x->cpu.k_codes_at : x->cpu.v_codes_at) + at * 2;
 }
 
-static uint32_t host_code(const exchange *x, uint32_t t, uint32_t c, bool keys, uint32_t bits) {
-    uint32_t d = x->l->head_dim;
-    const uint32_t *words =
-        (const uint32_t *)(x->host + (keys ? x->cpu.k_codes_at : x->cpu.v_codes_at));
-    return keys ? ki_key_code(words, t, c, d, bits) : ki_value_code(words, t, c, d, bits);
+/* A plane of codes in both orders. */
+typedef struct plane {
+    size_t host_at; /* in the CPU's page */
+    uint32_t at;    /* in a sub of the device's */
+    uint32_t bits;
+    bool keys;
+} plane;
+
+static ki_order_place host_code_at(const plane *p, uint32_t t, uint32_t c, uint32_t d) {
+    uint32_t n = 32 / p->bits;
+    size_t word = p->keys ? ((size_t)(t / KI_LANES) * (d / n) + c / n) * KI_LANES + t % KI_LANES
+                          : (size_t)(t / n) * d + c;
+    return (ki_order_place){(uint32_t)word, ki_code_bit((p->keys ? c : t) % n, p->bits)};
 }
 
-static void put_host_code(const exchange *x, uint32_t t, uint32_t c, bool keys, uint32_t bits,
-                          uint32_t code) {
-    uint32_t d = x->l->head_dim, n = 32 / bits, i = (keys ? c : t) % n;
-    size_t word = keys ? ((size_t)(t / KI_LANES) * (d / n) + c / n) * KI_LANES + t % KI_LANES
-                       : (size_t)(t / n) * d + c;
-    uint32_t *words = (uint32_t *)(x->host + (keys ? x->cpu.k_codes_at : x->cpu.v_codes_at));
-    words[word] |= code << ki_code_bit(i, bits);
+/* Of wide channel number w: plus.h draws the plane. */
+static ki_order_place host_wide_at(uint32_t t, uint32_t w, uint32_t d) {
+    uint32_t quad = t / KI_LANES * (d / 16) + w / 4;
+    return (ki_order_place){quad / 4 * KI_LANES + t % KI_LANES, 8 * (w % 4) + 2 * (quad % 4)};
 }
 
-static void exchange_codes(const exchange *x, bool keys) {
-    uint32_t d = x->l->head_dim, steps = d / 16, bits = keys ? x->l->k_bits : x->l->v_bits;
+static void move_bits(const exchange *x, uint8_t *device, ki_order_place there, uint8_t *host,
+                      ki_order_place here, uint32_t bits) {
+    if (x->to_host) or_bits(host, here, read_bits(device, there, bits));
+    else or_bits(device, there, read_bits(host, here, bits));
+}
+
+static void exchange_plane(const exchange *x, const plane *p) {
+    uint32_t d = x->l->head_dim, steps = d / 16;
     for (uint32_t t = 0; t < KI_PAGE_TOKENS; t++) {
-        uint8_t *sub = x->device + x->l->head_bytes + (size_t)(t / 32) * x->l->sub_bytes +
-                       (keys ? x->l->k_at : x->l->v_at);
+        uint8_t *sub = x->device + x->l->head_bytes + (size_t)(t / 32) * x->l->sub_bytes + p->at;
         for (uint32_t c = 0; c < d; c++) {
-            ki_order_place p = keys ? ki_order_key(t % 32, c, steps, bits)
-                                    : ki_order_value(t % 32, c, steps, bits);
-            uint8_t *half = sub + (size_t)p.word * 4 + p.bit / 8;
-            if (bits == 16 && x->to_host) memcpy(host_f16(x, t, c, keys), half, 2);
-            else if (bits == 16) memcpy(half, host_f16(x, t, c, keys), 2);
-            else if (x->to_host) put_host_code(x, t, c, keys, bits, read_bits(sub, p, bits));
-            else or_bits(sub, p, host_code(x, t, c, keys, bits));
+            ki_order_place there = p->keys ? ki_order_key(t % 32, c, steps, p->bits)
+                                           : ki_order_value(t % 32, c, steps, p->bits);
+            uint8_t *half = sub + (size_t)there.word * 4 + there.bit / 8;
+            if (p->bits == 16 && x->to_host) memcpy(host_f16(x, t, c, p->keys), half, 2);
+            else if (p->bits == 16) memcpy(half, host_f16(x, t, c, p->keys), 2);
+            else
+                move_bits(x, sub, there, x->host + p->host_at, host_code_at(p, t, c, d), p->bits);
         }
     }
+}
+
+/* The high bits of the wide channels, in the order of their numbers, and which they are. */
+static void exchange_wide(const exchange *x) {
+    uint32_t d = x->l->head_dim, n_wide = d / 4;
+    for (uint32_t t = 0; t < KI_PAGE_TOKENS; t++) {
+        uint8_t *sub =
+            x->device + x->l->head_bytes + (size_t)(t / 32) * x->l->sub_bytes + x->l->wide_at;
+        for (uint32_t w = 0; w < n_wide; w++)
+            move_bits(x, sub, ki_order_key(t % 32, w, wide_steps(d), 2),
+                      x->host + x->cpu.k_wide_at, host_wide_at(t, w, d), 2);
+    }
+    uint8_t *there = x->device + x->l->list_at, *here = x->host + x->cpu.k_list_at;
+    memcpy(x->to_host ? here : there, x->to_host ? there : here, n_wide);
+}
+
+static void exchange_codes(const exchange *x) {
+    const ki_cuda_layout *l = x->l;
+    const plane keys = {x->cpu.k_codes_at, l->k_at, l->k_bits, true};
+    const plane values = {x->cpu.v_codes_at, l->v_at, l->v_bits == 3 ? 2 : l->v_bits, false};
+    const plane third = {x->cpu.v_third_at, l->third_at, 1, false};
+    exchange_plane(x, &keys);
+    exchange_plane(x, &values);
+    if (l->v_bits == 3) exchange_plane(x, &third);
+    if (l->is_plus && l->k_bits == 2) exchange_wide(x);
 }
 
 /* Place of the scale of (token, channel) on the device; the zero is zero_at - scale_at behind it.
@@ -237,25 +272,24 @@ static size_t device_scale_at(const ki_cuda_layout *l, uint32_t t, uint32_t c, b
     return sub + l->k_scale_at + ((size_t)(t % 32 / l->k_group) * l->head_dim + in_group) * 2;
 }
 
-static void exchange_pair(const exchange *x, size_t device, size_t host, size_t device_zero,
-                          size_t host_zero) {
-    uint8_t *a = x->device + device, *b = x->host + host;
-    memcpy(x->to_host ? b : a, x->to_host ? a : b, 2);
-    memcpy(x->to_host ? b + host_zero : a + device_zero,
-           x->to_host ? a + device_zero : b + host_zero, 2);
+static void exchange_half(const exchange *x, size_t device, size_t host) {
+    uint8_t *there = x->device + device, *here = x->host + host;
+    memcpy(x->to_host ? here : there, x->to_host ? there : here, 2);
 }
 
 static void exchange_scales(const exchange *x, bool keys) {
     const ki_cuda_layout *l = x->l;
     uint32_t g = keys ? l->k_group : l->v_group;
+    uint32_t zero = keys ? l->k_zero_at - l->k_scale_at : l->v_zero_at - l->v_scale_at;
+    size_t host_zero =
+        keys ? x->cpu.k_zero_at - x->cpu.k_scale_at : x->cpu.v_zero_at - x->cpu.v_scale_at;
     for (uint32_t t = 0; t < KI_PAGE_TOKENS; t += keys ? g : 1)
         for (uint32_t c = 0; c < l->head_dim; c += keys ? 1 : g) {
             size_t host = keys ? x->cpu.k_scale_at + ((size_t)(t / g) * l->head_dim + c) * 2
                                : x->cpu.v_scale_at + ((size_t)(c / g) * KI_PAGE_TOKENS + t) * 2;
-            size_t zero =
-                keys ? x->cpu.k_zero_at - x->cpu.k_scale_at : x->cpu.v_zero_at - x->cpu.v_scale_at;
-            exchange_pair(x, device_scale_at(l, t, c, keys), host,
-                          keys ? l->k_zero_at - l->k_scale_at : l->v_zero_at - l->v_scale_at, zero);
+            size_t device = device_scale_at(l, t, c, keys);
+            exchange_half(x, device, host);
+            if (keys || !l->is_plus) exchange_half(x, device + zero, host + host_zero);
         }
 }
 
@@ -267,6 +301,7 @@ static void exchange_page(exchange *x) {
                              .head_dim = l->head_dim,
                              .kv = {.k_bits = l->k_bits,
                                     .v_bits = l->v_bits,
+                                    .plus = l->is_plus ? KIVI_PLUS_ALL : 0,
                                     .group = l->k_group,
                                     .residual_tokens = l->residual_tokens,
                                     .sink_tokens = l->sink_tokens,
@@ -275,8 +310,7 @@ static void exchange_page(exchange *x) {
                                     .span_tokens = l->span_tokens}};
     if (ki_layout_init(&x->cpu, &g, NULL) != KIVI_OK) return; /* was accepted by layout_init */
     memset(x->to_host ? x->host : x->device, 0, x->to_host ? x->cpu.page_bytes : l->page_bytes);
-    exchange_codes(x, true);
-    exchange_codes(x, false);
+    exchange_codes(x);
     if (l->k_bits < 16) exchange_scales(x, true);
     if (l->v_bits < 16) exchange_scales(x, false);
 }

@@ -17,10 +17,21 @@ static uint32_t ahead_of(const ki_cuda_backend *b) {
     return b->without & KI_PART_AHEAD ? 0 : KI_GEMV_AHEAD_BYTES;
 }
 
+/* A batch-invariant pass of decoding: all numbers of rows have the same kernel. */
+static bool is_fixed(const ki_cuda_backend *b, const ki_cuda_shape *s) {
+    return b->invariant && s->decode;
+}
+
+/* gemv.h's products. */
+static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m) {
+    return m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !is_fixed(b, s);
+}
+
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
-static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t stride,
-                              const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
-                              bool add, kivi_error *err) {
+static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, float *out,
+                              size_t stride, const ki_matrix *weight, uint32_t n, const void *x,
+                              uint32_t m, bool add, kivi_error *err) {
+    bool fixed = is_fixed(b, s);
     ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
     ki_gemv_call few = {.out = out,
                         .out_stride = stride,
@@ -32,17 +43,11 @@ static kivi_status product_to(const ki_cuda_backend *b, float *out, size_t strid
                         .type = b->type,
                         .add = add,
                         .ahead_bytes = ahead_of(b)};
-    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32)
-        return ki_gemv_run(&few, b->memory.stream, err);
+    if (fixed && !b->fixed_rows) return ki_skinny_run(&few, b->memory.stream, err);
+    if (fixed) m = b->fixed_rows; /* buffers have so many rows */
+    if (is_few(b, s, m)) return ki_gemv_run(&few, b->memory.stream, err);
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
-
-static kivi_status product(const ki_cuda_backend *b, float *out, const ki_matrix *weight,
-                           uint32_t n, const void *x, uint32_t m, bool add, kivi_error *err) {
-    return product_to(b, out, n, weight, n, x, m, add, err);
-}
-
-/* ---- attention ---- */
 
 typedef struct layer_call {
     ki_cuda_backend *b;
@@ -52,6 +57,14 @@ typedef struct layer_call {
     uint32_t index;
     ki_cuda_cache kv;
 } layer_call;
+
+/* Of all rows of the pass. */
+static kivi_status product(const layer_call *c, float *out, const ki_matrix *weight, uint32_t n,
+                           const void *x, bool add, kivi_error *err) {
+    return product_to(c->b, c->shape, out, n, weight, n, x, c->shape->n_rows, add, err);
+}
+
+/* ---- attention ---- */
 
 static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
     const ki_cuda_backend *b = c->b;
@@ -68,9 +81,8 @@ static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
                              .max_rows = c->shape->max_rows,
                              .split_tokens = c->shape->split_tokens,
                              .max_tokens = b->sizes.max_tokens,
-                             .workspace = b->buffers.plan[local]};
-    /* A row of 16 bit that the step itself puts into a page must be there before pages are read. */
-    a.pdl = b->layout.k_bits < 16 && b->layout.v_bits < 16;
+                             .workspace = b->buffers.plan[local],
+                             .pdl = true};
     if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;
     return a;
 }
@@ -206,8 +218,8 @@ static kivi_status add_product(const layer_call *c, const ki_matrix *weight, con
                                const ki_cuda_norm *post, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     uint32_t n = b->model->config.n_embd, m = c->shape->n_rows;
-    if (!post->weight) return product(b, b->buffers.x, weight, n, rows, m, true, err);
-    KI_TRY(product(b, b->buffers.delta, weight, n, rows, m, false, err));
+    if (!post->weight) return product(c, b->buffers.x, weight, n, rows, true, err);
+    KI_TRY(product(c, b->buffers.delta, weight, n, rows, false, err));
     ki_cuda_add_norm(b->buffers.x, b->buffers.delta, post, m, n, is_held(b), b->memory.stream);
     return KIVI_OK;
 }
@@ -229,9 +241,9 @@ static kivi_status gate_and_up(const layer_call *c, kivi_error *err) {
                         .act_out = r->act,
                         .act = act,
                         .ahead_bytes = ahead_of(b)};
-    if (m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !(b->without & KI_PART_ACT))
+    if (is_few(b, c->shape, m) && !(b->without & KI_PART_ACT))
         return ki_gemv_run(&few, b->memory.stream, err);
-    KI_TRY(product(b, r->mlp, gate, n, r->h, m, false, err));
+    KI_TRY(product(c, r->mlp, gate, n, r->h, false, err));
     activate(c, act);
     return KIVI_OK;
 }
@@ -241,9 +253,9 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    uint32_t qkv = qkv_dim(config);
     norm(c, &c->norms->attn, &y->q, qkv);
-    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
     norm(c, &c->norms->ffn, &y->gate, 2 * config->n_ff);
@@ -257,11 +269,11 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t m = c->shape->n_rows, qkv = qkv_dim(config);
+    uint32_t qkv = qkv_dim(config);
     norm(c, &c->norms->attn, &y->q, qkv);
-    KI_TRY(product(b, r->qkv, &y->q, qkv, r->h, m, false, err));
+    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
     if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
-    KI_TRY(product(b, r->mlp, &y->up, config->n_ff, r->h, m, false, err));
+    KI_TRY(product(c, r->mlp, &y->up, config->n_ff, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
     activate(c, KI_CUDA_GELU);
@@ -316,12 +328,13 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
     uint8_t *result = r->result;
     cudaStream_t stream = b->memory.stream;
     size_t stride = ki_logits_stride(c);
+    float *logits = r->logits + s->first_logit * stride;
     ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
                         at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
                         b->type, stream);
-    KI_TRY(product_to(b, r->logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
+    KI_TRY(product_to(b, s, logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
                       false, err));
-    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), r->logits, s->n_logits,
+    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits,
                    c->n_vocab, stride, stream);
     return KIVI_OK;
 }

@@ -8,6 +8,11 @@ uint32_t ki_cuda_bucket(uint32_t n) {
     return bucket;
 }
 
+uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
+                          uint32_t max_tokens) {
+    return ki_cuda_split_tokens(layout, b->invariant ? 0 : n_seqs, max_tokens, b->n_sms);
+}
+
 static size_t align(size_t n) { return (n + 255) / 256 * 256; }
 
 /* The next piece of a block: its offset; *at moves behind it. */
@@ -42,11 +47,15 @@ static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backe
     o->upload.frequencies = next(&at, is_dynamic(c) ? o->n_rows * half : 0, sizeof(float));
     o->upload.records = next(&at, sdpa ? s->n_rows / KI_SDPA_MIN_ROWS : 0, KI_SDPA_RECORD_BYTES);
     o->upload.n_bytes = at;
+    o->upload.draws = next(&at, o->n_slots, sizeof(ki_cuda_draw));
+    o->upload.edits = next(&at, KI_DRAW_EDITS, sizeof(ki_draw_edit));
+    o->upload.all_bytes = at;
     at = 0;
     o->result.counters = next(&at, 1, sizeof(ki_cuda_counters));
     o->result.row_flags = next(&at, o->n_rows, sizeof(uint32_t));
     o->result.finite = next(&at, o->n_logits, sizeof(uint32_t));
     o->result.best = next(&at, o->n_logits, sizeof(int32_t));
+    o->result.drawn = next(&at, o->n_slots, sizeof(int32_t));
     o->result.n_bytes = at;
 }
 
@@ -63,7 +72,7 @@ static size_t plans_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                        const ki_cuda_sizes *o, uint32_t max_tokens) {
     size_t most = 0;
     for (uint32_t n = 1; n <= o->n_slots; n *= 2) {
-        uint32_t split = ki_cuda_split_tokens(layout, n, max_tokens, b->n_sms);
+        uint32_t split = ki_cuda_split_of(b, layout, n, max_tokens);
         size_t n_bytes = (size_t)ki_cuda_workspace_bytes(layout, n, max_tokens, split);
         most = KI_MAX(most, n_bytes);
     }
@@ -78,6 +87,7 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
     *o = (ki_cuda_sizes){.n_slots = ki_cuda_bucket(s->max_items)};
     o->n_rows = KI_MAX(ki_gemm_rows(s->n_rows), o->n_slots);
     o->n_logits = KI_MAX(ki_gemm_rows(s->n_logit_rows), o->n_slots);
+    if (b->invariant) o->n_logits += KI_GEMM_STEP_ROWS; /* of a pass whose rows follow others' */
     place_transfers(o, c, s, sdpa);
     size_t read_rows = o->n_rows + (sdpa ? KI_SDPA_TAIL_ROWS : 0);
     const struct {
@@ -96,7 +106,7 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
         {read_rows, q * 2},                                                    /* q16 */
         {read_rows, kv * 2},                                                   /* k_rows */
         {read_rows, kv * 2},                                                   /* v_rows */
-        {1, o->upload.n_bytes},
+        {1, o->upload.all_bytes},
         {1, o->result.n_bytes},
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {

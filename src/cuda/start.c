@@ -93,12 +93,14 @@ static kivi_status take_host(ki_cuda_backend *b, const ki_cuda_sizes *s, kivi_er
     b->host_logits = p;
     KI_TRY(ki_alloc_array(&p, b->host, KI_TAG_activations, s->n_logits, sizeof(uint64_t), err));
     b->fetched = p;
-    KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->upload.n_bytes), "pinned memory", err));
-    memset(p, 0, s->upload.n_bytes);
+    KI_TRY(ki_alloc_array(&p, b->host, KI_TAG_other, b->sizes.max_items, sizeof *b->chosen, err));
+    b->chosen = p;
+    KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->upload.all_bytes), "pinned memory", err));
+    memset(p, 0, s->upload.all_bytes);
     b->up = p;
     KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->result.n_bytes), "pinned memory", err));
     b->down = p;
-    ki_mem_count(b->host, KI_TAG_activations, (int64_t)(s->upload.n_bytes + s->result.n_bytes));
+    ki_mem_count(b->host, KI_TAG_activations, (int64_t)(s->upload.all_bytes + s->result.n_bytes));
     return KIVI_OK;
 }
 
@@ -200,7 +202,7 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
         .n_rows = n_seqs, .n_seqs = n_seqs, .max_rows = 1, .n_logits = n_seqs, .decode = true};
     cudaStream_t stream = b->memory.stream;
     cudaGraph_t graph = NULL;
-    shape.split_tokens = ki_cuda_split_tokens(&b->layout, n_seqs, b->sizes.max_tokens, b->n_sms);
+    shape.split_tokens = ki_cuda_split_of(b, &b->layout, n_seqs, b->sizes.max_tokens);
     KI_TRY(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                          "capture", err));
     kivi_status status = ki_cuda_run_pass(b, &shape, err);
@@ -214,7 +216,16 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
     return status;
 }
 
+/* Where a batch's size must not show, and more rows come than skinny.h takes (or float32), all
+ * passes of decoding have products of as many rows as the largest. */
+static uint32_t fixed_rows_of(const ki_cuda_backend *b) {
+    uint32_t most = ki_cuda_bucket(b->sizes.max_items);
+    if (!b->invariant || (most <= KI_SKINNY_ROWS && b->type != KI_CUDA_F32)) return 0;
+    return ki_gemm_rows(most);
+}
+
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
+    b->fixed_rows = fixed_rows_of(b);
     ki_cuda_weights_done(&b->weights);
     KI_TRY(take_all(b, err));
     KI_TRY(put_vectors(b, err));
@@ -222,7 +233,7 @@ kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
     KI_TRY(prepare_sdpa(b, err));
     /* Once outside of a graph: kernels are loaded then, and what they lack shows. */
     ki_cuda_shape one = {.n_rows = 1, .n_seqs = 1, .max_rows = 1, .n_logits = 1, .decode = true};
-    one.split_tokens = ki_cuda_split_tokens(&b->layout, 1, b->sizes.max_tokens, b->n_sms);
+    one.split_tokens = ki_cuda_split_of(b, &b->layout, 1, b->sizes.max_tokens);
     KI_TRY(
         ki_cuda_check(cudaMemsetAsync(b->buffers.upload, 0, b->upload_at.n_bytes, b->memory.stream),
                       "upload", err));
@@ -250,12 +261,13 @@ void ki_cuda_stop(ki_cuda_backend *b) {
     b->vectors = NULL;
     if (b->down)
         ki_mem_count(b->host, KI_TAG_activations,
-                     -(int64_t)(b->upload_at.n_bytes + b->result_at.n_bytes));
+                     -(int64_t)(b->upload_at.all_bytes + b->result_at.n_bytes));
     if (b->up) cudaFreeHost(b->up);
     if (b->down) cudaFreeHost(b->down);
     b->up = b->down = NULL;
     ki_free(b->host, b->norms);
     ki_free(b->host, b->host_logits);
     ki_free(b->host, b->fetched);
-    b->norms = NULL, b->host_logits = NULL, b->fetched = NULL;
+    ki_free(b->host, b->chosen);
+    b->norms = NULL, b->host_logits = NULL, b->fetched = NULL, b->chosen = NULL;
 }

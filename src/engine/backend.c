@@ -123,6 +123,7 @@ static kivi_status open_cuda(kivi_engine *e, uint32_t number, kivi_error *err) {
                                                      : KI_WEIGHT_BF16;
     if (bo.compute == KI_WEIGHT_BF16 && strcmp(compute, "bf16"))
         return KI_FAIL(err, ARG, "engine: compute_type '%s', expected f16, bf16 or f32", compute);
+    bo.invariant = e->options.batch_invariant;
     bo.without = ki_parts_disabled(e->options.disable);
     const ki_library *library;
     KI_TRY(ki_library_open(&e->library, &library, asked, err));

@@ -56,17 +56,37 @@ void ki_engine_log(const kivi_engine *engine, const char *format, ...)
 kivi_status ki_engine_load_vocab(kivi_engine *engine, const ki_file *file, kivi_error *err);
 /* A session without a history, for fork and load to fill. */
 kivi_status ki_session_new(kivi_session **out, kivi_engine *engine, kivi_error *err);
-/* ---- sample.c, without a session ---- */
+/* ---- draw.c: draw.h's definition on logits in this process's memory ---- */
 typedef struct ki_candidate {
-    float logit, p;
+    uint64_t weight;
+    float logit;
     int32_t id;
 } ki_candidate;
-/* The id that u in [0, 1) falls on, or -1 where the logits are not numbers. Penalties and seed of
- * the options are not looked at. all: scratch [V]. */
-int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab,
-                  const kivi_sampler_options *options, double u);
+/* The id that draw->u falls on, or -1 where the logits are not numbers. The draw's edits must have
+ * been made. all: scratch [V]. */
+int32_t ki_sample(ki_candidate *all, const float *logits, uint32_t n_vocab, const ki_draw *draw);
 /* In [0, 1): SplitMix64, one multiply-xor chain, the same everywhere. */
 double ki_sample_draw(uint64_t seed, uint64_t index);
+float ki_draw_min_x(float min_p); /* of ki_draw */
+/* All edits but that of ends; then that, when everything else that takes logits away is done. */
+void ki_draw_edit_logits(float *logits, const ki_draw *draw);
+void ki_draw_hide_ends(float *logits, uint32_t n_vocab, const ki_draw *draw);
+
+/* Gathers a draw's edits: one for each id. */
+typedef struct ki_editor {
+    ki_mem *mem;
+    ki_draw_edit *edits; /* [max_edits] */
+    uint32_t *places;    /* [V]: number of its edit + 1; 0: it has none */
+    uint32_t n_edits, max_edits;
+} ki_editor;
+kivi_status ki_editor_init(ki_editor *e, ki_mem *mem, uint32_t n_vocab, uint32_t max_edits,
+                           kivi_error *err);
+void ki_editor_deinit(ki_editor *e);
+void ki_editor_clear(ki_editor *e);
+/* The edit of id, lent until the next call. At most max_edits different ones are asked for. */
+ki_draw_edit *ki_editor_at(ki_editor *e, int32_t id);
+
+/* ---- sample.c ---- */
 kivi_status ki_sampler_check(const kivi_sampler_options *options, kivi_error *err);
 
 uint32_t ki_session_runs(const kivi_session *session, const ki_run **runs);

@@ -39,6 +39,11 @@ typedef struct ki_backend_api {
     /* float32 [V] of a row of the last pass, in this process's memory, lent until the next one;
      * NULL: the device failed. */
     const float *(*logits)(ki_backend *b, uint32_t row);
+    /* One token of a row of the last pass, by draw.h's definition, without its logits leaving the
+     * device. *id -1: this row's distribution is one of those it leaves to the caller, who draws
+     * from its logits. NULL where logits are here anyway. */
+    kivi_status (*draw)(int32_t *id, ki_backend *b, uint32_t row, const ki_draw *draw,
+                        kivi_error *err);
     /* The bytes of a whole sequence between the device's and one of the same kind and state in this
      * process's form (ki_seq_take_shape): for files. NULL where they are here already. */
     kivi_status (*exchange)(ki_backend *b, kivi_seq *host, kivi_seq *there, bool to_host,
@@ -64,6 +69,7 @@ typedef struct ki_backend_options {
     uint64_t limit_bytes; /* most device memory to take; 0: all there is */
     ki_weight compute;    /* what products read: KI_WEIGHT_F32, F16 or BF16 */
     uint32_t without;     /* KI_PART_...: parts that are left out */
+    bool invariant;       /* a sequence's bits do not depend on its neighbours */
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim,
                         uint32_t length); /* ki_rope_frequencies, which is on this side */
     void (*log)(void *user, const char *line); /* NULL: silent */
@@ -72,7 +78,7 @@ typedef struct ki_backend_options {
 
 typedef struct ki_library {
     char version[16];
-    uint32_t n_bytes[10]; /* sizes of the structures both sides read: ki_library_fill */
+    uint32_t n_bytes[12]; /* sizes of the structures both sides read: ki_library_fill */
     /* DEVICE: there is no such device, or it is of a kind that is not supported. */
     kivi_status (*open)(ki_backend **out, const ki_backend_options *options, kivi_error *err);
     /* kivi_bench_attention on device `number`; the options are checked. */
@@ -84,11 +90,12 @@ typedef struct ki_library {
 typedef const ki_library *(*ki_library_fn)(void);
 
 static inline void ki_library_fill(ki_library *out) {
-    const uint32_t n_bytes[10] = {sizeof(ki_model),           sizeof(kivi_cache),
+    const uint32_t n_bytes[12] = {sizeof(ki_model),           sizeof(kivi_cache),
                                   sizeof(kivi_seq),           sizeof(ki_layout),
                                   sizeof(ki_batch_item),      sizeof(ki_config),
                                   sizeof(ki_backend_api),     sizeof(ki_device),
-                                  sizeof(kivi_bench_options), sizeof(kivi_bench_row)};
+                                  sizeof(kivi_bench_options), sizeof(kivi_bench_row),
+                                  sizeof(ki_draw),            sizeof(ki_backend_options)};
     memset(out->version, 0, sizeof out->version);
     memcpy(out->version, KIVI_VERSION, sizeof KIVI_VERSION);
     memcpy(out->n_bytes, n_bytes, sizeof n_bytes);

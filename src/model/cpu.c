@@ -48,7 +48,13 @@ static const float *logits(ki_backend *b, uint32_t row) {
     return ki_arena_logits(c->arena, &c->model->config, row);
 }
 
-static const ki_backend_api api = {destroy, check, plan, start, stop, forward, logits, NULL};
+static const ki_backend_api api = {.destroy = destroy,
+                                   .check = check,
+                                   .plan = plan,
+                                   .start = start,
+                                   .stop = stop,
+                                   .forward = forward,
+                                   .logits = logits};
 
 kivi_status ki_cpu_backend_create(ki_backend **out, ki_mem *mem, kivi_error *err) {
     void *p;

@@ -4,6 +4,7 @@
 #ifndef KI_MODEL_H
 #define KI_MODEL_H
 #include "cache.h"
+#include "draw.h"
 #include "kernel.h"
 #include "load.h"
 
@@ -125,8 +126,10 @@ typedef struct ki_batch_item {
     bool all_logits;    /* of every row, not of the last one */
     kivi_status status; /* in and out: only KIVI_OK items are evaluated */
     kivi_error *err;
-    uint32_t logit_row; /* out: of its logits, [V], or [n_rows][V] with all_logits */
-    int32_t best;       /* out: the largest of its last row, where a device knows it; else -1 */
+    const ki_draw *draw; /* of a token from its last row, by a backend that can; NULL: none */
+    uint32_t logit_row;  /* out: of its logits, [V], or [n_rows][V] with all_logits */
+    int32_t best;        /* out: the largest of its last row, where a device knows it; else -1 */
+    int32_t drawn;       /* out: by draw; -1: nobody has drawn, the logits say the rest */
 } ki_batch_item;
 
 typedef struct ki_batch {

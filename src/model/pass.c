@@ -352,7 +352,7 @@ static void make_logits(ki_pass *p) {
         ki_batch_item *item = &p->batch->items[i];
         uint32_t rows = a->places[i].n_rows, first = item->all_logits || !rows ? 0 : rows - 1;
         item->logit_row = n;
-        item->best = -1;
+        item->best = item->drawn = -1;
         for (uint32_t r = first; r < rows; r++, n++) {
             const float *x = a->x + (size_t)(a->places[i].first_row + r) * c->n_embd;
             memcpy(a->h + (size_t)n * c->n_embd, x, c->n_embd * sizeof(float));

@@ -1,6 +1,6 @@
 /* choose.c: from logits to a token, and to log-probabilities. Order: bias, penalties (repetition,
- * then frequency and presence), what may not come (end tokens before min_tokens, the constraint),
- * temperature, top-k, top-p, min-p, draw. */
+ * then frequency and presence), what may not come (the constraint, end tokens before min_tokens),
+ * and then as model/draw.h says, there or here. */
 #include "serve.h"
 
 #include <math.h>
@@ -16,9 +16,7 @@ kivi_status ki_chooser_init(ki_chooser *ch, ki_mem *mem, const ki_machine *machi
     ch->logits = p;
     KI_TRY(ki_alloc_array(&p, mem, KI_TAG_workspace, n / 32 + 1, sizeof(uint32_t), err));
     ch->allowed = p;
-    KI_TRY(ki_alloc_array(&p, mem, KI_TAG_workspace, n, sizeof(uint32_t), err));
-    ch->counts = p;
-    return KIVI_OK;
+    return ki_editor_init(&ch->editor, mem, machine->n_vocab, machine->n_vocab, err);
 }
 
 void ki_chooser_deinit(ki_chooser *ch) {
@@ -26,7 +24,7 @@ void ki_chooser_deinit(ki_chooser *ch) {
     ki_free(ch->mem, ch->candidates);
     ki_free(ch->mem, ch->logits);
     ki_free(ch->mem, ch->allowed);
-    ki_free(ch->mem, ch->counts);
+    ki_editor_deinit(&ch->editor);
     *ch = (ki_chooser){0};
 }
 
@@ -45,38 +43,57 @@ bool ki_is_end(const ki_machine *m, const ki_request *q, int32_t token) {
 
 /* ---- the distribution that is drawn from ---- */
 
-/* counts: how often each of ids occurs; each is dealt with once, where its count is taken away. */
-static void count(uint32_t *counts, const int32_t *ids, uint32_t n) {
-    for (uint32_t i = 0; i < n; i++) counts[ids[i]]++;
+static void edit_repeated(ki_editor *e, const int32_t *ids, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) ki_editor_at(e, ids[i])->what |= KI_EDIT_REPEATED;
 }
 
-static void repetition(ki_chooser *ch, float penalty, const int32_t *ids, uint32_t n) {
-    for (uint32_t i = 0; i < n; i++) {
-        if (!ch->counts[ids[i]]) continue;
-        float *x = &ch->logits[ids[i]];
-        *x = *x > 0 ? *x / penalty : *x * penalty;
-        ch->counts[ids[i]] = 0;
-    }
+/* End tokens, too early; not where nothing else is left. */
+static void edit_ends(ki_editor *e, const ki_chooser *ch, const ki_choice *c) {
+    const kivi_request *r = &c->request->r;
+    if (ki_generated(c) >= r->min_tokens) return;
+    for (uint32_t i = 0; !r->ignore_eos && i < ch->machine->n_ends; i++)
+        ki_editor_at(e, ch->machine->ends[i])->what |= KI_EDIT_END;
+    for (size_t i = 0; i < r->n_stop_ids; i++) ki_editor_at(e, r->stop_ids[i])->what |= KI_EDIT_END;
 }
 
-static void penalize(ki_chooser *ch, const ki_choice *c) {
+static void edit(ki_chooser *ch, const ki_choice *c) {
     const kivi_request *r = &c->request->r;
     const int32_t *ids = ki_generated_ids(c);
-    uint32_t n = ki_generated(c), n_prompt = (uint32_t)r->n_prompt;
+    ki_editor *e = &ch->editor;
+    ki_editor_clear(e);
+    for (size_t i = 0; i < r->n_biases; i++) {
+        ki_draw_edit *at = ki_editor_at(e, r->biases[i].token);
+        at->bias += r->biases[i].bias;
+        at->what |= r->biases[i].bias <= -100 ? KI_EDIT_NEVER : KI_EDIT_BIAS;
+    }
     if (r->repetition_penalty != 1) {
-        count(ch->counts, r->prompt, n_prompt);
-        count(ch->counts, ids, n);
-        repetition(ch, r->repetition_penalty, r->prompt, n_prompt);
-        repetition(ch, r->repetition_penalty, ids, n);
+        edit_repeated(e, r->prompt, (uint32_t)r->n_prompt);
+        edit_repeated(e, ids, ki_generated(c));
     }
-    if (r->frequency_penalty == 0 && r->presence_penalty == 0) return;
-    count(ch->counts, ids, n);
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t *times = &ch->counts[ids[i]];
-        if (*times)
-            ch->logits[ids[i]] -= r->frequency_penalty * (float)*times + r->presence_penalty;
-        *times = 0;
-    }
+    if (r->frequency_penalty != 0 || r->presence_penalty != 0)
+        for (uint32_t i = 0; i < ki_generated(c); i++) ki_editor_at(e, ids[i])->times++;
+    edit_ends(e, ch, c);
+}
+
+uint64_t ki_choice_seed(uint64_t seed, uint32_t index) {
+    uint64_t z = (seed ^ index * 0x9e3779b97f4a7c15u) * 0xd1342543de82ef95u;
+    return index ? z ^ z >> 32 : seed;
+}
+
+/* Its edits are the chooser's, lent until the next one. */
+static ki_draw draw_of(ki_chooser *ch, const ki_choice *c) {
+    const kivi_request *r = &c->request->r;
+    edit(ch, c);
+    return (ki_draw){.temperature = r->temperature,
+                     .top_p = r->top_p,
+                     .min_x = ki_draw_min_x(r->min_p),
+                     .top_k = r->top_k,
+                     .repetition = r->repetition_penalty,
+                     .frequency = r->frequency_penalty,
+                     .presence = r->presence_penalty,
+                     .n_edits = ch->editor.n_edits,
+                     .edits = ch->editor.edits,
+                     .u = ki_sample_draw(ki_choice_seed(r->seed, c->index), ki_generated(c))};
 }
 
 static kivi_status ask_constraint(ki_chooser *ch, const ki_choice *c, kivi_error *err) {
@@ -95,18 +112,6 @@ static kivi_status ask_constraint(ki_chooser *ch, const ki_choice *c, kivi_error
                    ki_generated(c));
 }
 
-/* An end token too early; not where nothing else is left. */
-static void hide_ends(ki_chooser *ch, const ki_choice *c) {
-    const ki_request *q = c->request;
-    uint32_t n_left = 0;
-    for (uint32_t i = 0; i < ch->machine->n_vocab && !n_left; i++)
-        n_left += ch->logits[i] > -INFINITY && !ki_is_end(ch->machine, q, (int32_t)i);
-    if (!n_left) return;
-    for (uint32_t i = 0; !q->r.ignore_eos && i < ch->machine->n_ends; i++)
-        ch->logits[ch->machine->ends[i]] = -INFINITY;
-    for (size_t i = 0; i < q->r.n_stop_ids; i++) ch->logits[q->r.stop_ids[i]] = -INFINITY;
-}
-
 static bool is_plain(const ki_choice *c) {
     const kivi_request *r = &c->request->r;
     return r->repetition_penalty == 1 && r->frequency_penalty == 0 && r->presence_penalty == 0 &&
@@ -115,39 +120,39 @@ static bool is_plain(const ki_choice *c) {
 
 bool ki_takes_best(const ki_choice *c) { return c->request->r.temperature == 0 && is_plain(c); }
 
-static kivi_status adjust(ki_chooser *ch, const ki_choice *c, const float *logits,
-                          kivi_error *err) {
-    const kivi_request *r = &c->request->r;
+static kivi_status adjust(ki_chooser *ch, const ki_choice *c, const ki_draw *draw,
+                          const float *logits, kivi_error *err) {
     memcpy(ch->logits, logits, ch->machine->n_vocab * sizeof *logits);
-    for (size_t i = 0; i < r->n_biases; i++) {
-        float *x = &ch->logits[r->biases[i].token];
-        *x = r->biases[i].bias <= -100 ? -INFINITY : *x + r->biases[i].bias;
-    }
-    penalize(ch, c);
-    if (r->constraint.mask) KI_TRY(ask_constraint(ch, c, err));
-    if (ki_generated(c) < r->min_tokens) hide_ends(ch, c);
+    ki_draw_edit_logits(ch->logits, draw);
+    if (c->request->r.constraint.mask) KI_TRY(ask_constraint(ch, c, err));
+    ki_draw_hide_ends(ch->logits, ch->machine->n_vocab, draw);
     return KIVI_OK;
-}
-
-uint64_t ki_choice_seed(uint64_t seed, uint32_t index) {
-    uint64_t z = (seed ^ index * 0x9e3779b97f4a7c15u) * 0xd1342543de82ef95u;
-    return index ? z ^ z >> 32 : seed;
 }
 
 kivi_status ki_choose(int32_t *id, ki_chooser *ch, const ki_choice *c, const float *logits,
                       kivi_error *err) {
-    const kivi_request *r = &c->request->r;
-    kivi_sampler_options o = {
-        .temperature = r->temperature, .top_k = r->top_k, .top_p = r->top_p, .min_p = r->min_p};
+    uint32_t n_vocab = ch->machine->n_vocab;
+    ki_draw draw = draw_of(ch, c);
     if (!is_plain(c)) {
-        KI_TRY(adjust(ch, c, logits, err));
+        KI_TRY(adjust(ch, c, &draw, logits, err));
         logits = ch->logits;
     }
-    double u = ki_sample_draw(ki_choice_seed(r->seed, c->index), ki_generated(c));
-    *id = ki_sample(ch->candidates, logits, ch->machine->n_vocab, &o, u);
-    if (*id < 0) return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
-    if (logits[*id] > -INFINITY) return KIVI_OK;
-    return KI_FAIL(err, INTERNAL, "sampler: bias and constraint leave no token");
+    *id = ki_sample(ch->candidates, logits, n_vocab, &draw);
+    if (*id >= 0 && logits[*id] > -INFINITY) return KIVI_OK;
+    if (logits[kivi_logits_argmax(logits, n_vocab)] == -INFINITY)
+        return KI_FAIL(err, INTERNAL, "sampler: bias and constraint leave no token");
+    return KI_FAIL(err, NUMERIC, "sampler: the logits are not numbers");
+}
+
+bool ki_plan_draw(ki_draw *out, ki_draw_edit *room, uint32_t n_room, ki_chooser *ch,
+                  const ki_choice *c) {
+    const kivi_request *r = &c->request->r;
+    if (r->constraint.mask || r->logprobs >= 0 || ki_takes_best(c)) return false;
+    *out = draw_of(ch, c);
+    if (out->n_edits > n_room) return false;
+    if (out->n_edits) memcpy(room, out->edits, out->n_edits * sizeof *room);
+    out->edits = room;
+    return true;
 }
 
 /* ---- log-probabilities ---- */

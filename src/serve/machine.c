@@ -33,6 +33,7 @@ void ki_machine_of_engine(ki_machine *out, kivi_engine *e) {
                         .logit_rows = o->logit_rows,
                         .max_items = o->max_sessions,
                         .fingerprint = e->model->fingerprint,
+                        .draws = e->backend->api->draw != NULL,
                         .no_prefixes = e->model->config.rope[0].scaling == KI_ROPE_DYNAMIC,
                         .self = e,
                         .forward = forward,

@@ -194,6 +194,17 @@ static const int32_t *tokens_of(const ki_choice *c) {
     return pos < n_prompt ? c->request->r.prompt + pos : ki_generated_ids(c) + (pos - n_prompt);
 }
 
+/* The draw of the token that follows the item's last row, where that row is the last one known. */
+static const ki_draw *draw_for(kivi_scheduler *s, const ki_choice *c, uint32_t n_rows) {
+    ki_draw *draw = &s->draws[s->n_items];
+    if (!s->draws || c->seq->n_tokens + n_rows < ki_known(c) || !c->request->r.max_tokens)
+        return NULL;
+    if (!ki_plan_draw(draw, s->edits + s->n_edits, KI_DRAW_EDITS - s->n_edits, &s->chooser, c))
+        return NULL;
+    s->n_edits += draw->n_edits;
+    return draw;
+}
+
 /* Puts rows of a running choice into the step. False: it runs no longer. */
 static bool add_item(kivi_scheduler *s, ki_choice *c) {
     uint32_t n_rows = rows_of(s, c), i = s->n_items;
@@ -210,6 +221,7 @@ static bool add_item(kivi_scheduler *s, ki_choice *c) {
                                   .tokens = tokens_of(c),
                                   .n_rows = n_rows,
                                   .all_logits = scored,
+                                  .draw = draw_for(s, c, n_rows),
                                   .err = &s->errors[i]};
     s->owners[s->n_items++] = c;
     c->has_item = true;
@@ -390,6 +402,7 @@ bool ki_can_work(const kivi_scheduler *s) {
 void ki_plan(kivi_scheduler *s) {
     uint32_t n_generating = 0;
     s->report = (kivi_step_report){0};
+    s->n_edits = 0;
     s->echo_left = s->machine.logit_rows - s->o.max_running;
     for (uint32_t i = 0; i < s->n_running; i++)
         n_generating += !s->running[i]->request->is_paused && generates(s->running[i]);

@@ -67,6 +67,12 @@ static kivi_status make_arrays(kivi_scheduler *s, kivi_error *err) {
     s->page_seen = p;
     KI_TRY(ki_alloc_array(&p, s->mem, KI_TAG_other, s->machine.logit_rows, sizeof *s->rows, err));
     s->rows = p;
+    if (s->machine.draws) {
+        KI_TRY(ki_alloc_array(&p, s->mem, KI_TAG_other, n, sizeof *s->draws, err));
+        s->draws = p;
+        KI_TRY(ki_alloc_array(&p, s->mem, KI_TAG_other, KI_DRAW_EDITS, sizeof *s->edits, err));
+        s->edits = p;
+    }
     return ki_chooser_init(&s->chooser, s->mem, &s->machine, err);
 }
 
@@ -92,6 +98,8 @@ static void free_all(kivi_scheduler *s) {
     ki_free(s->mem, s->errors);
     ki_free(s->mem, s->page_seen);
     ki_free(s->mem, s->rows);
+    ki_free(s->mem, s->draws);
+    ki_free(s->mem, s->edits);
     ki_free(s->mem, s);
 }
 

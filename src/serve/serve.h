@@ -33,10 +33,11 @@ typedef struct ki_machine {
     const int32_t *ends; /* [n_ends] the model's end tokens */
     uint32_t n_ends;
     uint64_t fingerprint;
+    bool draws;       /* forward makes the items' draws (model.h) */
     bool no_prefixes; /* keys of a prompt depend on its length (dynamic NTK): nothing can be shared
                        */
     void *self;
-    /* items are in an open step; fills status, err, logit_row and best of each */
+    /* items are in an open step; fills status, err, logit_row, best and drawn of each */
     void (*forward)(void *self, ki_batch_item *items, size_t n_items);
     /* [V] of a row of the last pass, lent until the next one; NULL: the device failed */
     const float *(*logits)(void *self, uint32_t row);
@@ -152,7 +153,7 @@ typedef struct ki_chooser {
     ki_candidate *candidates; /* [V] */
     float *logits;            /* [V] */
     uint32_t *allowed;        /* [(V + 31) / 32] */
-    uint32_t *counts;         /* [V], zero between calls */
+    ki_editor editor;         /* room for [V] edits */
 } ki_chooser;
 
 kivi_status ki_chooser_init(ki_chooser *ch, ki_mem *mem, const ki_machine *machine,
@@ -161,6 +162,12 @@ void ki_chooser_deinit(ki_chooser *ch);
 /* The next token of a choice from a row of logits [V]. */
 kivi_status ki_choose(int32_t *id, ki_chooser *ch, const ki_choice *c, const float *logits,
                       kivi_error *err);
+/* What a machine that draws needs to know before it evaluates the choice's last row: its edits, to
+ * room [n_room]. False: the caller chooses from the row's logits, because of a constraint (host
+ * code), because log-probabilities are wanted (the row comes here anyway), or since there is no
+ * room for its edits; or the best token is wanted, which needs no draw. */
+bool ki_plan_draw(ki_draw *out, ki_draw_edit *room, uint32_t n_room, ki_chooser *ch,
+                  const ki_choice *c);
 /* out [1 + n_top]: the token's own log-probability, then the top list, from a row of logits. */
 void ki_logprobs(kivi_logprob *out, const float *logits, uint32_t n_vocab, int32_t token,
                  uint32_t n_top);
@@ -186,6 +193,9 @@ struct kivi_scheduler {
     ki_batch_item *items;                              /* [max_running] */
     ki_choice **owners;                                /* [max_running] */
     kivi_error *errors;                                /* [max_running] */
+    ki_draw *draws;                                    /* [max_running]; NULL: nobody draws */
+    ki_draw_edit *edits;                               /* [KI_DRAW_EDITS]: of all draws */
+    uint32_t n_edits;
     uint32_t n_items, rows_left, rows_kept, echo_left; /* of the step that is planned */
     kivi_step_report report;
     uint8_t *page_seen; /* [n_pages] */

@@ -117,11 +117,12 @@ static void finish(kivi_scheduler *s, ki_choice *c, kivi_finish why) {
 
 /* ---- the next token ---- */
 
-/* What a row of the last pass says: its logits are fetched when somebody looks at them, and the
- * largest is known already where a device has looked (else -1). */
+/* What a row of the last pass says: its logits are fetched when somebody looks at them; the largest
+ * is known already where a device has looked, and the next token of the choice whose row it is
+ * where a device has drawn (else -1). */
 typedef struct outcome {
     uint32_t row;
-    int32_t best;
+    int32_t best, drawn;
 } outcome;
 
 static kivi_status choose(int32_t *token, const float **logits, kivi_scheduler *s,
@@ -129,6 +130,8 @@ static kivi_status choose(int32_t *token, const float **logits, kivi_scheduler *
     *logits = NULL;
     *token = said.best;
     if (said.best >= 0 && ki_takes_best(c) && c->request->r.logprobs < 0) return KIVI_OK;
+    *token = said.drawn;
+    if (said.drawn >= 0) return KIVI_OK;
     *logits = s->machine.logits(s->machine.self, said.row);
     if (!*logits) return KI_FAIL(err, DEVICE, "the device does not give its logits");
     return ki_choose(token, &s->chooser, c, *logits, err);
@@ -178,7 +181,10 @@ static void begin_choices(kivi_scheduler *s, ki_choice *first, outcome said) {
         if (!try_fork(s, c, first)) ki_wait(s, c);
     }
     for (uint32_t i = 0; i < q->r.n && !q->is_over && !q->is_cancelled; i++)
-        if (q->choices[i].state == KI_RUNNING) advance(s, &q->choices[i], said);
+        if (q->choices[i].state == KI_RUNNING) {
+            advance(s, &q->choices[i], said);
+            said.drawn = -1; /* it was the first one's; the others draw from the logits */
+        }
 }
 
 static void end_prompt(kivi_scheduler *s, ki_choice *c, outcome said) {
@@ -253,7 +259,8 @@ static void use_result(kivi_scheduler *s, ki_choice *c, const ki_batch_item *ite
     s->exact_bytes -= c->exact_bytes; /* the prompt's 16-bit rows are gone, and it has begun */
     c->exact_bytes = 0;
     if (!q->is_told) ki_promise_growth(s, c); /* its forks have promises of their own */
-    outcome said = {item->logit_row + (item->all_logits ? item->n_rows - 1 : 0), item->best};
+    outcome said = {item->logit_row + (item->all_logits ? item->n_rows - 1 : 0), item->best,
+                    item->drawn};
     if (q->is_told) advance(s, c, said);
     else end_prompt(s, c, said);
 }

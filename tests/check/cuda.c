@@ -95,6 +95,71 @@ static void check_pages(void) {
                         check_exchange(&r, head_dims[i], bits[k], bits[v], group);
 }
 
+/* What a page of a + kind says on the device, by the order's own functions, is what it says here.
+ */
+static void compare_plus(const uint8_t *there, uint8_t *here, const ki_cuda_layout *l,
+                         const ki_layout *cpu) {
+    uint32_t d = l->head_dim, steps = d / 16, wide_steps = (d / 4 + 15) / 16;
+    ki_plus_keys keys;
+    ki_layout_keys(&keys, cpu, here);
+    for (uint32_t t = 0; t < KI_PAGE_TOKENS; t++) {
+        const uint32_t *sub =
+            (const uint32_t *)(there + l->head_bytes + (size_t)(t / 32) * l->sub_bytes);
+        for (uint32_t w = 0; keys.wide && w < d / 4; w++) {
+            ki_order_place p = ki_order_key(t % 32, w, wide_steps, 2);
+            CHECK((sub[l->wide_at / 4 + p.word] >> p.bit & 3) ==
+                      ki_plus_wide_code(keys.wide, t, w, d),
+                  "wide code %u of token %u", w, t);
+        }
+        for (uint32_t c = 0; c < d; c++) {
+            ki_order_place k = ki_order_key(t % 32, c, steps, l->k_bits),
+                           v = ki_order_value(t % 32, c, steps, 2),
+                           h = ki_order_value(t % 32, c, steps, 1);
+            uint32_t code = sub[l->v_at / 4 + v.word] >> v.bit & 3;
+            const uint32_t *third = (const uint32_t *)(here + cpu->v_third_at);
+            if (l->v_bits == 3) code |= (sub[l->third_at / 4 + h.word] >> h.bit & 1) << 2;
+            CHECK((sub[l->k_at / 4 + k.word] >> k.bit & ((1u << l->k_bits) - 1)) ==
+                      ki_key_code(keys.low, t, c, d, l->k_bits),
+                  "key code (%u, %u)", t, c);
+            CHECK(code == ki_plus_value_code((const uint32_t *)(here + cpu->v_codes_at),
+                                             l->v_bits == 3 ? third : NULL, t, d, c),
+                  "value code (%u, %u)", t, c);
+        }
+    }
+}
+
+static void check_plus_page(rng *r, uint32_t d, const char *kind) {
+    kivi_cache_geometry g = kivi_cache_defaults();
+    ki_cuda_layout l;
+    ki_layout cpu;
+    g.n_layers = 1, g.n_heads = 8, g.n_kv_heads = 2, g.head_dim = d, g.n_pages = 1;
+    CHECK_OK(kivi_kv_by_name(&g.kv, kind, err));
+    CHECK_OK(ki_layout_init(&cpu, &g, err));
+    g.kv = cpu.kv;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+    if (check_failed()) return;
+    size_t list_end = cpu.k_list_at + (ki_has_wide(&cpu) ? d / 4 : 0);
+    uint8_t *page = check_alloc(cpu.page_bytes), *back = check_alloc(cpu.page_bytes);
+    guard there = guard_alloc(l.page_bytes);
+    for (size_t i = 0; i < list_end; i++) page[i] = (uint8_t)rng_u64(r); /* padding is 0 */
+    for (uint32_t w = 0; ki_has_wide(&cpu) && w < d / 4; w++)
+        page[cpu.k_list_at + w] = (uint8_t)(4 * w + rng_below(r, 4));
+    ki_cuda_page_from_cpu(there.data, page, &l);
+    compare_plus(there.data, page, &l, &cpu);
+    ki_cuda_page_to_cpu(back, there.data, &l);
+    CHECK(!memcmp(page, back, cpu.page_bytes), "D %u, %s: not the same page", d, kind);
+    free(page);
+    free(back);
+    guard_free(&there);
+}
+
+static void check_plus_pages(void) {
+    static const char *const plus_kinds[] = {"kivi2+", "k4v2+", "k4v3+"};
+    rng r = check_rng();
+    for (int i = 0; i < N_DIMS; i++)
+        for (int k = 0; k < 3; k++) check_plus_page(&r, head_dims[i], plus_kinds[k]);
+}
+
 /* One sequence at one length: fast units and slow blocks cover what is visible, once; fast ones are
  * all codes; the splits hand out each of them once, in order. */
 static void check_sequence(const ki_cuda_layout *l, uint32_t n, uint32_t window, uint32_t split) {
@@ -222,6 +287,10 @@ void check_cuda(void) {
     }
     if (check_case("cuda/pages")) {
         check_pages();
+        check_end();
+    }
+    if (check_case("cuda/plus-pages")) {
+        check_plus_pages();
         check_end();
     }
     if (check_case("cuda/plan")) {

@@ -52,7 +52,7 @@ static void end_case(const std::string &note = "") {
     printf("\n");
     fflush(stdout);
 }
-static void skip_case(const std::string &why) {
+static inline void skip_case(const std::string &why) {
     run.n_skipped++;
     printf("skip %s: %s\n", run.name.c_str(), why.c_str());
     fflush(stdout);

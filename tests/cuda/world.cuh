@@ -107,7 +107,7 @@ static inline kivi_cache_geometry geometry_of(const world_options &o) {
 /* ---- rows ---- */
 
 /* Keys with a few channels of large magnitude, as models have them. */
-static void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
+static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
                         std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows, rng &r) {
     size_t d = o.head_dim;
     k.resize(n_rows * o.n_kv_heads * d), v.resize(k.size()), q.resize(n_rows * o.n_heads * d);

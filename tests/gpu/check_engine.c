@@ -2,7 +2,8 @@
  * that runs out. One line a case, `ok NAME` or `not ok NAME: why`; `skip` without a GPU.
  *
  * usage: check_engine FOLDER_OF_GOLDEN_FILES FOLDER_TO_WRITE_IN */
-#include "base.h"
+#include "engine.h"
+#include "kivi_cache.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -13,7 +14,7 @@ static int n_failed;
 static kivi_error err;
 static char model_path[1024], file_path[1024];
 
-enum { CTX = 512, N_PROMPT = 150, N_MORE = 60, MAX_SESSIONS = 8 };
+enum { CTX = 512, N_PROMPT = 200, N_MORE = 60, MAX_SESSIONS = 8 };
 
 #define FAIL(...) return snprintf(why, sizeof why, __VA_ARGS__), false
 #define MUST(call)                                                                                 \
@@ -255,6 +256,129 @@ static bool files(kivi_engine *from, kivi_engine *to, double tolerance) {
     return true;
 }
 
+/* ---- tokens drawn on the device ---- */
+
+/* The token that a CPU draws from a session's logits, as src/engine/sample.c does. */
+static int32_t draw_here(const kivi_sampler_options *o, const said *x, const int32_t *history,
+                         uint32_t n_history, uint64_t n_drawn) {
+    static ki_candidate all[512];
+    static float logits[512];
+    ki_draw_edit edits[64];
+    uint32_t n = KI_MIN(n_history, o->repeat_tokens), n_edits = 0;
+    for (uint32_t i = n_history - n; i < n_history && o->repeat_penalty != 1; i++) {
+        bool seen = false;
+        for (uint32_t j = 0; j < n_edits; j++) seen = seen || edits[j].id == history[i];
+        if (!seen) edits[n_edits++] = (ki_draw_edit){.id = history[i], .what = KI_EDIT_REPEATED};
+    }
+    ki_draw d = {.temperature = o->temperature,
+                 .top_p = o->top_p,
+                 .min_x = ki_draw_min_x(o->min_p),
+                 .top_k = o->top_k,
+                 .repetition = o->repeat_penalty,
+                 .n_edits = n_edits,
+                 .edits = edits,
+                 .u = ki_sample_draw(o->seed, n_drawn)};
+    memcpy(logits, x->logits, x->n * sizeof *logits);
+    ki_draw_edit_logits(logits, &d);
+    return ki_sample(all, logits, x->n, &d);
+}
+
+static bool draws(kivi_engine *e) {
+    static const kivi_sampler_options settings[] = {{0.8f, 40, 0.95f, 0.05f, 1.1f, 64, 7},
+                                                    {1.5f, 0, 1, 0, 1, 0, 8},
+                                                    {1, 0, 0.7f, 0, 1.3f, 64, 9},
+                                                    {0.3f, 5, 1, 0.2f, 1, 0, 10},
+                                                    {0, 0, 1, 0, 1.4f, 64, 11},
+                                                    {0, 0, 1, 0, 1, 0, 12}};
+    static said x, again;
+    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
+        const kivi_sampler_options *o = &settings[i];
+        kivi_session *s = NULL;
+        kivi_sampler *sampler = NULL;
+        int32_t history[CTX], id;
+        MUST(kivi_session_create(&s, e, &err));
+        MUST(kivi_sampler_create(&sampler, e, o, &err));
+        tokens_of(history, (uint32_t)i, 0, 40);
+        MUST(kivi_session_prompt(s, history, 40, &err));
+        for (uint32_t n = 40; n < 140; n++) {
+            if (n % 2 && !listen(&x, e, s)) return false; /* before the draw, or after it */
+            MUST(kivi_sampler_next(&id, sampler, s, &err));
+            if (!listen(&again, e, s)) return false;
+            if (n % 2 && !is_same(&x, &again)) FAIL("setting %zu: a draw changed the logits", i);
+            int32_t want = draw_here(o, &again, history, n, o->temperature > 0 ? n - 40 : 0);
+            if (id != want) FAIL("setting %zu, token %u: %d, the CPU's %d", i, n - 40, id, want);
+            history[n] = id;
+            MUST(kivi_session_decode(s, id, &err));
+        }
+        kivi_sampler_destroy(&sampler);
+        kivi_session_destroy(&s);
+    }
+    return true;
+}
+
+/* ---- the batch-invariant mode ---- */
+
+enum { N_DECODED = 24, N_SECOND = 30, MOST = 32 };
+
+/* Decodes beside n others; what is said at each step is kept, or compared. Others come and go at
+ * other places in the batch, and one of them feeds a prompt at two of the steps. */
+static bool among(kivi_engine *e, uint32_t n, said *kept, bool compare) {
+    kivi_session *s[MOST] = {NULL};
+    kivi_step_item items[MOST];
+    int32_t prompts[2][N_PROMPT], next[MOST], second[N_SECOND];
+    static said now;
+    for (uint32_t i = 0; i <= n; i++) MUST(kivi_session_create(&s[i], e, &err));
+    for (uint32_t i = 1; i < n; i++)
+        if (!play(s[i], i, i % 3)) return false;
+    for (uint32_t i = 0; i < 2; i++) tokens_of(prompts[i], i ? n : 0, 0, N_PROMPT);
+    MUST(kivi_session_begin_prompt(s[0], N_PROMPT, &err));
+    if (n) MUST(kivi_session_begin_prompt(s[n], N_PROMPT, &err));
+    items[n ? 1 : 0] =
+        (kivi_step_item){.session = s[0], .tokens = prompts[0], .n_tokens = N_PROMPT};
+    if (n) items[0] = (kivi_step_item){.session = s[n], .tokens = prompts[1], .n_tokens = N_PROMPT};
+    MUST(kivi_engine_step(e, items, n ? 2 : 1, &err));
+    for (uint32_t t = 0; t <= N_DECODED; t++) {
+        if (!listen(&now, e, s[0])) return false;
+        if (!compare) kept[t] = now;
+        else if (!is_same(&now, &kept[t]))
+            FAIL("%u neighbours, step %u: %g", n, t, apart(&now, &kept[t]));
+        if (t == N_DECODED) break;
+        uint32_t n_now = t % 4 == 3 ? n / 2 : n, mine = t % (n_now + 1);
+        for (uint32_t i = 0; i <= n_now; i++) {
+            uint32_t who = i == mine ? 0 : i < mine ? i + 1 : i;
+            next[i] = token_at(who, kivi_session_length(s[who]));
+            items[i] = (kivi_step_item){.session = s[who], .tokens = &next[i], .n_tokens = 1};
+            if (who == 0 || who != n_now || t % 12 != 5) continue;
+            tokens_of(second, who, t, N_SECOND);
+            MUST(kivi_session_begin_prompt(s[who], N_SECOND, &err));
+            items[i].tokens = second, items[i].n_tokens = N_SECOND;
+        }
+        MUST(kivi_engine_step(e, items, n_now + 1, &err));
+        for (uint32_t i = 0; i <= n_now; i++)
+            if (items[i].status) FAIL("item %u: %s", i, items[i].error.text);
+    }
+    for (uint32_t i = 0; i <= n; i++) kivi_session_destroy(&s[i]);
+    return true;
+}
+
+static bool invariant(const char *compute, uint32_t max_sessions, const char *kind) {
+    static const uint32_t counts[] = {1, 3, 7, 31};
+    static said kept[N_DECODED + 1];
+    kivi_engine *e = NULL;
+    kivi_engine_options o = options_of("cuda");
+    o.compute_type = compute;
+    o.batch_invariant = true;
+    o.max_sessions = max_sessions;
+    if (kind) MUST(kivi_kv_by_name(&o.kv, kind, &err));
+    if (kind) o.kv.residual_tokens = 0;
+    MUST(kivi_engine_create(&e, &o, &err));
+    if (!among(e, 0, kept, false) || !among(e, 0, kept, true)) return false;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (!among(e, counts[i], kept, true)) return false;
+    kivi_engine_destroy(&e);
+    return true;
+}
+
 static bool failing_allocations(void) {
     uint32_t n_failures = 0;
     for (uint64_t n = 1; n < 4000; n++) {
@@ -345,6 +469,38 @@ static kivi_engine *open_engine(const char *device) {
     return kivi_engine_create(&e, &o, &err) == KIVI_OK ? e : NULL;
 }
 
+/* Forks, steps back and files of the kinds with planes of their own: a page is closed and another
+ * begun by the prompt's 200 rows, and the second one closes among the rows behind it. */
+static bool plus_kinds(const char *family) {
+    static const char *const kinds[] = {"kivi2+", "k4v2+", "k4v3+"};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        kivi_engine *e[2] = {NULL};
+        char name[64];
+        for (int cpu = 0; cpu < 2; cpu++) {
+            kivi_engine_options o = options_of(cpu ? "cpu" : "cuda");
+            o.kv.residual_tokens = 0;
+            MUST(kivi_kv_by_name(&o.kv, kinds[i], &err));
+            kivi_status status = kivi_engine_create(&e[cpu], &o, &err);
+            if (status == KIVI_UNSUPPORTED && !cpu) { /* heads without a fused kernel */
+                printf("skip %s/%s: %s\n", family, kinds[i], err.text);
+                return true;
+            }
+            if (status != KIVI_OK) FAIL("%s", err.text);
+        }
+        snprintf(name, sizeof name, "%s/fork-and-rewind", kinds[i]);
+        report(family, name, fork_and_rewind(e[0]));
+        snprintf(name, sizeof name, "%s/file-to-cuda", kinds[i]);
+        report(family, name, files(e[0], e[0], 0));
+        snprintf(name, sizeof name, "%s/file-to-cpu", kinds[i]);
+        report(family, name, files(e[0], e[1], 2.5));
+        snprintf(name, sizeof name, "%s/file-from-cpu", kinds[i]);
+        report(family, name, files(e[1], e[0], 2.5));
+        kivi_engine_destroy(&e[0]);
+        kivi_engine_destroy(&e[1]);
+    }
+    return true;
+}
+
 int main(int argc, char **argv) {
     static const char *const families[] = {"llama-gqa", "mistral-swa", "gemma3"};
     if (argc != 3) return 2;
@@ -365,12 +521,20 @@ int main(int argc, char **argv) {
         report(f, "file-to-cpu", files(gpu, cpu, 2.5));
         report(f, "file-from-cpu", files(cpu, gpu, 2.5));
         report(f, "counts", counts(gpu));
+        report(f, "draws", draws(gpu));
         kivi_engine_destroy(&gpu);
         kivi_engine_destroy(&cpu);
         report_whole(f, "whole-prompts-f16", whole_prompts("f16"));
         report_whole(f, "whole-prompts-bf16", whole_prompts("bf16"));
+        report(f, "plus-kinds", plus_kinds(f));
+        report(f, "invariant/f16", invariant("f16", MOST, NULL));
     }
     snprintf(model_path, sizeof model_path, "%s/llama-gqa", argv[1]);
+    report("invariant", "bf16", invariant("bf16", MOST, NULL));
+    report("invariant", "f32", invariant("f32", MOST, NULL));
+    report("invariant", "f16-100-sessions", invariant("f16", 100, NULL));
+    report("invariant", "kivi2+", invariant("f16", MOST, "kivi2+"));
+    report("invariant", "f16-cache", invariant("f16", MOST, "f16"));
     report("memory", "runs-out", out_of_memory());
     report("memory", "failing-allocations", failing_allocations());
     return n_failed != 0;

@@ -1,0 +1,326 @@
+/* check-dense: the CUDA kernels beside the cache. Tokens drawn on the device against the CPU's
+ * (engine/draw.c), one by one; products of few rows against float64, and that no row's bits depend
+ * on the others. Needs a GPU. check-dense [--seed=N] [--test=PREFIX] */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.cuh"
+
+#include "draw_cuda.h"
+#include "skinny.h"
+
+extern "C" {
+#include "engine.h"
+}
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+static uint32_t below(rng &r, uint32_t n) { return (uint32_t)(r.u64() % n); }
+static double uniform(rng &r) { return (double)(r.u64() >> 11) * 0x1p-53; }
+
+/* ---- draws ---- */
+
+enum row_kind { NORMAL, SHARP, TIES, FLAT, HOLES, N_KINDS };
+
+static void random_logits(float *out, uint32_t n, row_kind kind, rng &r) {
+    for (uint32_t i = 0; i < n; i++) {
+        float x = r.normal();
+        if (kind == SHARP) x = x * 6 + (below(r, 1000) == 0 ? 12.0f : 0.0f);
+        if (kind == TIES) x = (float)(int)(x * 8) / 4; /* 0 and -0 among them */
+        if (kind == FLAT) x = below(r, n) < 1500 ? 1.0f : -40.0f;
+        if (kind == HOLES && below(r, 3) == 0) x = -INFINITY;
+        out[i] = kind == NORMAL ? x * 2.5f : x;
+    }
+}
+
+static void random_edits(std::vector<ki_draw_edit> &out, uint32_t n_vocab, uint32_t n, rng &r) {
+    std::vector<bool> seen(n_vocab);
+    for (uint32_t i = 0; i < n; i++) {
+        ki_draw_edit e = {(int32_t)below(r, n_vocab), 4 * r.normal(), below(r, 4), below(r, 16)};
+        if (seen[(size_t)e.id]) continue;
+        seen[(size_t)e.id] = true;
+        out.push_back(e);
+    }
+}
+
+static ki_draw random_draw(const std::vector<ki_draw_edit> &edits, rng &r) {
+    static const uint32_t tops[] = {0, 0, 1, 2, 40, 500, 100000};
+    ki_draw d = {};
+    d.temperature = below(r, 12) == 0 ? 0 : 0.05f + 2.0f * (float)uniform(r);
+    d.top_p = below(r, 2) ? 1 : 0.01f + 0.99f * (float)uniform(r);
+    d.min_x = below(r, 2) ? -INFINITY : logf((float)uniform(r) * 0.3f + 1e-6f);
+    d.top_k = tops[below(r, 7)];
+    d.repetition = 1 + 0.3f * (float)uniform(r);
+    d.frequency = (float)uniform(r) - 0.5f;
+    d.presence = (float)uniform(r) - 0.5f;
+    d.n_edits = (uint32_t)edits.size();
+    d.edits = edits.data();
+    d.u = below(r, 20) == 0 ? 1 - 0x1p-53 : below(r, 20) == 0 ? 0 : uniform(r);
+    return d;
+}
+
+/* As src/serve/choose.c does it. */
+static int32_t draw_here(const std::vector<float> &logits, const ki_draw &d) {
+    std::vector<float> mine = logits;
+    std::vector<ki_candidate> all(logits.size());
+    ki_draw_edit_logits(mine.data(), &d);
+    ki_draw_hide_ends(mine.data(), (uint32_t)mine.size(), &d);
+    return ki_sample(all.data(), mine.data(), (uint32_t)mine.size(), &d);
+}
+
+static void run_draws(uint32_t n_vocab, row_kind kind) {
+    enum { ROWS = 24, ROUNDS = 8 };
+    rng r = case_rng();
+    size_t stride = (n_vocab + 15) / 16 * 16;
+    std::vector<float> all(ROWS * stride);
+    std::vector<std::vector<float>> rows(ROWS);
+    uint32_t n_left = 0, n_all = 0;
+    for (uint32_t round = 0; round < ROUNDS && !check_failed(); round++) {
+        std::vector<std::vector<ki_draw_edit>> edits(ROWS);
+        std::vector<ki_draw> draws;
+        std::vector<ki_cuda_draw> there;
+        std::vector<ki_draw_edit> flat;
+        for (uint32_t i = 0; i < ROWS; i++) {
+            rows[i].resize(n_vocab);
+            random_logits(rows[i].data(), n_vocab, kind, r);
+            memcpy(&all[i * stride], rows[i].data(), n_vocab * sizeof(float));
+            if (below(r, 2)) random_edits(edits[i], n_vocab, below(r, 200), r);
+            ki_draw d = random_draw(edits[i], r);
+            draws.push_back(d);
+            uint32_t first = (uint32_t)flat.size();
+            flat.insert(flat.end(), edits[i].begin(), edits[i].end());
+            there.push_back({d.u, d.temperature, d.top_p, d.min_x, d.repetition, d.frequency,
+                             d.presence, i, d.top_k, first, d.n_edits});
+        }
+        device_array<float> logits;
+        device_array<ki_cuda_draw> specs;
+        device_array<ki_draw_edit> list;
+        device_array<int32_t> ids;
+        logits.make(all.size()), logits.put(all.data(), all.size());
+        specs.make(ROWS), specs.put(there.data(), ROWS);
+        list.make(flat.size() + 1), list.put(flat.data(), flat.size());
+        ids.make(ROWS);
+        ki_cuda_draw_rows(ids.data, logits.data, stride, n_vocab, specs.data, list.data, ROWS,
+                          NULL);
+        MUST(cudaGetLastError());
+        MUST(cudaDeviceSynchronize());
+        std::vector<int32_t> got(ROWS);
+        std::vector<float> after(all.size());
+        MUST(cudaMemcpy(got.data(), ids.data, ROWS * sizeof(int32_t), cudaMemcpyDeviceToHost));
+        MUST(cudaMemcpy(after.data(), logits.data, all.size() * sizeof(float),
+                        cudaMemcpyDeviceToHost));
+        CHECK(!memcmp(after.data(), all.data(), all.size() * sizeof(float)),
+              "a row is not as it was");
+        for (uint32_t i = 0; i < ROWS; i++) {
+            int32_t want = draw_here(rows[i], draws[i]);
+            n_all++;
+            n_left += got[i] < 0 && want >= 0;
+            CHECK(got[i] == want || got[i] < 0,
+                  "round %u row %u: token %d, the CPU's %d (temperature %g top_k %u top_p %g min_x "
+                  "%g u %.17g, %u edits)",
+                  round, i, got[i], want, draws[i].temperature, draws[i].top_k, draws[i].top_p,
+                  draws[i].min_x, draws[i].u, draws[i].n_edits);
+        }
+    }
+    if (n_vocab > 2 && (kind == NORMAL || kind == SHARP || kind == HOLES))
+        CHECK(n_left == 0, "%u of %u rows are left to the CPU", n_left, n_all);
+    end_case(text("%u of %u left to the CPU", n_left, n_all));
+}
+
+static void check_draws() {
+    static const uint32_t sizes[] = {2, 288, 32000, 49152, 128256};
+    static const char *const names[] = {"normal", "sharp", "ties", "flat", "holes"};
+    for (uint32_t n : sizes)
+        for (int kind = 0; kind < N_KINDS; kind++)
+            if (open_case(text("draw/%u-%s", n, names[kind]))) run_draws(n, (row_kind)kind);
+    if (!open_case("draw/faults")) return;
+    std::vector<float> rows(4 * 288, 0.0f);
+    for (int i = 0; i < 288; i++) rows[i] = NAN, rows[288 + i] = -INFINITY;
+    rows[2 * 288 + 5] = INFINITY;
+    rows[3 * 288 + 7] = NAN, rows[3 * 288 + 9] = 50; /* one that is not a number, not in front */
+    std::vector<ki_cuda_draw> draws;
+    for (uint32_t i = 0; i < 4; i++) draws.push_back({0.5, 1, 1, -INFINITY, 1, 0, 0, i, 0, 0, 0});
+    device_array<float> logits;
+    device_array<ki_cuda_draw> specs;
+    device_array<ki_draw_edit> list;
+    device_array<int32_t> ids;
+    logits.make(rows.size()), logits.put(rows.data(), rows.size());
+    specs.make(4), specs.put(draws.data(), 4);
+    list.make(1), ids.make(4);
+    ki_cuda_draw_rows(ids.data, logits.data, 288, 288, specs.data, list.data, 4, NULL);
+    std::vector<int32_t> got(4);
+    MUST(cudaMemcpy(got.data(), ids.data, 16, cudaMemcpyDeviceToHost));
+    CHECK(got[0] == -1 && got[1] == -1 && got[2] == -1 && got[3] == 9, "%d %d %d %d", got[0],
+          got[1], got[2], got[3]);
+    end_case();
+}
+
+/* Microseconds of a launch over rows of a vocabulary, for the report: best of a few. */
+static void time_draws() {
+    static const struct {
+        uint32_t n_vocab, n_rows;
+    } cases[] = {{49152, 1}, {32000, 1}, {32000, 32}, {128256, 1}, {128256, 32}};
+    for (const auto &c : cases) {
+        if (!open_case(text("time/draw-%u-of-%u", c.n_rows, c.n_vocab))) continue;
+        rng r = case_rng();
+        std::vector<float> rows((size_t)c.n_rows * c.n_vocab);
+        random_logits(rows.data(), (uint32_t)rows.size(), NORMAL, r);
+        std::vector<ki_cuda_draw> draws;
+        for (uint32_t i = 0; i < c.n_rows; i++)
+            draws.push_back({uniform(r), 0.8f, 0.95f, logf(0.05f), 1, 0, 0, i, 40, 0, 0});
+        device_array<float> logits;
+        device_array<ki_cuda_draw> specs;
+        device_array<ki_draw_edit> list;
+        device_array<int32_t> ids;
+        logits.make(rows.size()), logits.put(rows.data(), rows.size());
+        specs.make(c.n_rows), specs.put(draws.data(), c.n_rows);
+        list.make(1), ids.make(c.n_rows);
+        cudaEvent_t from, to;
+        MUST(cudaEventCreate(&from));
+        MUST(cudaEventCreate(&to));
+        float best = 1e9f;
+        for (int i = 0; i < 12; i++) {
+            float ms;
+            MUST(cudaEventRecord(from));
+            ki_cuda_draw_rows(ids.data, logits.data, c.n_vocab, c.n_vocab, specs.data, list.data,
+                              c.n_rows, NULL);
+            MUST(cudaEventRecord(to));
+            MUST(cudaEventSynchronize(to));
+            MUST(cudaEventElapsedTime(&ms, from, to));
+            best = std::min(best, ms);
+        }
+        cudaEventDestroy(from), cudaEventDestroy(to);
+        end_case(text("%.1f us", best * 1000));
+    }
+}
+
+/* ---- products ---- */
+
+typedef kivi_status (*product_fn)(const ki_gemv_call *, void *, kivi_error *);
+
+struct product_case {
+    uint32_t n, k;
+    ki_cuda_type type;
+    device_array<uint16_t> w, x;
+    device_array<float> out;
+    std::vector<float> w_values, x_values;
+
+    uint16_t bits_of(float v, float *rounded) const {
+        uint16_t bits;
+        if (type == KI_CUDA_F16) {
+            __half h = __float2half_rn(v);
+            memcpy(&bits, &h, 2), *rounded = __half2float(h);
+        } else {
+            __nv_bfloat16 h = __float2bfloat16_rn(v);
+            memcpy(&bits, &h, 2), *rounded = __bfloat162float(h);
+        }
+        return bits;
+    }
+    void make(uint32_t n_, uint32_t k_, ki_cuda_type type_, rng &r) {
+        n = n_, k = k_, type = type_;
+        std::vector<uint16_t> bits((size_t)n * k);
+        w_values.resize(bits.size());
+        for (size_t i = 0; i < bits.size(); i++) bits[i] = bits_of(r.normal(), &w_values[i]);
+        w.make(bits.size()), w.put(bits.data(), bits.size());
+        bits.resize((size_t)64 * k), x_values.resize(bits.size());
+        for (size_t i = 0; i < bits.size(); i++) bits[i] = bits_of(r.normal(), &x_values[i]);
+        x.make(bits.size()), x.put(bits.data(), bits.size());
+        out.make((size_t)64 * (n + 16));
+    }
+    /* [m][n] of rows from first_row on; add: to what begin says everywhere. */
+    std::vector<float> get(product_fn f, uint32_t first_row, uint32_t m, bool add, float begin) {
+        std::vector<float> got((size_t)64 * (n + 16), begin);
+        out.put(got.data(), got.size());
+        ki_gemv_call c = {out.data, n + 16, w.data, x.data + (size_t)first_row * k, n, k,
+                          m,        type,   add};
+        CHECK_OK(f(&c, NULL, err));
+        MUST(cudaDeviceSynchronize());
+        MUST(cudaMemcpy(got.data(), out.data, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        for (uint32_t row = 0; row < 64; row++)
+            for (uint32_t i = row < m ? n : 0; i < n + 16; i++)
+                CHECK(got[(size_t)row * (n + 16) + i] == begin, "written beside: row %u, %u", row,
+                      i);
+        return got;
+    }
+};
+
+/* Sums of float32: of k terms off by at most k 2^-24 of the sum of their sizes, and tensor cores
+ * cut off what they do not round: 2^-22 a step of 16. */
+static void compare_product(const product_case &p, const std::vector<float> &got, uint32_t m,
+                            float begin) {
+    double factor = p.k * 0x1p-24 + p.k / 16.0 * 0x1p-22 + 0x1p-22;
+    for (uint32_t row = 0; row < m && !check_failed(); row++)
+        for (uint32_t i = 0; i < p.n; i += 1 + p.n / 97) {
+            double sum = begin, size = fabs((double)begin);
+            for (uint32_t c = 0; c < p.k; c++) {
+                double t = (double)p.w_values[(size_t)i * p.k + c] *
+                           (double)p.x_values[(size_t)row * p.k + c];
+                sum += t, size += fabs(t);
+            }
+            double v = got[(size_t)row * (p.n + 16) + i];
+            CHECK(fabs(v - sum) <= factor * size, "row %u of %u, output %u: %.9g, expected %.9g",
+                  row, m, i, v, sum);
+        }
+}
+
+static void run_products(product_fn f, uint32_t most, uint32_t n, uint32_t k, ki_cuda_type type) {
+    rng r = case_rng();
+    product_case p;
+    p.make(n, k, type, r);
+    std::vector<float> all = p.get(f, 0, most, false, 0.25f), added = p.get(f, 0, most, true, 3);
+    compare_product(p, all, most, 0);
+    compare_product(p, added, most, 3);
+    static const uint32_t counts[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64};
+    for (uint32_t m : counts) {
+        if (m > most) continue;
+        uint32_t first = below(r, most - m + 1);
+        std::vector<float> some = p.get(f, first, m, false, 7);
+        for (uint32_t row = 0; row < m; row++)
+            CHECK(!memcmp(&some[(size_t)row * (n + 16)], &all[(size_t)(first + row) * (n + 16)],
+                          n * sizeof(float)),
+                  "row %u has other bits as row %u of %u", first + row, row, m);
+    }
+    end_case();
+}
+
+static void check_products() {
+    static const struct {
+        uint32_t n, k;
+    } shapes[] = {{1, 8},      {33, 72},    {100, 64},    {288, 128},  {960, 576},
+                  {576, 1536}, {1000, 520}, {4096, 4096}, {512, 11008}};
+    for (int bf16 = 0; bf16 < 2; bf16++)
+        for (const auto &s : shapes) {
+            ki_cuda_type type = bf16 ? KI_CUDA_BF16 : KI_CUDA_F16;
+            const char *name = bf16 ? "bf16" : "f16";
+            if (open_case(text("products/skinny-%s-%ux%u", name, s.n, s.k)))
+                run_products(ki_skinny_run, KI_SKINNY_ROWS, s.n, s.k, type);
+            if (open_case(text("products/gemv-%s-%ux%u", name, s.n, s.k)))
+                run_products(ki_gemv_run, KI_GEMV_ROWS, s.n, s.k, type);
+        }
+}
+
+int main(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        std::string a = argv[i];
+        if (a.compare(0, 7, "--seed=") == 0) run.seed = strtoull(a.c_str() + 7, NULL, 0);
+        else if (a.compare(0, 7, "--test=") == 0) run.prefix = a.substr(7);
+        else {
+            fprintf(stderr, "check-dense [--seed=N] [--test=PREFIX]\n");
+            return 2;
+        }
+    }
+    int n_devices = 0;
+    cudaError_t found = cudaGetDeviceCount(&n_devices);
+    if (found != cudaSuccess || !n_devices) {
+        printf("skip check-dense: no CUDA device is there (%s)\n", cudaGetErrorString(found));
+        return 0;
+    }
+    printf("seed %llu\n", (unsigned long long)run.seed);
+    check_draws();
+    check_products();
+    time_draws();
+    printf("%u passed, %u failed, 0 skipped\n", run.n_passed, run.n_failed);
+    return run.n_failed != 0;
+}
