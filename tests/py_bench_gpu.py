@@ -118,9 +118,9 @@ with case('bench_gpu/a-part-that-fails'):
     r, table, left_out = bench('--only', 'right')
     assert r.returncode == 1 and left_out == ['right: exit status 3: cannot'], left_out
 
-with case('bench_gpu/pack-says-what-is-missing'):
+with case('bench_gpu/carry-says-what-is-missing'):
     out = os.path.join(SCRATCH, 'x.tar.xz')
-    r = subprocess.run(['bash', 'tools/bench_gpu.sh', '--pack', out, SCRATCH], cwd=ROOT, capture_output=True, text=True)
-    assert r.returncode == 2 and 'kivi is missing' in r.stderr, r
+    r = subprocess.run(['bash', 'tools/gpu_carry.sh', '--build', SCRATCH, out], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 2 and 'kivi is missing' in r.stderr and not os.path.exists(out), r
 
 finish()
