@@ -8,7 +8,7 @@
 #     tools/bench_gpu.sh FILE.tar.xz                                                  every figure
 #     tools/bench_gpu.sh FILE.tar.xz --command 'python3 tests/run.py --stage gpu'     every test
 #
-# --model  cuts a model into FILE.tar.xz.model.0, .1, ... of 40 MiB, for several journeys: cat FILE.tar.xz.model.* > there
+# --model  cuts a model into FILE.tar.xz.model.0, .1, ... of 40 MiB, for several journeys: cat them together there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=build model=
