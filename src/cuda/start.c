@@ -146,13 +146,15 @@ static kivi_status prepare_shapes(ki_cuda_backend *b, const ki_gemm_timing *timi
     return ki_gemm_prepare(b->gemm, &output, logits, err);
 }
 
+/* Kernels that were measured may be others at the next start: not in the batch-invariant mode,
+ * where what a sequence says is to be the same from start to start, too. */
 static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
     enum { SCRATCH_BYTES = 1 << 30 };
     ki_gemm_timing timing = {.n_bytes = SCRATCH_BYTES,
                              .stream = b->memory.stream,
                              .log = b->log,
                              .log_user = b->log_user};
-    if (!(b->without & KI_PART_RANKING)) return prepare_shapes(b, NULL, err);
+    if (!(b->without & KI_PART_RANKING) || b->invariant) return prepare_shapes(b, NULL, err);
     KI_TRY(take(&timing.scratch, b, KI_TAG_workspace, timing.n_bytes, err));
     kivi_status status = prepare_shapes(b, &timing, err);
     b->memory.device.free(b->memory.device.context, timing.scratch);

@@ -29,7 +29,8 @@ kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
  * norms  a norm reads its row again and again
  * act    activations of few rows by a kernel of their own
  * close  a page of keys is closed by the append of its last row, not at the end of the step
- * ranking  cuBLASLt's order of its kernels for up to 64 rows: the fastest is measured at start
+ * ranking  cuBLASLt's order of its kernels for up to 64 rows: the fastest is measured at start (not
+ *          in the batch-invariant mode)
  * cudnn  our own attention for all prompts */
 enum {
     KI_PART_FUSED = 1,
