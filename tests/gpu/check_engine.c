@@ -155,33 +155,41 @@ static void keep_line(void *user, const char *line) {
 enum { LONG_PROMPTS = 2, LONG_ROWS = 3000 };
 static const uint32_t long_rows[LONG_PROMPTS] = {1100, 1203};
 
-/* A session that decodes and two whole prompts in one step, and some tokens more. */
-static bool play_long(said out[LONG_PROMPTS + 1][2], kivi_engine *e) {
-    static int32_t prompts[LONG_PROMPTS][LONG_ROWS];
+/* Of a session that decodes and two whole prompts, which this is, n from the first on are in one
+ * step; and some tokens more. */
+static bool play_long(said out[][2], kivi_engine *e, uint32_t first, uint32_t n) {
+    static int32_t prompts[LONG_PROMPTS + 1][LONG_ROWS];
     kivi_session *s[LONG_PROMPTS + 1] = {NULL};
     kivi_step_item items[LONG_PROMPTS + 1];
-    int32_t one = token_at(0, N_PROMPT);
-    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) MUST(kivi_session_create(&s[i], e, &err));
-    if (!play(s[0], 0, 0)) return false;
-    items[0] = (kivi_step_item){.session = s[0], .tokens = &one, .n_tokens = 1};
-    for (uint32_t i = 0; i < LONG_PROMPTS; i++) {
-        tokens_of(prompts[i], i + 1, 0, long_rows[i]);
-        MUST(kivi_session_begin_prompt(s[i + 1], long_rows[i], &err));
-        items[i + 1] =
-            (kivi_step_item){.session = s[i + 1], .tokens = prompts[i], .n_tokens = long_rows[i]};
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t who = first + i, n_rows = who ? long_rows[who - 1] : 1;
+        MUST(kivi_session_create(&s[i], e, &err));
+        if (!who && !play(s[i], 0, 0)) return false;
+        tokens_of(prompts[i], who, who ? 0 : N_PROMPT, n_rows);
+        if (who) MUST(kivi_session_begin_prompt(s[i], n_rows, &err));
+        items[i] = (kivi_step_item){.session = s[i], .tokens = prompts[i], .n_tokens = n_rows};
     }
-    MUST(kivi_engine_step(e, items, LONG_PROMPTS + 1, &err));
-    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
+    MUST(kivi_engine_step(e, items, n, &err));
+    for (uint32_t i = 0; i < n; i++) {
         if (items[i].status) FAIL("item %u: %s", i, items[i].error.text);
         if (!listen(&out[i][0], e, s[i])) return false;
     }
-    for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         for (uint32_t t = 0; t < 3; t++)
-            MUST(kivi_session_decode(s[i], token_at(i, kivi_session_length(s[i])), &err));
+            MUST(kivi_session_decode(s[i], token_at(first + i, kivi_session_length(s[i])), &err));
         if (!listen(&out[i][1], e, s[i])) return false;
         kivi_session_destroy(&s[i]);
     }
     return true;
+}
+
+static kivi_engine_options long_options(const char *compute) {
+    kivi_engine_options o = options_of("cuda");
+    o.compute_type = compute;
+    o.ctx_tokens = 2048, o.step_rows = LONG_ROWS, o.max_sessions = LONG_PROMPTS + 1;
+    o.log = keep_line;
+    attention[0] = 0;
+    return o;
 }
 
 /* cuDNN's attention of whole prompts and our own: behind a prompt what differs is a float16's last
@@ -189,17 +197,13 @@ static bool play_long(said out[LONG_PROMPTS + 1][2], kivi_engine *e) {
 static bool whole_prompts(const char *compute) {
     static said with[LONG_PROMPTS + 1][2], without[LONG_PROMPTS + 1][2];
     kivi_engine *e = NULL;
-    kivi_engine_options o = options_of("cuda");
-    o.compute_type = compute;
-    o.ctx_tokens = 2048, o.step_rows = LONG_ROWS, o.max_sessions = LONG_PROMPTS + 1;
-    o.log = keep_line;
-    attention[0] = 0;
+    kivi_engine_options o = long_options(compute);
     MUST(kivi_engine_create(&e, &o, &err));
-    if (!play_long(with, e)) return false;
+    if (!play_long(with, e, 0, LONG_PROMPTS + 1)) return false;
     kivi_engine_destroy(&e);
     o.disable = "cudnn", o.log = NULL;
     MUST(kivi_engine_create(&e, &o, &err));
-    if (!play_long(without, e)) return false;
+    if (!play_long(without, e, 0, LONG_PROMPTS + 1)) return false;
     kivi_engine_destroy(&e);
     for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
         double now = apart(&with[i][0], &without[i][0]), then = apart(&with[i][1], &without[i][1]);
@@ -379,6 +383,24 @@ static bool invariant(const char *compute, uint32_t max_sessions, const char *ki
     return true;
 }
 
+/* Whole prompts, by cuDNN where it is, in one step with each other and a session that decodes. */
+static bool invariant_prompts(const char *compute) {
+    static said alone[LONG_PROMPTS + 1][2], among_them[LONG_PROMPTS + 1][2];
+    kivi_engine *e = NULL;
+    kivi_engine_options o = long_options(compute);
+    o.batch_invariant = true;
+    MUST(kivi_engine_create(&e, &o, &err));
+    if (!play_long(among_them, e, 0, LONG_PROMPTS + 1)) return false;
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++)
+        if (!play_long(&alone[i], e, i, 1)) return false;
+    kivi_engine_destroy(&e);
+    for (uint32_t i = 0; i <= LONG_PROMPTS; i++)
+        for (uint32_t t = 0; t < 2; t++)
+            if (!is_same(&alone[i][t], &among_them[i][t]))
+                FAIL("session %u, %u: %g", i, t, apart(&alone[i][t], &among_them[i][t]));
+    return true;
+}
+
 static bool failing_allocations(void) {
     uint32_t n_failures = 0;
     for (uint64_t n = 1; n < 4000; n++) {
@@ -528,6 +550,8 @@ int main(int argc, char **argv) {
         report_whole(f, "whole-prompts-bf16", whole_prompts("bf16"));
         report(f, "plus-kinds", plus_kinds(f));
         report(f, "invariant/f16", invariant("f16", MOST, NULL));
+        report(f, "invariant/whole-prompts-f16", invariant_prompts("f16"));
+        report(f, "invariant/whole-prompts-bf16", invariant_prompts("bf16"));
     }
     snprintf(model_path, sizeof model_path, "%s/llama-gqa", argv[1]);
     report("invariant", "bf16", invariant("bf16", MOST, NULL));
