@@ -31,7 +31,7 @@ PROG_PKGS := libedit libmicrohttpd
 PROG_LIBS = $(shell pkg-config --libs $(PROG_PKGS))
 
 # Instruction sets of the machine the compiler compiles for; no file of another's is compiled.
-TARGET := $(shell $(CC) -dumpmachine)
+TARGET := $(shell $(CC) -dumpmachine 2>/dev/null)
 ISAS := scalar $(if $(filter x86_64-%,$(TARGET)),avx2 avx512 avx512vnni) \
         $(if $(filter aarch64-% arm64-%,$(TARGET)),neon neondot)
 OTHER_ISAS := $(filter-out $(ISAS:%=src/kernel/isa_%.c),$(wildcard src/kernel/isa_*.c))
