@@ -36,7 +36,7 @@ typedef enum kivi_bench_what {
 #define X(name, text) KIVI_BENCH_##name,
     KIVI_BENCH_LIST(X)
 #undef X
-        KIVI_BENCH_N
+    KIVI_BENCH_N
 } kivi_bench_what;
 
 typedef struct kivi_bench_shape {
@@ -53,10 +53,9 @@ typedef struct kivi_bench_row {
     const char *device; /* "cuda:0 NVIDIA H100 80GB HBM3", lent */
     const char *kind;   /* "" where no cache is read */
     kivi_bench_shape shape;
-    uint32_t window_tokens; /* R; 0: pages alone */
-    double us, bytes,
-        flops;         /* of one launch; 0 where it does not apply. Bytes: of pages, streams */
-    double read_share; /* bytes / us over the same of the read-only stream; 0 as above */
+    uint32_t window_tokens;  /* R; 0: pages alone */
+    double us, bytes, flops; /* of one launch; 0 where it does not apply. Bytes: of pages, streams */
+    double read_share;       /* bytes / us over the same of the read-only stream; 0 as above */
 } kivi_bench_row;
 
 typedef struct kivi_bench_options {
