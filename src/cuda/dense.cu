@@ -2,6 +2,7 @@
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "act.cuh"
 #include "ahead.cuh"
+#include "best.cuh"
 #include "dense_cuda.h"
 
 #include "kv_launch.h"
@@ -192,8 +193,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         float4 y = times_weight(v[k], scale, w[k], b[k]);
         size_t at = (row + i) * 4;
         if (x) {
-            ((float4 *)x)[row + i] = make_float4(old[k].x + y.x, old[k].y + y.y, old[k].z + y.z,
-                                                 old[k].w + y.w);
+            ((float4 *)x)[row + i] =
+                make_float4(old[k].x + y.x, old[k].y + y.y, old[k].z + y.z, old[k].w + y.w);
             continue;
         }
         ki_store(h, at, y.x, type), ki_store(h, at + 1, y.y, type);
@@ -205,8 +206,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
                         uint32_t n_rows, uint32_t n, ki_cuda_type type, ki_cuda_ahead ahead,
                         void *stream) {
-    uintptr_t ends = (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight |
-                     (uintptr_t)norm->bias;
+    uintptr_t ends =
+        (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight | (uintptr_t)norm->bias;
     if (n % 4 || n > MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
     auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<MOST_FOURS>;
     uint32_t n_blocks = n_rows + (ahead.weights ? ROW_AHEAD_BLOCKS : 0);
@@ -370,31 +371,14 @@ extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, c
               type);
 }
 
-/* The better of two candidates: the larger, of equals the lower. id -1: none yet. */
-static __device__ __forceinline__ void take_better(float *v, int *id, float w, int other) {
-    if (other >= 0 && (*id < 0 || w > *v || (w == *v && other < *id))) *v = w, *id = other;
-}
-
 static __global__ void argmax(int32_t *best, const float *logits, uint32_t n, size_t stride) {
     ki_pdl_launch();
     ki_pdl_wait();
     __shared__ float values[WARPS];
-    __shared__ int ids[WARPS];
-    const float *row = logits + blockIdx.x * stride;
-    float v = 0;
-    int id = -1;
-    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        if (row[i] > -INFINITY) take_better(&v, &id, row[i], (int)i);
-    for (int step = 16; step; step /= 2) {
-        float w = __shfl_xor_sync(0xffffffffu, v, step);
-        int other = __shfl_xor_sync(0xffffffffu, id, step);
-        take_better(&v, &id, w, other);
-    }
-    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = v, ids[threadIdx.x / 32] = id;
-    __syncthreads();
-    if (threadIdx.x) return;
-    for (int i = 1; i < WARPS; i++) take_better(&v, &id, values[i], ids[i]);
-    best[blockIdx.x] = id;
+    __shared__ int32_t ids[WARPS];
+    float v;
+    int32_t id = ki_best_of(&v, logits + blockIdx.x * stride, n, values, ids);
+    if (threadIdx.x == 0) best[blockIdx.x] = id;
 }
 
 extern "C" void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,

@@ -1,3 +1,4 @@
+#include "best.cuh"
 #include "draw_cuda.h"
 
 #include <cuda_runtime.h>
@@ -91,29 +92,6 @@ static __device__ __forceinline__ void add_weight(row_state &s, uint32_t bin, ui
 }
 
 /* ---- passes over a row ---- */
-
-static __device__ __forceinline__ void take_better(float *v, int32_t *id, float w, int32_t other) {
-    if (other >= 0 && (*id < 0 || w > *v || (w == *v && other < *id))) *v = w, *id = other;
-}
-
-/* The best token's id, in every thread, and its logit; -1: none is above minus infinity. */
-static __device__ int32_t find_best(float *best, row_state &s, const float *logits, uint32_t n) {
-    float v = 0;
-    int32_t id = -1;
-    for (uint32_t i = threadIdx.x; i < n; i += THREADS)
-        if (logits[i] > -INFINITY) take_better(&v, &id, logits[i], (int32_t)i);
-    for (int step = 16; step; step /= 2) {
-        float w = __shfl_xor_sync(0xffffffffu, v, step);
-        int32_t other = __shfl_xor_sync(0xffffffffu, id, step);
-        take_better(&v, &id, w, other);
-    }
-    if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = v, s.best_id[threadIdx.x / 32] = id;
-    __syncthreads();
-    v = s.best[0], id = s.best_id[0];
-    for (int w = 1; w < WARPS; w++) take_better(&v, &id, s.best[w], s.best_id[w]);
-    *best = v;
-    return id;
-}
 
 /* Fills the bins; returns the weights of all x >= min_x, in every thread. */
 static __device__ uint64_t fill_bins(row_state &s, const row_view &r, float min_x) {
@@ -215,7 +193,7 @@ static __device__ bool find_place(row_state &s, uint32_t *listed, const row_view
 
 static __device__ int32_t draw_row(row_state &s, row_view &r, const ki_cuda_draw &d) {
     if (isnan(r.logits[0])) return -1;
-    int32_t best = find_best(&r.best, s, r.logits, r.n);
+    int32_t best = ki_best_of(&r.best, r.logits, r.n, s.best, s.best_id);
     if (best < 0 || isinf(r.best)) return -1;
     if (d.temperature == 0) return best;
     uint64_t above = fill_bins(s, r, d.min_x);

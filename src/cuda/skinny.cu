@@ -2,6 +2,7 @@
 
 #include "fresh.cuh"
 #include "kv_launch.h"
+#include "kv_mma.cuh"
 #include "pdl.cuh"
 
 #include <cuda_bf16.h>
@@ -11,13 +12,10 @@
  * a warp's stores meet no bank twice. */
 enum { WARPS = 8, THREADS = 32 * WARPS, UNITS = 8, TILE = 16, PITCH = 20 };
 
-/* c += a b: a [16][16] by rows, b [16][8] by columns. */
+/* kv_mma.cuh's product, by the type of what is multiplied. */
 static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                            uint32_t a3, uint32_t b0, uint32_t b1, __half) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    mma(c, a0, a1, a2, a3, b0, b1);
 }
 static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                            uint32_t a3, uint32_t b0, uint32_t b1, __nv_bfloat16) {
