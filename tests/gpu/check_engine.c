@@ -58,11 +58,21 @@ static bool listen(said *out, const kivi_engine *e, const kivi_session *s) {
     return true;
 }
 
+/* Two orders of a sum give other last bits, and now and then a code that falls to the other side of
+ * a rounding. Of these small random models, whose logits spread over 8 (unrelated ones are 9 apart
+ * on average), quantizing moves the logits by 2.5 on average (llama-gqa/cases.json,
+ * mean_abs_diff_to_f16): a few codes of many by less than FLIPS = 0.4 of that, the share that
+ * py_cuda.py allows. LAST_BITS: where no code was made in between. */
+static const double FLIPS = 1.0, LAST_BITS = 0.25;
+
+/* Mean |difference|; the largest of a case is said beside its name. */
+static double furthest;
 static double apart(const said *a, const said *b) {
-    double worst = 0;
+    double sum = 0;
     for (uint32_t i = 0; i < a->n; i++)
-        worst = fmax(worst, fabs((double)a->logits[i] - (double)b->logits[i]));
-    return worst;
+        sum += fabs((double)a->logits[i] - (double)b->logits[i]);
+    furthest = fmax(furthest, sum / a->n);
+    return sum / a->n;
 }
 
 static bool is_same(const said *a, const said *b) {
@@ -110,8 +120,9 @@ static bool batch(kivi_engine *e) {
     for (uint32_t i = 0; i < 5; i++) {
         MUST(kivi_session_create(&s[0], e, &err));
         if (!play(s[0], i, N_MORE) || !listen(&alone, e, s[0])) return false;
-        /* other kernels for its products, another split: other sums, and now and then a code */
-        if (!(apart(&alone, &first[i]) < 2.0)) FAIL("sequence %u: %g", i, apart(&alone, &first[i]));
+        /* other kernels for its products, another split */
+        if (!(apart(&alone, &first[i]) < FLIPS))
+            FAIL("sequence %u: %g", i, apart(&alone, &first[i]));
         kivi_session_destroy(&s[0]);
     }
     return true;
@@ -141,7 +152,7 @@ static bool mixed(kivi_engine *e) {
         kivi_session_destroy(&a);
         kivi_session_destroy(&b);
     }
-    if (!(apart(&x, &y) < 0.5)) FAIL("a decoding session beside a prompt: %g", apart(&x, &y));
+    if (!(apart(&x, &y) < LAST_BITS)) FAIL("a decoding session beside a prompt: %g", apart(&x, &y));
     return true;
 }
 
@@ -207,7 +218,7 @@ static bool whole_prompts(const char *compute) {
     kivi_engine_destroy(&e);
     for (uint32_t i = 0; i <= LONG_PROMPTS; i++) {
         double now = apart(&with[i][0], &without[i][0]), then = apart(&with[i][1], &without[i][1]);
-        if (!(now < 0.5 && then < 2.0)) FAIL("session %u: %g, and later %g", i, now, then);
+        if (!(now < LAST_BITS && then < FLIPS)) FAIL("session %u: %g, and later %g", i, now, then);
     }
     return true;
 }
@@ -226,20 +237,20 @@ static bool fork_and_rewind(kivi_engine *e) {
     MUST(kivi_session_decode(f, 5, &err));
     if (!listen(&y, e, f)) return false;
     if (!is_same(&x, &y)) FAIL("a fork that went back: %g", apart(&x, &y));
-    MUST(kivi_session_rewind(s, N_PROMPT + 10, &err)); /* behind the ring: evaluated again */
+    /* behind the ring: evaluated again, ten tokens in one step, which other kernels do */
+    MUST(kivi_session_rewind(s, N_PROMPT + 10, &err));
     for (uint32_t i = 10; i < N_MORE; i++)
         MUST(kivi_session_decode(s, token_at(3, N_PROMPT + i), &err));
     MUST(kivi_session_decode(s, 5, &err));
     if (!listen(&z, e, s)) return false;
-    if (!is_same(&x, &z)) FAIL("a replay: %g", apart(&x, &z));
+    if (!(apart(&x, &z) < FLIPS)) FAIL("a replay: %g", apart(&x, &z));
     kivi_session_destroy(&s);
     kivi_session_destroy(&f);
     return true;
 }
 
-/* Saved here, loaded there, and on: as if it had never left. Where the two engines differ, by some
- * codes at most: logits of a spread of 8 that have nothing to do with each other are 30 apart. */
-static bool files(kivi_engine *from, kivi_engine *to, double tolerance) {
+/* Saved here, loaded there, and on: as if it had never left, exactly or within FLIPS. */
+static bool files(kivi_engine *from, kivi_engine *to, bool exact) {
     kivi_session *s = NULL, *l = NULL;
     static said x, y;
     MUST(kivi_session_create(&s, from, &err));
@@ -252,7 +263,7 @@ static bool files(kivi_engine *from, kivi_engine *to, double tolerance) {
         if (!listen(&x, from, s)) return false;
         MUST(kivi_session_decode(l, next, &err));
         if (!listen(&y, to, l)) return false;
-        if (tolerance == 0 ? !is_same(&x, &y) : !(apart(&x, &y) <= tolerance))
+        if (exact ? !is_same(&x, &y) : !(apart(&x, &y) < FLIPS))
             FAIL("token %u behind the file: %g", i, apart(&x, &y));
     }
     kivi_session_destroy(&s);
@@ -472,8 +483,10 @@ static bool counts(kivi_engine *e) {
 }
 
 static void report(const char *family, const char *name, bool ok) {
-    if (ok) printf("ok %s/%s\n", family, name);
-    else printf("not ok %s/%s: %s\n", family, name, why);
+    if (!ok) printf("not ok %s/%s: %s\n", family, name, why);
+    else if (furthest > 0) printf("ok %s/%s # %.2g apart\n", family, name, furthest);
+    else printf("ok %s/%s\n", family, name);
+    furthest = 0;
     fflush(stdout);
     n_failed += !ok;
 }
@@ -512,11 +525,11 @@ static bool plus_kinds(const char *family) {
         snprintf(name, sizeof name, "%s/fork-and-rewind", kinds[i]);
         report(family, name, fork_and_rewind(e[0]));
         snprintf(name, sizeof name, "%s/file-to-cuda", kinds[i]);
-        report(family, name, files(e[0], e[0], 0));
+        report(family, name, files(e[0], e[0], true));
         snprintf(name, sizeof name, "%s/file-to-cpu", kinds[i]);
-        report(family, name, files(e[0], e[1], 2.5));
+        report(family, name, files(e[0], e[1], false));
         snprintf(name, sizeof name, "%s/file-from-cpu", kinds[i]);
-        report(family, name, files(e[1], e[0], 2.5));
+        report(family, name, files(e[1], e[0], false));
         kivi_engine_destroy(&e[0]);
         kivi_engine_destroy(&e[1]);
     }
@@ -539,9 +552,9 @@ int main(int argc, char **argv) {
         report(f, "batch", batch(gpu));
         report(f, "mixed", mixed(gpu));
         report(f, "fork-and-rewind", fork_and_rewind(gpu));
-        report(f, "file-to-cuda", files(gpu, gpu, 0));
-        report(f, "file-to-cpu", files(gpu, cpu, 2.5));
-        report(f, "file-from-cpu", files(cpu, gpu, 2.5));
+        report(f, "file-to-cuda", files(gpu, gpu, true));
+        report(f, "file-to-cpu", files(gpu, cpu, false));
+        report(f, "file-from-cpu", files(cpu, gpu, false));
         report(f, "counts", counts(gpu));
         report(f, "draws", draws(gpu));
         kivi_engine_destroy(&gpu);
