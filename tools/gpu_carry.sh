@@ -34,8 +34,8 @@ trap 'rm -rf "$stage"' EXIT
 mkdir "$stage/lib"
 for name in "${programs[@]}"; do strip --strip-debug -o "$stage/$name" "$build/$name"; done
 
-# What the loader finds for them (ldd fails at a program that is static, such as check-kernels). A C or C++ runtime beside another system's loader would not start, and cuBLASLt is
-# larger than everything else.
+# What the loader finds for them (ldd fails at a program that is static, such as check-kernels). A C or C++ runtime
+# beside another system's loader would not start, and cuBLASLt is larger than everything else.
 { ldd "${programs[@]/#/$stage/}" || true; } | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
     grep -Ev '/(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|libcublasLt|ld-linux[^/]*)\.so' |
     while read -r path; do cp -L "$path" "$stage/lib/"; done
