@@ -7,7 +7,7 @@
 #include <stdio.h>
 
 enum { MAX_LIST = 16, MAX_FILES = 64 };
-#define DEFAULT_KIND "kivi2"
+#define DEFAULT_KIND "kivi2+"
 
 /* Exit codes of every command. */
 enum { EXIT_OK = 0, EXIT_USAGE = 2, EXIT_MODEL = 3, EXIT_MEMORY = 4, EXIT_IO = 5 };
