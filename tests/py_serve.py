@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """py_serve.py: `kivi serve`, `kivi batch` and `kivi bench serve` from outside, on a tiny random model: endpoints,
 parameters, errors, streams, clients that leave or do not read, draining, malformed input."""
+import ctypes
 import json
 import os
 import random
@@ -647,6 +648,46 @@ def limits():
             assert s.complete(prompt='x', max_tokens=2)
 
 
+def stops_only_the_engine(pid):
+    """The first thread of a child, which runs the steps, stands still until the returned call; None: not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    seize, interrupt, detach = 0x4206, 0x4207, 17
+    if libc.ptrace(seize, pid, None, None):
+        return None
+    assert libc.ptrace(interrupt, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    os.waitpid(pid, 0x40000000)  # __WALL: it has stopped
+    return lambda: libc.ptrace(detach, pid, None, None)
+
+
+def stalls():
+    with case('a step that does not end: 503 after ten seconds, the state in the log; then all goes on'), \
+            Server(KIVI, MODEL, *COMMON) as s:
+        link, answer = long_stream(s, n=8000)
+        go_on = stops_only_the_engine(s.process.pid)
+        if not go_on:
+            link.close()
+            skip('no thread can be stopped here (ptrace is not allowed)')
+        try:
+            stopped = time.monotonic()
+            while s.get('/ready')[0] == 200 and time.monotonic() - stopped < 30:
+                time.sleep(0.2)
+            waited, (status, body) = time.monotonic() - stopped, s.get('/ready')
+            assert status == 503 and b'stalled' in body, (status, body)
+            assert waited > 9, f'after {waited:.1f} s'  # what "stalled" means; the end of 30 s is the loop's
+            assert s.get('/health')[0] == 200
+            s.until(lambda: any('stalled: no progress' in x for x in s.lines), 'the log says it', 5)
+            told = next(i for i, x in enumerate(s.lines) if 'stalled: no progress' in x)
+            s.until(lambda: len(s.lines) > told + 1, 'the log has the state', 5)
+            assert all(json.loads(x)['level'] == 'warning' for x in s.lines[told:told + 2]), s.lines[told:]
+        finally:
+            go_on()
+        s.until(lambda: s.get('/ready')[0] == 200, 'ready again', 10)
+        assert answer.readline() is not None
+        link.close()
+        s.until(lambda: pages(s) == 0, 'the pages are free', 10)
+
+
 def keys():
     path = write('keys.txt', '# our keys\nfirst-key\n\nsecond-key \n')
     with case('API keys'), Server(KIVI, MODEL, *COMMON, '--api-key', 'third', '--api-key-file', path) as s:
@@ -778,6 +819,7 @@ with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as 
 slow_readers()
 drains()
 limits()
+stalls()
 keys()
 batches()
 finish()
