@@ -448,12 +448,12 @@ def run_text():
         assert plain.text.startswith(' Paris') and plain.out == silent.out and plain.out.endswith(b'\n'), plain
         assert silent.err == b'', silent
         assert b'\x1b' not in plain.err and b'\r' not in plain.err, f'escape codes without a terminal: {plain}'
-        for word in ('prompt', 'generation', 'tokens/s', 'kivi2', 'f16', 'kv_codes', 'sum'):
+        for word in ('prompt', 'generation', 'tokens/s', 'kivi2+', 'f16', 'kv_codes', 'sum'):
             assert word in plain.errors, f'{word!r} is missing: {plain}'
     with case('run/stats-json'):
         stats = check_stats(run('-p', 'The capital of France is', '--stats', 'json').stats())
         assert stats['prompt_tokens'] == 5 and stats['gen_tokens'] == 12 and stats['prompt_tps'] > 0, stats
-        plan, = json.loads(good('info', needs_model(), '--json', '--kv', 'kivi2', '--ctx', 512).text)['memory_plan']
+        plan, = json.loads(good('info', needs_model(), '--json', '--kv', 'kivi2+', '--ctx', 512).text)['memory_plan']
         for tag in ('weights', 'kv_codes', 'kv_scales', 'kv_residual', 'activations'):
             assert stats['bytes'][tag] == plan['bytes'][tag], f'{tag}: {stats} but info says {plan}'
         assert stats['peak_rss_bytes'] > stats['bytes']['kv_codes'], stats
