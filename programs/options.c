@@ -58,7 +58,7 @@ static const option table[] = {
     {"tokens", "", TEXT, CMD_LOGITS, AT(tokens), 0, "FILE", "JSON array of token ids", 0, 0},
     {"prompt", "", UINT, CMD_LOGITS, AT(n_prompt), AT(n_prompt_given), "N",
      "the first N ids are a prompt (all)", 0, 1e9},
-    {"prompt-chunk", "", UINT, CMD_LOGITS, AT(prompt_chunk), 0, "N", "rows of a prompt step (512)",
+    {"prompt-chunk", "", UINT, CMD_LOGITS | CMD_BENCH, AT(prompt_chunk), 0, "N", "rows of a prompt step (512)",
      1, 65536},
     {"out", "-o", TEXT, CMD_LOGITS, AT(out), 0, "FILE", "write float32 [T][V] as .npy", 0, 0},
     {"type", "", TEXT, CMD_CONVERT, AT(type), 0, "TYPE", "of matrices: f16, q8_0 or q4_0 (f16)", 0,
