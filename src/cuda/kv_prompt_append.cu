@@ -136,7 +136,7 @@ KI_DEV void stage_block(uint16_t *raw, uint32_t stride, const append_args &a,
             *(uint4 *)(raw + (pos - job.base) * stride + c) =
                 *(const uint4 *)(rows + (row * a.l.n_kv_heads + job.head) * d + c);
         }
-    for (uint32_t base = job.base; base < old_to; base += KI_SUB_TOKENS)
+    for (uint32_t base = job.base; job.from < old_to && base < old_to; base += KI_SUB_TOKENS)
         if (base + KI_SUB_TOKENS > job.from)
             stage_old(raw + (base - job.base) * stride, stride, a, job, base, job.from, old_to);
 }

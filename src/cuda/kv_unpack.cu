@@ -153,7 +153,6 @@ KI_DEV void unpack_unit(const block_job &b, const ki_cuda_layout &l, bool keys, 
 
 /* One page of a sequence's scratch. */
 struct page_job {
-    const ki_cuda_seq *seq;
     uint32_t head, pos;      /* pos: of the first token */
     uint32_t bits, from, to; /* tokens [from, to) of the page are of use */
     bool keys, is_coded;
@@ -181,43 +180,55 @@ KI_DEV block_job coded_block(const unpack_args &a, const page_job &job, const ui
     return b;
 }
 
-KI_DEV void unpack_page(const unpack_args &a, const page_job &job, uint16_t *rows) {
-    __shared__ uint8_t numbers[256];
+/* What the threads of a block share: in shared memory, which leaves them registers for words. */
+struct page_shared {
+    ki_cuda_seq seq;
+    page_job job;
+    block_job blocks[KI_SUBS];
+    uint8_t numbers[256];
+};
+
+/* Numbers of wide channels of a page of keys. */
+KI_DEV void list_wide(page_shared &m, const ki_cuda_layout &l, const uint8_t *page) {
+    for (uint32_t c = threadIdx.x; c < l.head_dim; c += UNPACK_THREADS) m.numbers[c] = NOT_WIDE;
+    __syncthreads();
+    for (uint32_t w = threadIdx.x; w < l.head_dim / 4; w += UNPACK_THREADS)
+        m.numbers[page[l.list_at + w]] = (uint8_t)w;
+}
+
+KI_DEV void unpack_page(page_shared &m, const unpack_args &a, uint16_t *rows) {
     const ki_cuda_layout &l = a.l;
-    const uint8_t *page = NULL, *number = NULL;
-    uint32_t d = l.head_dim, units = job.keys ? d : d / 2;
+    const page_job &job = m.job;
+    const uint8_t *page = NULL;
+    uint32_t d = l.head_dim, units = job.keys ? d : d / 2, block = threadIdx.x;
+    bool is_wide = job.is_coded && job.keys && l.is_plus && l.k_bits == 2;
     if (job.is_coded) {
-        uint64_t id =
-            a.tables[(uint64_t)job.seq->table * a.table_stride + job.pos / KI_PAGE_TOKENS];
+        uint64_t id = a.tables[(uint64_t)m.seq.table * a.table_stride + job.pos / KI_PAGE_TOKENS];
         page =
             a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + job.head) * l.page_bytes;
-        if (job.keys && l.is_plus && l.k_bits == 2) {
-            for (uint32_t c = threadIdx.x; c < d; c += UNPACK_THREADS) numbers[c] = NOT_WIDE;
-            __syncthreads();
-            for (uint32_t w = threadIdx.x; w < d / 4; w += UNPACK_THREADS)
-                numbers[page[l.list_at + w]] = (uint8_t)w;
-            __syncthreads();
-            number = numbers;
-        }
     }
-    for (uint32_t k = threadIdx.x; k < KI_SUBS * units; k += UNPACK_THREADS) {
-        uint32_t block = k / units, at = block * KI_SUB_TOKENS;
+    if (is_wide) list_wide(m, l, page);
+    if (block < KI_SUBS) {
+        uint32_t at = block * KI_SUB_TOKENS;
         block_job b = {};
-        if (job.is_coded) b = coded_block(a, job, page, number, block);
+        if (job.is_coded) b = coded_block(a, job, page, is_wide ? m.numbers : NULL, block);
         else
-            b.plane = (const uint32_t *)exact_block(l, *job.seq, a.layer, job.head,
+            b.plane = (const uint32_t *)exact_block(l, m.seq, a.layer, job.head,
                                                     job.pos / KI_SUB_TOKENS + block, !job.keys);
         b.rows = rows + at * d;
         b.from = job.from > at ? job.from - at : 0;
         b.to = job.to > at ? job.to - at : 0;
-        unpack_unit(b, l, job.keys, job.bits, k % units);
+        m.blocks[block] = b;
     }
+    __syncthreads();
+    for (uint32_t k = threadIdx.x; k < KI_SUBS * units; k += UNPACK_THREADS)
+        unpack_unit(m.blocks[k / units], l, job.keys, job.bits, k % units);
 }
 
 /* Where page number `page` of a sequence's scratch comes from; false: nobody reads it. */
-KI_DEV bool find_page(page_job *job, const unpack_args &a, const ki_prompt_old &old,
-                      uint32_t page) {
+KI_DEV bool find_page(page_job *job, const unpack_args &a, const ki_cuda_seq &s, uint32_t page) {
     const ki_cuda_layout &l = a.l;
+    ki_prompt_old old = ki_prompt_old_of(&l, &s, a.step_window);
     uint32_t at = page * KI_PAGE_TOKENS, coded = old.coded_end - old.coded_begin;
     uint32_t side = job->keys ? l.k_bits : l.v_bits, line = job->keys ? old.k_to : old.v_to;
     if (at >= ki_prompt_tokens(&old)) return false;
@@ -227,7 +238,7 @@ KI_DEV bool find_page(page_job *job, const unpack_args &a, const ki_prompt_old &
     else job->pos = old.exact_begin + at - old.sink_end - coded;
     job->bits = job->is_coded && side != 3 ? side : job->is_coded ? 2 : 16;
     job->from = 0, job->to = KI_PAGE_TOKENS;
-    uint32_t window = a.window, n = job->seq->n_tokens;
+    uint32_t window = a.window, n = s.n_tokens;
     if (window && job->pos + KI_PAGE_TOKENS + window <= n + 1) return false; /* the layer's own */
     if (!job->is_coded) return side < 16;
     uint32_t sinks = side == 16 ? 0 : l.sink_tokens;
@@ -236,20 +247,24 @@ KI_DEV bool find_page(page_job *job, const unpack_args &a, const ki_prompt_old &
     return job->from < job->to && job->from < KI_PAGE_TOKENS;
 }
 
-static __global__ void __launch_bounds__(UNPACK_THREADS, 2)
+static __global__ void __launch_bounds__(UNPACK_THREADS, 3)
     ki_unpack_kernel(const __grid_constant__ unpack_args a) {
+    __shared__ page_shared m;
     uint32_t page = blockIdx.x % a.n_pages, rest = blockIdx.x / a.n_pages;
     uint32_t side = rest % 2, number = rest / 2 % a.part.n_heads, slot = rest / 2 / a.part.n_heads;
+    bool is_read = false;
     wait_for_previous();
     let_next_begin();
-    const ki_cuda_seq s = a.seqs[a.part.first_seq + slot];
-    if (!s.n_rows || s.flags & KI_CUDA_ELSEWHERE) return;
-    page_job job = {};
-    job.seq = &s, job.head = a.part.first_head + number, job.keys = side == 0;
-    if (!find_page(&job, a, ki_prompt_old_of(&a.l, &s, a.step_window), page)) return;
-    uint64_t at =
-        ((uint64_t)number * 2 + side) * a.part.head_tokens + s.scratch_at + page * KI_PAGE_TOKENS;
-    unpack_page(a, job, a.scratch + at * a.l.head_dim);
+    if (threadIdx.x == 0) {
+        m.seq = a.seqs[a.part.first_seq + slot];
+        m.job.head = a.part.first_head + number, m.job.keys = side == 0;
+        if (m.seq.n_rows && !(m.seq.flags & KI_CUDA_ELSEWHERE))
+            is_read = find_page(&m.job, a, m.seq, page);
+    }
+    if (!__syncthreads_or(is_read)) return;
+    uint64_t at = ((uint64_t)number * 2 + side) * a.part.head_tokens + m.seq.scratch_at +
+                  page * KI_PAGE_TOKENS;
+    unpack_page(m, a, a.scratch + at * a.l.head_dim);
 }
 
 kivi_status ki_cuda_prompt_unpack(const ki_cuda_attend_call *c, const ki_prompt_part *part,
