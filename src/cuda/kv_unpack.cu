@@ -38,10 +38,9 @@ KI_DEV void put_eight(uint16_t *row, const uint32_t (&x)[4], bool is_of_use) {
 }
 
 /* Eight channels of tokens row, row + 8, + 16, + 24. */
-template <int BITS>
-KI_DEV void unpack_keys(const block_job &b, const ki_cuda_layout &l, uint32_t unit) {
-    constexpr uint32_t MASK = (1u << BITS % 32) - 1;
-    uint32_t d = l.head_dim, steps = d / 16, row = unit / (d / 8), c = unit % (d / 8) * 8;
+template <int D, int BITS> KI_DEV void unpack_keys(const block_job &b, uint32_t unit) {
+    constexpr uint32_t MASK = (1u << BITS % 32) - 1, d = D, steps = D / 16;
+    uint32_t row = unit / (d / 8), c = unit % (d / 8) * 8;
     uint32_t high[8]; /* upper bits of wide channels, where the codes' own stand */
 #pragma unroll
     for (uint32_t e = 0; e < 8; e++) {
@@ -87,16 +86,13 @@ KI_DEV void unpack_keys(const block_job &b, const ki_cuda_layout &l, uint32_t un
     }
 }
 
-KI_DEV float value_of(const ki_cuda_layout &l, uint32_t code, float scale, float zero) {
-    if (l.is_plus) return (code_value(code) - (l.v_bits == 3 ? 3.5f : 1.5f)) * scale;
-    return fmaf(code_value(code), scale, zero);
-}
-
 /* Eight channels of tokens 2 u, 2 u + 1 (u: 0 .. 3) and those 8, 16 and 24 behind. */
-template <int BITS>
+template <int D, int BITS>
 KI_DEV void unpack_values(const block_job &b, const ki_cuda_layout &l, uint32_t unit) {
-    constexpr uint32_t MASK = (1u << BITS % 32) - 1;
-    uint32_t d = l.head_dim, steps = d / 16, u = unit / (d / 8), c = unit % (d / 8) * 8;
+    constexpr uint32_t MASK = (1u << BITS % 32) - 1, d = D, steps = D / 16;
+    uint32_t u = unit / (d / 8), c = unit % (d / 8) * 8;
+    float half = l.v_bits == 3 ? 3.5f : 1.5f;
+    uint32_t group_at = c / l.v_group * KI_SUB_TOKENS;
 #pragma unroll(BITS < 8 ? 4 : 1)
     for (uint32_t t8 = 0; t8 < KI_SUB_TOKENS; t8 += 8) {
         uint32_t t = t8 + 2 * u, words[8], thirds[8];
@@ -110,10 +106,12 @@ KI_DEV void unpack_values(const block_job &b, const ki_cuda_layout &l, uint32_t 
             thirds[e] = __ldg(b.third + p.word) >> p.bit;
         }
         if (BITS < 16) {
-            uint32_t at = c / l.v_group * KI_SUB_TOKENS + ki_order_value_scale(t);
+            uint32_t at = group_at + ki_order_value_scale(t);
             uint32_t s = __ldg((const uint32_t *)(b.scale + at));
             scale[0] = low_half(s), scale[1] = high_half(s);
-            if (!l.is_plus) {
+            if (l.is_plus) { /* (code - half) scale: all of it exact */
+                zero[0] = scale[0] * -half, zero[1] = scale[1] * -half;
+            } else {
                 uint32_t z = __ldg((const uint32_t *)(b.zero + at));
                 zero[0] = low_half(z), zero[1] = high_half(z);
             }
@@ -129,8 +127,8 @@ KI_DEV void unpack_values(const block_job &b, const ki_cuda_layout &l, uint32_t 
                 else {
                     if (BITS == 2) low |= (thirds[e] >> 16 * h & 1) << 2;
                     if (BITS == 2) high |= (thirds[e + 1] >> 16 * h & 1) << 2;
-                    eight[e / 2] = pack2(value_of(l, low, scale[h], zero[h]),
-                                         value_of(l, high, scale[h], zero[h]));
+                    eight[e / 2] = pack2(fmaf(code_value(low), scale[h], zero[h]),
+                                         fmaf(code_value(high), scale[h], zero[h]));
                 }
             }
             put_eight(to, eight, t + h >= b.from && t + h < b.to);
@@ -138,17 +136,18 @@ KI_DEV void unpack_values(const block_job &b, const ki_cuda_layout &l, uint32_t 
     }
 }
 
+template <int D>
 KI_DEV void unpack_unit(const block_job &b, const ki_cuda_layout &l, bool keys, uint32_t bits,
                         uint32_t unit) {
     if (keys) {
-        if (bits == 2) unpack_keys<2>(b, l, unit);
-        else if (bits == 4) unpack_keys<4>(b, l, unit);
-        else if (bits == 8) unpack_keys<8>(b, l, unit);
-        else unpack_keys<16>(b, l, unit);
-    } else if (bits == 2) unpack_values<2>(b, l, unit);
-    else if (bits == 4) unpack_values<4>(b, l, unit);
-    else if (bits == 8) unpack_values<8>(b, l, unit);
-    else unpack_values<16>(b, l, unit);
+        if (bits == 2) unpack_keys<D, 2>(b, unit);
+        else if (bits == 4) unpack_keys<D, 4>(b, unit);
+        else if (bits == 8) unpack_keys<D, 8>(b, unit);
+        else unpack_keys<D, 16>(b, unit);
+    } else if (bits == 2) unpack_values<D, 2>(b, l, unit);
+    else if (bits == 4) unpack_values<D, 4>(b, l, unit);
+    else if (bits == 8) unpack_values<D, 8>(b, l, unit);
+    else unpack_values<D, 16>(b, l, unit);
 }
 
 /* One page of a sequence's scratch. */
@@ -196,11 +195,12 @@ KI_DEV void list_wide(page_shared &m, const ki_cuda_layout &l, const uint8_t *pa
         m.numbers[page[l.list_at + w]] = (uint8_t)w;
 }
 
-KI_DEV void unpack_page(page_shared &m, const unpack_args &a, uint16_t *rows) {
+template <int D> KI_DEV void unpack_page(page_shared &m, const unpack_args &a, uint16_t *rows) {
     const ki_cuda_layout &l = a.l;
     const page_job &job = m.job;
     const uint8_t *page = NULL;
-    uint32_t d = l.head_dim, units = job.keys ? d : d / 2, block = threadIdx.x;
+    constexpr uint32_t d = D;
+    uint32_t units = job.keys ? d : d / 2, block = threadIdx.x;
     bool is_wide = job.is_coded && job.keys && l.is_plus && l.k_bits == 2;
     if (job.is_coded) {
         uint64_t id = a.tables[(uint64_t)m.seq.table * a.table_stride + job.pos / KI_PAGE_TOKENS];
@@ -222,7 +222,7 @@ KI_DEV void unpack_page(page_shared &m, const unpack_args &a, uint16_t *rows) {
     }
     __syncthreads();
     for (uint32_t k = threadIdx.x; k < KI_SUBS * units; k += UNPACK_THREADS)
-        unpack_unit(m.blocks[k / units], l, job.keys, job.bits, k % units);
+        unpack_unit<D>(m.blocks[k / units], l, job.keys, job.bits, k % units);
 }
 
 /* Where page number `page` of a sequence's scratch comes from; false: nobody reads it. */
@@ -247,6 +247,7 @@ KI_DEV bool find_page(page_job *job, const unpack_args &a, const ki_cuda_seq &s,
     return job->from < job->to && job->from < KI_PAGE_TOKENS;
 }
 
+template <int D>
 static __global__ void __launch_bounds__(UNPACK_THREADS, 3)
     ki_unpack_kernel(const __grid_constant__ unpack_args a) {
     __shared__ page_shared m;
@@ -264,7 +265,7 @@ static __global__ void __launch_bounds__(UNPACK_THREADS, 3)
     if (!__syncthreads_or(is_read)) return;
     uint64_t at = ((uint64_t)number * 2 + side) * a.part.head_tokens + m.seq.scratch_at +
                   page * KI_PAGE_TOKENS;
-    unpack_page(m, a, a.scratch + at * a.l.head_dim);
+    unpack_page<D>(m, a, a.scratch + at * a.l.head_dim);
 }
 
 kivi_status ki_cuda_prompt_unpack(const ki_cuda_attend_call *c, const ki_prompt_part *part,
@@ -280,7 +281,13 @@ kivi_status ki_cuda_prompt_unpack(const ki_cuda_attend_call *c, const ki_prompt_
     a.layer = c->layer, a.window = c->window, a.step_window = step_window;
     a.n_pages = part->max_tokens / KI_PAGE_TOKENS;
     uint32_t n_blocks = part->n_seqs * part->n_heads * 2 * a.n_pages;
-    return ki_cuda_check(
-        ki_launch(ki_unpack_kernel, n_blocks, UNPACK_THREADS, 0, c->pdl, stream, a),
-        "rows of old tokens", err);
+    auto kernel = ki_unpack_kernel<128>;
+    switch (a.l.head_dim) {
+    case 64: kernel = ki_unpack_kernel<64>; break;
+    case 80: kernel = ki_unpack_kernel<80>; break;
+    case 96: kernel = ki_unpack_kernel<96>; break;
+    case 256: kernel = ki_unpack_kernel<256>; break;
+    }
+    return ki_cuda_check(ki_launch(kernel, n_blocks, UNPACK_THREADS, 0, c->pdl, stream, a),
+                         "rows of old tokens", err);
 }
