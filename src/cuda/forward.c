@@ -128,7 +128,7 @@ static void fill_bucket(batch_state *s, uint32_t bucket) {
 }
 
 /* Of a pass with prompts: rows of sequences that have one are attended to as in decoding, by work
- * items that fill the device, when they are in the window; old rows of the others get their places. */
+ * items that fill the device, when they are in the window; old rows of the others get places. */
 static void part_prompts(batch_state *s) {
     const ki_cuda_backend *b = s->b;
     ki_cuda_seq *seqs = (ki_cuda_seq *)up(b, b->upload_at.seqs);

@@ -1,6 +1,6 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line, one row of
- * a sequence at a time. One thread block a (sequence, KV head); pages of keys that are closed at the
- * end of a step are shared out over a fixed number of larger ones. */
+/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line, one row
+ * of a sequence at a time. One thread block a (sequence, KV head); pages of keys that are closed at
+ * the end of a step are shared out over a fixed number of larger ones. */
 #include "kv_append.cuh"
 
 /* More than are resident. */

@@ -1,5 +1,5 @@
-/* kv_append.cuh: what the appends of decoding (kv_append.cu) and of prompts (kv_prompt_append.cu) have
- * in common. Both are compiled without FMA contraction. */
+/* kv_append.cuh: what the appends of decoding (kv_append.cu) and of prompts (kv_prompt_append.cu)
+ * have in common. Both are compiled without FMA contraction. */
 #ifndef KI_KV_APPEND_CUH
 #define KI_KV_APPEND_CUH
 #include "kv_append.h"

@@ -1,16 +1,16 @@
 /* kv_prompt.cu: causal attention of a step's rows over what is older and over the step itself.
  *
- * One thread block for 128 rows of one query head (64 at head sizes above 128): 32 rows a warp (16).
- * Keys and values come in tiles of 64 tokens as float16 in shared memory, copied while the tile
- * before is worked on: rows of the step from where they are, older ones from the scratch
+ * One thread block for 128 rows of one query head (64 at head sizes above 128): 32 rows a warp
+ * (16). Keys and values come in tiles of 64 tokens as float16 in shared memory, copied while the
+ * tile before is worked on: rows of the step from where they are, older ones from the scratch
  * (kv_prompt.h), where codes are float16 rows, too. Which of the two a query reads depends on its
  * position (the visibility rule), so around the line a tile is worked on once for each way in which
  * some row reads it: keys from codes or in 16 bit, values from codes or in 16 bit; every pair of a
  * row and a token belongs to one of them, and scores of other pairs are -inf.
  *
  * A block is two groups of four warps where the device has the shared memory: each has a state of
- * its own and takes every other tile, and the states are merged at the end. A step of 512 rows would
- * not fill a device with one warp for 32 rows. */
+ * its own and takes every other tile, and the states are merged at the end. One group a block would
+ * leave a device half empty in a step of 512 rows. */
 #include "kv_launch.h"
 #include "kv_prompt.h"
 #include "kv_rows.cuh"
@@ -23,8 +23,10 @@ struct prompt_args {
     ki_prompt_part part;
     uint32_t window, step_window, out_stride, n_tiles;
     ki_cuda_type out_type;
-    bool is_piped; /* there is shared memory for two tiles of each side and group */
-    float factor;  /* scale log2(e) */
+    /* Whether there is shared memory for two tiles of each side and group, or (above 128 channels)
+     * for one of both. */
+    bool is_piped, is_single;
+    float factor; /* scale log2(e) */
 };
 
 enum { TILE = 64, GROUP_WARPS = 4, GROUP_THREADS = GROUP_WARPS * 32, MAX_GROUPS = 2 };
@@ -62,8 +64,8 @@ KI_DEV void group_barrier(uint32_t group) {
 
 /* ---- which tiles ---- */
 
-/* What a block of rows sees: positions [first, end); the first row's position and the first position
- * of the last row; where the first and the last row begin to read in 16 bit. */
+/* What a block of rows sees: positions [first, end); the first row's position and the first
+ * position of the last row; where the first and the last row begin to read in 16 bit. */
 struct block_view {
     uint32_t first, end, pos0, last_first, k_from, k_to, v_from, v_to, k_sinks, v_sinks;
 };
@@ -174,7 +176,7 @@ template <int D>
 KI_DEV void begin_tile(uint16_t *k_tile, uint16_t *v_tile, const prompt_args &a,
                        const tile_source &x, const tile_job &j) {
     begin_side<D>(k_tile, x, j.base, j.k_exact, 0, a.l.k_bits < 16);
-    begin_side<D>(v_tile, x, j.base, j.v_exact, 1, a.l.v_bits < 16);
+    if (D <= 128 || !a.is_single) begin_side<D>(v_tile, x, j.base, j.v_exact, 1, a.l.v_bits < 16);
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
@@ -398,7 +400,17 @@ KI_DEV tile_source source_of(const prompt_args &a, const ki_cuda_seq &s, uint32_
     return x;
 }
 
-/* A group's share of the tiles. tiles: two stages of keys, two of values, or one of each. */
+/* Values in the place of keys, when all warps are done with those. */
+template <int D>
+KI_DEV void load_values(uint16_t *tile, const prompt_args &a, const tile_source &x,
+                        const tile_job &j, uint32_t group) {
+    group_barrier(group);
+    begin_side<D>(tile, x, j.base, j.v_exact, 1, a.l.v_bits < 16);
+    wait_for_copies();
+    group_barrier(group);
+}
+
+/* A group's share of the tiles. tiles: two stages of keys, two of values; one of each; or one. */
 template <int D, int SETS = tile_shape<D>::SETS>
 KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uint16_t *q,
                          const prompt_args &a, const tile_source &x, const block_view &v,
@@ -407,7 +419,7 @@ KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uin
     uint32_t group = threadIdx.x / GROUP_THREADS, others = blockDim.x / GROUP_THREADS - 1;
     uint32_t warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32;
     uint32_t row = first_row + warp * SETS * 16 + lane / 4;
-    uint16_t *k_tile = tiles, *v_tile = tiles + (a.is_piped ? 2 : 1) * HALVES;
+    uint16_t *k_tile = tiles, *v_tile = tiles + (a.is_piped ? 2 : a.is_single ? 0 : 1) * HALVES;
     job_walk walk = {v.first / TILE * TILE, 0};
     tile_job job, next;
     bool has = skip_jobs(&job, &walk, v, group), has_next;
@@ -432,6 +444,7 @@ KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uin
             if (job.is_masked) mask_scores(scores[i], a, x.seq, v, job, row + 16 * i, lane);
             tile_soften<D>(scores[i], st[i], a.factor);
         }
+        if (D > 128 && a.is_single) load_values<D>(v_tile, a, x, job, group);
         tile_values<D>(st, scores, v_tile + here, lane);
     }
 }
@@ -473,23 +486,27 @@ static __global__ void __launch_bounds__(MAX_GROUPS *GROUP_THREADS, 1)
 
 /* ---- host calls ---- */
 
-/* Queries, and of each group two tiles of keys and of values, or one of either: as much as the
- * device has room for. */
+/* Queries, and of each group two tiles of keys and of values, or one of either, or of one group one
+ * in all: as much as the device has room for. */
 struct prompt_config {
     uint32_t n_groups, shared_bytes;
-    bool is_piped;
+    bool is_piped, is_single;
 };
+
+/* Not less than what the kernel has beside that. */
+enum { STATIC_BYTES = 1024 };
+static_assert(sizeof(block_view) + sizeof(tile_source) <= STATIC_BYTES, "shared memory");
 
 template <int D> static prompt_config config_of(void) {
     int device = 0, limit = 0;
     if (cudaGetDevice(&device) == cudaSuccess)
         cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     prompt_config c = {};
-    for (uint32_t k = 0; k < 4; k++) {
-        c.n_groups = k < 2 ? 2 : 1, c.is_piped = k % 2 == 0;
-        uint32_t n_tiles = tile_shape<D>::SETS + c.n_groups * (c.is_piped ? 4 : 2);
-        c.shared_bytes = n_tiles * tile_shape<D>::HALVES * 2;
-        if (c.shared_bytes <= (uint32_t)limit) break;
+    for (uint32_t k = 0; k < 5; k++) {
+        c.n_groups = k < 2 ? 2 : 1, c.is_piped = k % 2 == 0 && k < 4, c.is_single = k == 4;
+        uint32_t n_tiles = c.n_groups * (c.is_piped ? 4 : c.is_single ? 1 : 2);
+        c.shared_bytes = (tile_shape<D>::SETS + n_tiles) * tile_shape<D>::HALVES * 2;
+        if (c.shared_bytes + STATIC_BYTES <= (uint32_t)limit) break;
     }
     return c;
 }
@@ -502,7 +519,7 @@ template <int D> static cudaError_t prompt_prepare(void) {
 template <int D>
 static cudaError_t prompt_launch(prompt_args a, uint32_t max_rows, bool pdl, void *stream) {
     prompt_config config = config_of<D>();
-    a.is_piped = config.is_piped;
+    a.is_piped = config.is_piped, a.is_single = config.is_single;
     a.n_tiles = (max_rows + tile_shape<D>::ROWS - 1) / tile_shape<D>::ROWS;
     uint32_t n = a.part.n_seqs * a.part.n_heads * a.l.head_group * a.n_tiles;
     return ki_launch(ki_prompt_kernel<D>, n, config.n_groups * GROUP_THREADS, config.shared_bytes,

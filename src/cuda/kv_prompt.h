@@ -1,16 +1,16 @@
 /* kv_prompt.h: what attention of prompts reads, and from where.
  *
- * Rows of the step lie in k_rows and v_rows. What is older is in the order of fragments (kv_order.h),
- * packed or in 16 bit, and 128 rows of each query head would turn it into rows again and again: one
- * kernel does it once a layer, into a scratch of float16 rows. It has room for a bounded number of
- * them, so a step is attended to in parts: neighbouring sequences, all KV heads; or one sequence,
- * some KV heads. Of each (KV head, side) of a part the scratch has head_tokens rows [D], and of a
- * sequence, from its scratch_at on, three areas of whole pages:
+ * Rows of the step lie in k_rows and v_rows. What is older is in the order of fragments
+ * (kv_order.h), packed or in 16 bit, and 128 rows of each query head would turn it into rows again
+ * and again: one kernel does it once a layer, into a scratch of float16 rows. It has room for a
+ * bounded number of them, so a step is attended to in parts: neighbouring sequences, all KV heads;
+ * or one sequence, some KV heads. Of each (KV head, side) of a part the scratch has head_tokens
+ * rows [D], and of a sequence, from its scratch_at on, three areas of whole pages:
  *
- *     [ sinks: positions 0 .. ][ codes: coded_begin .. coded_end ][ 16 bit: exact_begin .. exact_end ]
+ *     [ sinks: 0 .. ][ codes: coded_begin .. coded_end ][ 16 bit: exact_begin .. exact_end ]
  *
- * Around the line a position can be in both: some rows of the step read its codes, others its 16-bit
- * row. */
+ * (positions). Around the line one can be in two areas: some rows of the step read its codes,
+ * others its 16-bit row. */
 #ifndef KI_KV_PROMPT_H
 #define KI_KV_PROMPT_H
 #include "kv_cuda.h"

@@ -1,8 +1,8 @@
-/* kv_unpack.cu: what is packed or in the 16-bit store as float16 rows, for the attention of prompts.
+/* kv_unpack.cu: what is packed or in the 16-bit store as float16 rows, for attention of prompts.
  *
  * One thread block for a page of one sequence, KV head and side. A thread has eight neighbouring
- * channels, 16 bytes of a row, of the tokens whose codes stand in the same words: four of keys, whose
- * words are those of four lanes, and eight of values, whose words are those of eight. */
+ * channels, 16 bytes of a row, of the tokens whose codes stand in the same words: four of keys,
+ * whose words are those of four lanes, and eight of values, whose words are those of eight. */
 #include "kv_launch.h"
 #include "kv_prompt.h"
 #include "kv_rows.cuh"
