@@ -42,7 +42,7 @@ CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c p
             start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
-            src/cuda/kv_layout.c
+            src/cuda/kv_layout.c src/cuda/kv_prompt_plan.c
 PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
@@ -114,16 +114,18 @@ CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
 # The kernels of the cache take minutes: only their own headers count for them.
-KV_HEADERS := $(filter-out %/kv_append.h %/kv_bench.h %/kv_bench.cuh %/kv_quant.cuh,$(wildcard src/cuda/kv_*.h \
-              src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+KV_HEADERS := $(filter-out $(addprefix %/kv_,append.h append.cuh bench.h bench.cuh prompt.h quant.cuh), \
+              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
 CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-$(BUILD)/src/cuda/kv_append.cu.o: src/cuda/kv_append.h src/cuda/kv_quant.cuh
+KV_EXACT := src/cuda/kv_append.cu src/cuda/kv_prompt_append.cu
+$(KV_EXACT:%=$(BUILD)/%.o): src/cuda/kv_append.h src/cuda/kv_append.cuh src/cuda/kv_quant.cuh
+$(addprefix $(BUILD)/src/cuda/kv_,prompt.cu.o unpack.cu.o bench.cu.o): src/cuda/kv_prompt.h
 $(BUILD)/src/cuda/kv_bench.cu.o: src/cuda/kv_append.h src/cuda/kv_bench.h src/cuda/kv_bench.cuh include/kivi_bench.h
 $(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter $(KV_EXACT),$<),-fmad=false) -c $< -o $@
 $(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@

@@ -140,7 +140,8 @@ typedef struct kivi_engine_options {
     uint32_t ctx_tokens;   /* longest session; 0: the model's training context */
     uint32_t max_sessions; /* pages are made for this many sessions of ctx_tokens; 0: one */
     uint64_t kv_bytes;     /* bytes of all pages; 0: as many as those sessions need at most */
-    uint32_t step_rows;    /* most rows in one step; 0: 512 */
+    uint32_t step_rows;    /* most rows in one step; 0: 512, and 2,048 on a device unless all_logits
+                            * or a shorter ctx_tokens */
     uint32_t logit_rows;   /* most rows of logits in one step; 0: one for each session */
     bool all_logits; /* keep logits of every row of a step, not of the last row of each item */
     const char *rope_type; /* "bf16", "f16": of the rotary frequencies, as a checkpoint converted as

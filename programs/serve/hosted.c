@@ -2,10 +2,13 @@
 
 #include <stdlib.h>
 
+enum { DEFAULT_STEP_TOKENS = 512 };
+
 static void adjust(kivi_engine_options *eo, void *user) {
     const options *o = user;
     eo->max_sessions = o->max_seqs;
-    if (o->step_tokens) eo->step_rows = o->step_tokens;
+    /* Running sequences wait for each step's chunks: not what is fastest for a prompt alone. */
+    eo->step_rows = o->step_tokens ? o->step_tokens : DEFAULT_STEP_TOKENS;
     if (o->kv_memory_given) eo->kv_bytes = (uint64_t)o->kv_memory_mib << 20;
     /* Prompts share their beginnings, and no prompt holds all its rows in 16 bit; what it costs is
      * in ARCHITECTURE.md. */

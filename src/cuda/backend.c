@@ -70,7 +70,7 @@ static void plan(kivi_memory *out, const ki_backend *backend, const ki_config *c
     }
     out->weights = s.vector_floats * sizeof(float);
     out->activations = s.arena_bytes;
-    out->workspace = s.gemm_bytes + 2 * s.plan_bytes;
+    out->workspace = s.gemm_bytes + 2 * s.plan_bytes + s.scratch_bytes;
 }
 
 /* ---- which kernels ---- */
@@ -79,8 +79,7 @@ static const ki_cuda_kernels plain = {.name = "plain",
                                       .append = ki_plain_append,
                                       .prompt_append = ki_plain_append,
                                       .prompt_window = ki_plain_window,
-                                      .attend = ki_plain_attend,
-                                      .prompt_attend = ki_plain_attend};
+                                      .attend = ki_plain_attend};
 
 static const ki_cuda_kernels fused = {.name = "fused",
                                       .append = ki_cuda_append_rows,

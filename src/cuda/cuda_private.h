@@ -12,6 +12,7 @@
 #include "gemv.h"
 #include "kv_append.h"
 #include "kv_cuda.h"
+#include "kv_prompt.h"
 #include "plain.h"
 #include "sdpa.h"
 #include "skinny.h"
@@ -80,7 +81,9 @@ typedef struct ki_cuda_kernels {
     kivi_status (*prompt_window)(const ki_cuda_append_call *, void *stream, kivi_error *);
     kivi_status (*plan)(const ki_cuda_attend_call *, void *stream, kivi_error *); /* NULL: none */
     kivi_status (*attend)(const ki_cuda_attend_call *, void *stream, kivi_error *);
-    kivi_status (*prompt_attend)(const ki_cuda_attend_call *, void *stream, kivi_error *);
+    /* One part of a step with prompts; NULL: attend does them all. */
+    kivi_status (*prompt_attend)(const ki_cuda_attend_call *, const ki_prompt_part *,
+                                 uint32_t step_window, void *stream, kivi_error *);
 } ki_cuda_kernels;
 
 typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
@@ -103,13 +106,15 @@ typedef struct ki_cuda_buffers { /* device memory; rows as padded for products *
     void *h, *attn, *act, *last;        /* of the backend's type */
     uint16_t *q16, *k_rows, *v_rows;    /* f16 */
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
+    uint8_t *scratch;                   /* old rows of prompts (kv_prompt.h) */
 } ki_cuda_buffers;
 
 /* Of a pass, as launches see it. A step is one, or in the batch-invariant mode several: its logits
  * then stand behind those of the passes before, from first_logit on. */
 typedef struct ki_cuda_shape {
     uint32_t n_rows, n_seqs, max_rows, n_logits, first_logit, split_tokens;
-    uint32_t n_whole;  /* sequences marked KI_CUDA_ELSEWHERE: cuDNN's */
+    uint32_t n_whole;  /* sequences marked KI_CUDA_ELSEWHERE: cuDNN's, */
+    uint32_t n_single; /* and those of one row, which are attended to as in decoding */
     uint32_t own_rows; /* most rows of any other; 0: there is none. For steps with prompts */
     bool decode;
 } ki_cuda_shape;
@@ -143,6 +148,7 @@ typedef struct ki_cuda_backend {
     ki_cuda_buffers buffers;
     uint8_t *arena;             /* all buffers but these */
     uint8_t *workspace;         /* of products and attention */
+    size_t scratch_bytes;       /* of it: buffers.scratch */
     float *vectors, *rope_freq; /* norms and biases; [n_ropes][D / 2] */
     ki_cuda_norms *norms;       /* [n_layers], host */
     ki_cuda_norm output_norm;
@@ -158,6 +164,7 @@ typedef struct ki_cuda_sizes {
     ki_cuda_upload upload;
     ki_cuda_result result;
     size_t offsets[16], arena_bytes, vector_floats, gemm_bytes, plan_bytes;
+    size_t scratch_bytes;
 } ki_cuda_sizes;
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
                       const ki_cuda_layout *layout, const ki_backend_sizes *sizes);
@@ -176,6 +183,8 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
                          kivi_error *err);
+/* The sequences of a pass with prompts (host memory) and the scratch, for kv_prompt.h. */
+ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */

@@ -16,7 +16,7 @@ typedef struct batch_state { /* a pass */
     ki_batch_item **items;
     size_t n_items;
     uint32_t n_rows, n_logits, n_slots, max_rows, n_whole, own_rows, first_logit;
-    uint32_t n_draws, n_edits;
+    uint32_t n_single, n_draws, n_edits;
     bool decode; /* one row of each sequence */
 } batch_state;
 
@@ -127,6 +127,19 @@ static void fill_bucket(batch_state *s, uint32_t bucket) {
     }
 }
 
+/* Of a pass with prompts: rows of sequences that have one are attended to as in decoding, by work
+ * items that fill the device, when they are in the window; old rows of the others get places. */
+static void part_prompts(batch_state *s) {
+    const ki_cuda_backend *b = s->b;
+    ki_cuda_seq *seqs = (ki_cuda_seq *)up(b, b->upload_at.seqs);
+    if (!b->kernels->prompt_attend) return;
+    for (uint32_t i = 0; i < s->n_slots; i++)
+        if (seqs[i].n_rows == 1) seqs[i].flags |= KI_CUDA_ELSEWHERE, s->n_single++;
+    if (s->own_rows == 1) s->own_rows = 0;
+    ki_prompt_step step = ki_cuda_prompt_step(b, s->n_slots);
+    ki_prompt_place(seqs, &step);
+}
+
 static void put_batch(batch_state *s) {
     s->decode = true;
     for (size_t i = 0; i < s->n_items; i++) {
@@ -134,6 +147,7 @@ static void put_batch(batch_state *s) {
         put_item(s, s->items[i]);
     }
     if (s->decode) fill_bucket(s, ki_cuda_bucket(s->n_slots));
+    else part_prompts(s);
 }
 
 /* ---- the results ---- */
@@ -194,6 +208,7 @@ static ki_cuda_shape shape_of(const ki_cuda_backend *b, const batch_state *s) {
                            .n_logits = s->n_logits,
                            .first_logit = s->first_logit,
                            .n_whole = s->n_whole,
+                           .n_single = s->n_single,
                            .own_rows = s->own_rows,
                            .decode = s->decode};
     shape.split_tokens =

@@ -1,28 +1,10 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
- * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page); pages of keys
- * that are closed at the end of a step are shared out over a fixed number of larger ones. */
-#include "kv_append.h"
-#include "kv_launch.h"
-#include "kv_quant.cuh"
+/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line, one row
+ * of a sequence at a time. One thread block a (sequence, KV head); pages of keys that are closed at
+ * the end of a step are shared out over a fixed number of larger ones. */
+#include "kv_append.cuh"
 
-struct append_args {
-    ki_cuda_layout l;
-    uint8_t *pool;
-    const uint32_t *tables;
-    const ki_cuda_seq *seqs;
-    ki_cuda_counters *counters;
-    const void *q, *k, *v;
-    const float *rope;
-    uint16_t *q_out, *k_rows, *v_rows;
-    uint32_t *row_flags;
-    uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
-    ki_cuda_type type;
-    bool closes; /* keys, where their line moves */
-};
-
-/* CLOSE_THREADS: five candidates of the 96 narrow channels of a + page all at once; four blocks of
- * 32 tokens. CLOSE_BLOCKS: more than are resident. */
-enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, CLOSE_BLOCKS = 512, MAX_DIM = 256 };
+/* More than are resident. */
+enum { CLOSE_BLOCKS = 512 };
 
 /* ---- rows ---- */
 
@@ -31,73 +13,12 @@ KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
     if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
     return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
 }
-
-struct row_check {
-    bool is_bad;
-    uint32_t n_saturated;
-};
-
-KI_DEV uint16_t checked_f16(float x, row_check *check) {
-    bool is_bad = (__float_as_uint(x) & 0x7f800000) == 0x7f800000;
-    check->is_bad |= is_bad;
-    if (is_bad) return 0; /* the store never holds one: others' products with 0 stay 0 */
-    float y = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
-    check->n_saturated += y != x;
-    return f16_near(y);
-}
-
 KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t row) {
     if (check.n_saturated)
         atomicAdd(&a.counters->n_saturated, (unsigned long long)check.n_saturated);
     if (!__syncthreads_or(check.is_bad) || threadIdx.x) return;
     if (a.row_flags) a.row_flags[row] = 1;
     atomicAdd(&a.counters->n_nonfinite, 1ull);
-}
-
-/* One head's row [D] as float32 in shared memory, rotated where there is a rope. In step
- * afterwards. */
-KI_DEV void load_row(float *out, const append_args &a, const void *x, uint64_t at, uint32_t row,
-                     bool rotated) {
-    uint32_t half = a.l.head_dim / 2;
-    for (uint32_t j = threadIdx.x; j < half; j += blockDim.x) {
-        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
-        float cosine = 1, sine = 0;
-        bool turn = rotated && a.rope;
-        if (turn) {
-            float2 r = ((const float2 *)a.rope)[(uint64_t)row * half + j];
-            cosine = r.x, sine = r.y;
-        }
-        out[j] = turn ? __fsub_rn(__fmul_rn(u, cosine), __fmul_rn(w, sine)) : u;
-        out[half + j] = turn ? __fadd_rn(__fmul_rn(w, cosine), __fmul_rn(u, sine)) : w;
-    }
-    __syncthreads();
-}
-
-KI_DEV void rotate_queries(float *scratch, const append_args &a, uint32_t row, uint32_t head) {
-    uint32_t d = a.l.head_dim;
-    if (!a.q) return;
-    for (uint32_t h = head * a.l.head_group; h < (head + 1) * a.l.head_group; h++) {
-        row_check ignored = {};
-        load_row(scratch, a, a.q, (uint64_t)row * a.q_stride + h * d, row, true);
-        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            a.q_out[((uint64_t)row * a.l.n_heads + h) * d + c] = checked_f16(scratch[c], &ignored);
-        __syncthreads();
-    }
-}
-
-/* Keys and values of one row and head as float16 in shared memory. */
-KI_DEV void load_kv_row(uint16_t *k16, uint16_t *v16, float *scratch, const append_args &a,
-                        uint32_t row, uint32_t head) {
-    uint32_t d = a.l.head_dim;
-    row_check check = {};
-    load_row(scratch, a, a.k, (uint64_t)row * a.k_stride + head * d, row, true);
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) k16[c] = checked_f16(scratch[c], &check);
-    __syncthreads();
-    load_row(scratch, a, a.v, (uint64_t)row * a.v_stride + head * d, row, false);
-    if (a.l.is_plus) turn_row(scratch, d, threadIdx.x, blockDim.x);
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) v16[c] = checked_f16(scratch[c], &check);
-    report_row(a, check, row);
-    __syncthreads();
 }
 
 /* One element of a 16-bit plane. */
@@ -110,13 +31,6 @@ KI_DEV void put_exact_row(uint8_t *block, const uint16_t *row, uint32_t t, uint3
     for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
         *exact_element(block, t, c, d / 16, keys) = row[c];
 }
-
-KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
-    uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];
-    return a.pool + id * a.l.id_bytes +
-           ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes;
-}
-
 /* ---- codes of a range of tokens of one page ---- */
 
 struct range_job { /* tokens [from, to) of page `index` of one side */
@@ -125,24 +39,15 @@ struct range_job { /* tokens [from, to) of page `index` of one side */
     uint8_t *page;
 };
 
-/* Rows [from, to) of 32 tokens (positions base ..) into raw [32][D]: new ones from the step's rows,
- * older ones from the 16-bit store. */
+/* Rows [from, to) of 32 tokens (positions base ..) from the 16-bit store into raw [32][D]. */
 KI_DEV void stage_rows(uint16_t *raw, const append_args &a, const range_job &job, uint32_t base,
                        uint32_t from, uint32_t to, bool keys) {
     uint32_t d = a.l.head_dim;
-    const uint16_t *rows = keys ? a.k_rows : a.v_rows;
-    const ki_cuda_seq &s = *job.seq;
-    uint8_t *block = NULL;
-    if (!rows || from < s.n_tokens)
-        block = exact_block(a.l, s, a.layer, job.head, base / KI_SUB_TOKENS, keys ? 0 : 1);
+    uint8_t *block =
+        exact_block(a.l, *job.seq, a.layer, job.head, base / KI_SUB_TOKENS, keys ? 0 : 1);
 #pragma unroll 4
-    for (uint32_t k = (from - base) * d + threadIdx.x; k < (to - base) * d; k += blockDim.x) {
-        uint32_t t = k / d, c = k % d, pos = base + t;
-        if (rows && pos >= s.n_tokens) {
-            uint64_t row = s.first_row + pos - s.n_tokens;
-            raw[k] = rows[(row * a.l.n_kv_heads + job.head) * d + c];
-        } else raw[k] = *exact_element(block, t, c, d / 16, keys);
-    }
+    for (uint32_t k = (from - base) * d + threadIdx.x; k < (to - base) * d; k += blockDim.x)
+        raw[k] = *exact_element(block, k / d, k % d, d / 16, keys);
 }
 
 /* Shared memory of one thread block, by the head size: raw has 32 rows of `width`, which is the
@@ -245,21 +150,12 @@ KI_DEV void close_key_group(const quant_shared &m, const append_args &a, const r
     }
 }
 
-/* Rows as they are, for a side of 16 bits. */
-KI_DEV void copy_rows(const quant_shared &m, const append_args &a, const range_job &job,
-                      bool keys) {
-    uint32_t d = a.l.head_dim;
-    for (uint32_t pos = job.from; pos < job.to; pos++) {
-        const uint16_t *rows = keys ? a.k_rows : a.v_rows, *row = keys ? m.k16 : m.v16;
-        uint32_t t = pos % KI_PAGE_TOKENS;
-        if (rows)
-            row =
-                rows + ((uint64_t)(job.seq->first_row + pos - job.seq->n_tokens) * a.l.n_kv_heads +
-                        job.head) *
-                           d;
-        uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
-        put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), row, t % KI_SUB_TOKENS, d, keys);
-    }
+/* The row as it is, for a side of 16 bits. */
+KI_DEV void copy_row(const quant_shared &m, const append_args &a, const range_job &job, bool keys) {
+    uint32_t t = job.from % KI_PAGE_TOKENS;
+    uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
+    put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), keys ? m.k16 : m.v16, t % KI_SUB_TOKENS,
+                  a.l.head_dim, keys);
 }
 
 KI_DEV void close_plus_keys(const append_args &a, const range_job &job, const quant_shared &m) {
@@ -276,41 +172,10 @@ KI_DEV void close_plus_keys(const append_args &a, const range_job &job, const qu
 
 KI_DEV void quantize_keys(const quant_shared &m, const append_args &a, const range_job &job) {
     uint32_t group = a.l.k_group;
-    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
-    else if (a.l.is_plus) close_plus_keys(a, job, m);
+    if (a.l.is_plus) close_plus_keys(a, job, m);
     else
         for (uint32_t first = job.from; first < job.to; first += group)
             if (first + group > a.l.sink_tokens) close_key_group(m, a, job, first);
-}
-
-KI_DEV void quantize_values(const quant_shared &m, const append_args &a, const range_job &job) {
-    uint32_t d = a.l.head_dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (a.l.v_bits == 16) {
-        copy_rows(m, a, job, false);
-        return;
-    }
-    uint32_t first = max(job.from, a.l.sink_tokens);
-    for (uint32_t base = first / KI_SUB_TOKENS * KI_SUB_TOKENS; base < job.to;
-         base += KI_SUB_TOKENS) {
-        uint32_t from = max(first, base), to = min(job.to, base + KI_SUB_TOKENS);
-        uint8_t *sub =
-            job.page + a.l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * a.l.sub_bytes;
-        stage_rows(m.raw, a, job, base, from, to, false);
-        __syncthreads();
-        for (uint32_t pos = from + warp; pos < to; pos += blockDim.x / 32) {
-            uint32_t t = pos - base;
-            if (a.l.is_plus) quantize_plus_value(m.codes + t * d, sub, a.l, m.raw + t * d, t, lane);
-            else quantize_value(m.codes + t * d, sub, a.l, m.raw + t * d, t, lane);
-        }
-        __syncthreads();
-        uint32_t low = a.l.v_bits == 3 ? 2 : a.l.v_bits;
-        pack_block((uint32_t *)(sub + a.l.v_at), m.codes, d, d / 16, low, false, from - base,
-                   to - base, 0);
-        if (a.l.v_bits == 3)
-            pack_block((uint32_t *)(sub + a.l.third_at), m.codes, d, d / 16, 1, false, from - base,
-                       to - base, 2);
-        __syncthreads();
-    }
 }
 
 /* Tokens [from, to) as far as they are in page `index`. */
@@ -324,22 +189,6 @@ KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s,
     if (job->from >= job->to) return false;
     job->page = page_of(a, *s, index, head);
     return true;
-}
-
-/* Page `part` of both sides, counted from the one where the line stood. False behind the last. */
-KI_DEV bool move_lines(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                       uint32_t head, uint32_t part) {
-    uint32_t n = s.n_tokens, end = n + s.n_rows;
-    uint32_t k_from = ki_cuda_k_packed(&a.l, n), v_from = ki_cuda_v_packed(&a.l, n);
-    range_job job;
-    bool keys = make_job(&job, a, &s, head, k_from / KI_PAGE_TOKENS + part, k_from,
-                         ki_cuda_k_packed(&a.l, end));
-    if (keys) quantize_keys(m, a, job);
-    __syncthreads();
-    bool values = make_job(&job, a, &s, head, v_from / KI_PAGE_TOKENS + part, v_from,
-                           ki_cuda_v_packed(&a.l, end));
-    if (values) quantize_values(m, a, job);
-    return keys || values;
 }
 
 /* ---- one row ---- */
@@ -550,8 +399,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS, 8)
     load_one_row(m, a, s, head);
     range_job job = {&s, head, s.n_tokens / KI_PAGE_TOKENS, s.n_tokens, s.n_tokens + 1, NULL};
     if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
-    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
-    if (a.l.v_bits == 16) copy_rows(m, a, job, false);
+    if (a.l.k_bits == 16) copy_row(m, a, job, true);
+    if (a.l.v_bits == 16) copy_row(m, a, job, false);
     if (!a.closes || !moves_key_line(a.l, s)) return;
     __syncthreads();
     close_keys(m, a, s, head);
@@ -583,62 +432,6 @@ static __global__ void __launch_bounds__(CLOSE_THREADS, 2)
     }
 }
 
-/* Prompts: the step's rows as attention takes them. One thread block a (row, KV head). */
-static __global__ void __launch_bounds__(APPEND_THREADS)
-    ki_rows_kernel(const __grid_constant__ append_args a) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    const quant_shared m = carve_append(shared, a.l.head_dim);
-    uint32_t row = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
-    uint32_t d = a.l.head_dim;
-    wait_for_previous();
-    let_next_begin();
-    rotate_queries(m.scratch, a, row, head);
-    load_kv_row(m.k16, m.v16, m.scratch, a, row, head);
-    uint64_t to = ((uint64_t)row * a.l.n_kv_heads + head) * d;
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-        a.k_rows[to + c] = m.k16[c], a.v_rows[to + c] = m.v16[c];
-}
-
-static __global__ void __launch_bounds__(CLOSE_THREADS)
-    ki_prompt_codes_kernel(const __grid_constant__ append_args a) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts;
-    uint32_t slot = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
-    wait_for_previous();
-    let_next_begin();
-    const ki_cuda_seq s = a.seqs[slot];
-    if (s.n_rows == 0) return;
-    move_lines(carve_append(shared, a.l.head_dim), a, s, head, part);
-}
-
-/* The newest rows of a step into the store: what a ring can hold, and the sinks. One thread block a
- * (sequence, KV head, 32 positions). */
-static __global__ void __launch_bounds__(APPEND_THREADS)
-    ki_prompt_window_kernel(const __grid_constant__ append_args a) {
-    uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts, d = a.l.head_dim;
-    uint32_t slot = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
-    wait_for_previous();
-    let_next_begin();
-    const ki_cuda_seq s = a.seqs[slot];
-    uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
-    uint32_t from = max(s.n_tokens, block * KI_SUB_TOKENS),
-             to = min(end, (block + 1) * KI_SUB_TOKENS);
-    if (s.n_rows == 0 || from >= to) return;
-    uint32_t last = (end - 1) / KI_SUB_TOKENS;
-    for (uint32_t side = 0; side < 2; side++) {
-        uint32_t n = side ? s.v_blocks : s.k_blocks;
-        if ((side ? a.l.v_bits : a.l.k_bits) == 16) continue;
-        if (block >= a.l.sink_blocks && last - block >= n) continue;
-        uint8_t *to_block = exact_block(a.l, s, a.layer, head, block, side);
-        const uint16_t *rows = side ? a.v_rows : a.k_rows;
-        for (uint32_t pos = from; pos < to; pos++) {
-            uint64_t row = s.first_row + pos - s.n_tokens;
-            put_exact_row(to_block, rows + (row * a.l.n_kv_heads + head) * d, pos % KI_SUB_TOKENS,
-                          d, side == 0);
-        }
-    }
-}
-
 struct ring_args {
     uint64_t to, from;
     uint32_t to_k, to_v, from_k, from_v, block_bytes, first_block, n_blocks;
@@ -661,27 +454,6 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
 }
 
 /* ---- host calls ---- */
-
-static append_args args_of(const ki_cuda_append_call *c) {
-    append_args a = {};
-    a.l = c->cache->layout;
-    a.pool = c->cache->pool;
-    a.tables = c->cache->tables;
-    a.table_stride = c->cache->table_stride;
-    a.seqs = c->cache->seqs;
-    a.counters = c->cache->counters;
-    a.layer = c->layer;
-    a.q = c->q, a.k = c->k, a.v = c->v;
-    a.q_stride = c->q_stride, a.k_stride = c->k_stride, a.v_stride = c->v_stride;
-    a.type = c->type;
-    a.rope = c->rope;
-    a.q_out = c->q_out;
-    a.k_rows = c->k_rows, a.v_rows = c->v_rows;
-    a.row_flags = c->row_flags;
-    a.n_parts = 1;
-    return a;
-}
-
 static uint32_t plus_bytes(const ki_cuda_layout *l) {
     return l->is_plus ? sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2 : 0;
 }
@@ -704,17 +476,14 @@ kivi_status ki_cuda_append_prepare(kivi_error *err) {
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
                          "shared memory of append", err));
-    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
-                         "shared memory of closing", err));
-    return ki_cuda_check(cudaFuncSetAttribute(ki_prompt_codes_kernel, limit, bytes),
-                         "shared memory of append", err);
+    return ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
+                         "shared memory of closing", err);
 }
 
 static kivi_status append(const ki_cuda_append_call *c, bool closes, void *stream,
                           kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     append_args a = args_of(c);
-    a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
     a.closes = closes;
     uint32_t bytes = closes ? shared_bytes(l) : row_bytes(l);
     return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
@@ -736,38 +505,10 @@ kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, 
     append_args a = args_of(c);
     uint64_t most = (uint64_t)c->cache->n_seqs * n_layers * l->n_kv_heads;
     if (l->k_bits == 16) return KIVI_OK;
-    a.k_rows = a.v_rows = NULL; /* as above */
     uint32_t n_blocks = most < CLOSE_BLOCKS ? (uint32_t)most : (uint32_t)CLOSE_BLOCKS;
     return ki_cuda_check(ki_launch(ki_close_kernel, n_blocks, CLOSE_THREADS, close_bytes(l), c->pdl,
                                    stream, a, c->cache->n_seqs, n_layers),
                          "closing pages", err);
-}
-
-kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    const ki_cuda_layout *l = &c->cache->layout;
-    append_args a = args_of(c);
-    uint32_t row_shared = quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS));
-    /* the shared memory of a + page leaves room for few blocks: larger ones */
-    uint32_t n_threads = l->is_plus ? CLOSE_THREADS : APPEND_THREADS;
-    KI_TRY(ki_cuda_check(ki_launch(ki_rows_kernel, c->n_rows * l->n_kv_heads, APPEND_THREADS,
-                                   row_shared, c->pdl, stream, a),
-                         "prompt rows", err));
-    /* the lines move over max_rows tokens and what they were behind; one page more for each end */
-    a.n_parts = (c->max_rows + l->residual_tokens) / KI_PAGE_TOKENS + 2;
-    return ki_cuda_check(ki_launch(ki_prompt_codes_kernel,
-                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, n_threads,
-                                   shared_bytes(l), c->pdl, stream, a),
-                         "prompt codes", err);
-}
-
-kivi_status ki_cuda_prompt_window(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    const ki_cuda_layout *l = &c->cache->layout;
-    append_args a = args_of(c);
-    a.n_parts = c->max_rows / KI_SUB_TOKENS + 2;
-    return ki_cuda_check(ki_launch(ki_prompt_window_kernel,
-                                   c->cache->n_seqs * l->n_kv_heads * a.n_parts, APPEND_THREADS, 0,
-                                   c->pdl, stream, a),
-                         "prompt window", err);
 }
 
 kivi_status ki_cuda_ring_copy(const ki_cuda_layout *l, uint64_t to, uint32_t to_k, uint32_t to_v,

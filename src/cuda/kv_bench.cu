@@ -2,6 +2,7 @@
 #include "kv_bench.h"
 #include "kv_append.h"
 #include "kv_bench.cuh"
+#include "kv_prompt.h"
 #include "sdpa.h"
 
 struct report {
@@ -308,10 +309,14 @@ static kivi_status prompt_of(report &r, bench_shape s) {
     c.q = q, c.k_rows = k, c.v_rows = v, c.out = out;
     c.out_stride = s.n_heads * 128, c.out_type = KI_CUDA_F16;
     c.n_rows = c.max_rows = tokens;
+    ki_prompt_part part = {}; /* nothing is old */
+    part.n_seqs = 1, part.n_heads = s.n_kv_heads;
     KI_TRY(ki_cuda_check(cudaDeviceSynchronize(), "rows of a prompt", r.err));
     KI_TRY(time_launches(
         &row.us, tokens > 8192 ? 2 : 8, r.o->n_repeats,
-        [&](uint32_t, cudaStream_t stream) { return ki_cuda_prompt_attend(&c, stream, r.err); },
+        [&](uint32_t, cudaStream_t stream) {
+            return ki_cuda_prompt_attend(&c, &part, 0, stream, r.err);
+        },
         r.err));
     row.flops = 2.0 * tokens * tokens * 128 * s.n_heads; /* two products, half of them masked */
     tell(r, row);

@@ -32,7 +32,7 @@
  * A step with prompt rows is, for each layer,
  *     ki_cuda_prompt_append   rope, float16 rows of the step, codes of what falls behind the line
  *     ki_cuda_prompt_attend   reads codes, the window as it was before the step, and the step's
- * rows
+ * rows (kv_prompt.h)
  *     ki_cuda_prompt_window   the step's newest rows into the window
  * (in this order: the window's old rows are read before they are overwritten). Sequences with one
  * generated row can be in the same step. Under the rule `paper` a prompt that is fed in several
@@ -113,7 +113,8 @@ typedef struct ki_cuda_seq {
     uint32_t first_row; /* its first row in q, k, v and out */
     uint32_t run_start; /* KI_CUDA_PROMPT: position of the prompt's first row */
     uint32_t flags;
-    uint32_t reserved[4]; /* 0; makes a slot 64 bytes */
+    uint32_t scratch_at;  /* kv_prompt.h */
+    uint32_t reserved[3]; /* 0; makes a slot 64 bytes */
 } ki_cuda_seq;
 
 typedef struct ki_cuda_counters {                /* device memory; kernels only add */
@@ -210,9 +211,6 @@ uint32_t ki_cuda_split_tokens(const ki_cuda_layout *layout, uint32_t n_seqs, uin
 kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
 /* Sequences with n_rows == 1. Others are left alone. */
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
-/* Sequences with any number of rows, causal, by the visibility rule; not those that kv_plan.h's
- * KI_CUDA_ELSEWHERE marks. No plan, no workspace. */
-kivi_status ki_cuda_prompt_attend(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
 
 /* ---- what the kernels and the host agree on (kv_plan.h has the splits) ---- */
 

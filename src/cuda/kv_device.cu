@@ -12,5 +12,6 @@ kivi_status ki_cuda_kernels_init(kivi_error *err) {
                        p.major, p.minor);
     KI_TRY(ki_cuda_decode_prepare(err));
     KI_TRY(ki_cuda_append_prepare(err));
+    KI_TRY(ki_cuda_prompt_append_prepare(err));
     return ki_cuda_prompt_prepare(err);
 }

@@ -31,6 +31,7 @@ static cudaError_t ki_launch(void (*kernel)(P...), uint32_t n_blocks, uint32_t n
 /* Limits of shared memory of each file's kernels. */
 kivi_status ki_cuda_decode_prepare(kivi_error *err);
 kivi_status ki_cuda_append_prepare(kivi_error *err);
+kivi_status ki_cuda_prompt_append_prepare(kivi_error *err);
 kivi_status ki_cuda_prompt_prepare(kivi_error *err);
 
 #endif

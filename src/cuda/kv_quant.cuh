@@ -120,6 +120,7 @@ KI_DEV void quantize_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layout &l
         uint32_t c = k * 32 + lane;
         low[k] = c < l.head_dim ? f16_value(row[c]) : 0;
         high[k] = low[k];
+        if (k * 32 >= (int)l.head_dim) continue;
         for (uint32_t x = 1; x < width; x *= 2) {
             low[k] = fminf(low[k], __shfl_xor_sync(~0u, low[k], x));
             high[k] = fmaxf(high[k], __shfl_xor_sync(~0u, high[k], x));
@@ -165,11 +166,11 @@ KI_DEV float plus_value_code(float x, float scale, float half) {
     return clamp_code(rounded_quotient(x, scale, __frcp_rn(scale), half), 2 * half);
 }
 
-/* One group of values by one warp: each of 14 lanes tries one scale. Returns the best. */
+/* One group of values by half a warp: each of 14 lanes tries one scale. Returns the best. */
 KI_DEV uint16_t plus_value_scale(const uint16_t *row, uint32_t group, float half, uint32_t lane) {
     float largest = 0;
-    for (uint32_t i = lane; i < group; i += 32) largest = fmaxf(largest, fabsf(f16_value(row[i])));
-    for (int x = 16; x; x /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, x));
+    for (uint32_t i = lane; i < group; i += 16) largest = fmaxf(largest, fabsf(f16_value(row[i])));
+    for (int x = 8; x; x /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, x));
     float step = plus_value_step(lane < 14 ? lane : 0), sum = 0;
     uint16_t mine = f16_up(__fmul_rn(__fdiv_rn(largest, half), step));
     float scale = f16_value(mine);
@@ -180,12 +181,12 @@ KI_DEV uint16_t plus_value_scale(const uint16_t *row, uint32_t group, float half
         sum = __fadd_rn(sum, __fmul_rn(d, d));
     }
     uint32_t best = 0;
-    float least = __shfl_sync(~0u, sum, 0);
+    float least = __shfl_sync(~0u, sum, 0, 16);
     for (uint32_t k = 1; k < 14; k++) {
-        float other = __shfl_sync(~0u, sum, k);
+        float other = __shfl_sync(~0u, sum, k, 16);
         if (other < least) least = other, best = k;
     }
-    return (uint16_t)__shfl_sync(~0u, (uint32_t)mine, best);
+    return (uint16_t)__shfl_sync(~0u, (uint32_t)mine, best, 16);
 }
 
 /* The same by a whole thread block, for a single row: all errors at once, then each candidate's sum
@@ -234,16 +235,21 @@ KI_DEV void plus_value_scales(uint16_t *scale, float *terms, const uint16_t *row
     __syncthreads();
 }
 
+/* One row by one warp, two groups at a time. */
 KI_DEV void quantize_plus_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layout &l,
                                 const uint16_t *row, uint32_t t, uint32_t lane) {
     float half = l.v_bits == 2 ? 1.5f : 3.5f;
-    for (uint32_t g = 0; g < l.head_dim / l.v_group; g++) {
-        const uint16_t *x = row + g * l.v_group;
-        uint16_t scale = plus_value_scale(x, l.v_group, half, lane);
-        for (uint32_t i = lane; i < l.v_group; i += 32)
+    uint32_t n_groups = l.head_dim / l.v_group;
+    for (uint32_t first = 0; first < n_groups; first += 2) {
+        uint32_t g = first + lane / 16;
+        bool is_there = g < n_groups;
+        const uint16_t *x = row + (is_there ? g : first) * l.v_group;
+        uint16_t scale = plus_value_scale(x, l.v_group, half, lane % 16);
+        if (!is_there) continue;
+        for (uint32_t i = lane % 16; i < l.v_group; i += 16)
             codes[g * l.v_group + i] =
                 (uint8_t)plus_value_code(f16_value(x[i]), f16_value(scale), half);
-        if (lane == 0)
+        if (lane % 16 == 0)
             ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] = scale;
     }
 }

@@ -23,6 +23,26 @@ KI_DEV void store_out(void *out, ki_cuda_type type, uint64_t at, float x) {
     else ((__nv_bfloat16 *)out)[at] = __float2bfloat16(x);
 }
 
+/* Four neighbours; `at` is a multiple of 4. */
+KI_DEV void store_four(void *out, ki_cuda_type type, uint64_t at, float4 x) {
+    if (type == KI_CUDA_F32) {
+        *(float4 *)((float *)out + at) = x;
+        return;
+    }
+    uint2 two;
+    if (type == KI_CUDA_F16) {
+        float y[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++) y[e] = fminf(fmaxf(y[e], -65504.0f), 65504.0f);
+        two = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
+    } else {
+        __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y),
+                       high = __floats2bfloat162_rn(x.z, x.w);
+        two = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+    }
+    *(uint2 *)((uint16_t *)out + at) = two;
+}
+
 /* Turns a row [D] in shared memory (plus.h), there and back alike. All threads of the block call
  * it, in step with whoever wrote the row. */
 KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
@@ -40,6 +60,24 @@ KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_
     float f = __frsqrt_rn((float)block);
     for (uint32_t i = thread; i < head_dim; i += n_threads) row[i] = __fmul_rn(row[i], f);
     __syncthreads();
+}
+
+/* The same by one warp. */
+KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
+    uint32_t block = head_dim & (0u - head_dim);
+    for (uint32_t h = 1; h < block; h *= 2) {
+        __syncwarp();
+        for (uint32_t k = lane; k < head_dim / 2; k += 32) {
+            uint32_t i = k / h * 2 * h + k % h;
+            float x = row[i], y = row[i + h];
+            row[i] = __fadd_rn(x, y);
+            row[i + h] = __fsub_rn(x, y);
+        }
+    }
+    __syncwarp();
+    float f = __frsqrt_rn((float)block);
+    for (uint32_t i = lane; i < head_dim; i += 32) row[i] = __fmul_rn(row[i], f);
+    __syncwarp();
 }
 
 #endif

@@ -137,16 +137,40 @@ static kivi_status attend_whole(const layer_call *c, const ki_cuda_attend_call *
     return KIVI_OK;
 }
 
+ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs) {
+    bool has[2];
+    ki_cuda_kinds_of(has, &b->model->config);
+    return (ki_prompt_step){.layout = &b->layout,
+                            .seqs = (const ki_cuda_seq *)(const void *)(b->up + b->upload_at.seqs),
+                            .n_seqs = n_seqs,
+                            .window = has[0] ? 0 : b->model->config.window,
+                            .scratch_bytes = b->scratch_bytes};
+}
+
+/* By our own kernels, part by part of what the scratch has room for. */
+static kivi_status attend_own(const layer_call *c, const ki_cuda_attend_call *all,
+                              kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    ki_cuda_attend_call own = *all;
+    if (!b->kernels->prompt_attend) return b->kernels->attend(&own, b->memory.stream, err);
+    ki_prompt_step step = ki_cuda_prompt_step(b, c->shape->n_seqs);
+    ki_prompt_part part = {0};
+    own.max_rows = c->shape->own_rows;
+    own.workspace = b->buffers.scratch;
+    while (ki_prompt_next(&part, &step))
+        KI_TRY(b->kernels->prompt_attend(&own, &part, step.window, b->memory.stream, err));
+    return KIVI_OK;
+}
+
 /* Of a step with prompts: whole ones that are long enough by cuDNN, the rest by our own kernel. */
 static kivi_status attend_prompts(const layer_call *c, const ki_cuda_attend_call *all,
                                   kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     const ki_cuda_seq *seqs = (const ki_cuda_seq *)(const void *)(b->up + b->upload_at.seqs);
-    ki_cuda_attend_call own = *all;
-    own.max_rows = c->shape->own_rows;
-    if (own.max_rows) KI_TRY(b->kernels->prompt_attend(&own, b->memory.stream, err));
+    if (c->shape->own_rows) KI_TRY(attend_own(c, all, err));
     for (uint32_t i = 0, n = 0; n < c->shape->n_whole && i < c->shape->n_seqs; i++)
-        if (seqs[i].flags & KI_CUDA_ELSEWHERE) KI_TRY(attend_whole(c, all, &seqs[i], n++, err));
+        if (seqs[i].flags & KI_CUDA_ELSEWHERE && seqs[i].n_rows > 1)
+            KI_TRY(attend_whole(c, all, &seqs[i], n++, err));
     return KIVI_OK;
 }
 
@@ -166,7 +190,8 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     append.pdl = attend.pdl = false;
     KI_TRY(k->prompt_append(&append, stream, err));
     KI_TRY(attend_prompts(c, &attend, err));
-    return k->prompt_window(&append, stream, err);
+    KI_TRY(k->prompt_window(&append, stream, err));
+    return c->shape->n_single ? k->attend(&attend, stream, err) : KIVI_OK;
 }
 
 /* After all layers of a step of decoding. */
@@ -303,7 +328,8 @@ static kivi_status make_plans(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     bool has[2];
     ki_cuda_kinds_of(has, &b->model->config);
-    for (int local = 0; local < 2 && c->shape->decode && b->kernels->plan; local++) {
+    bool is_asked = c->shape->decode || c->shape->n_single;
+    for (int local = 0; local < 2 && is_asked && b->kernels->plan; local++) {
         ki_cuda_attend_call a = attend_of(c, local);
         a.pdl = false; /* kernels of the attention begin to read plans early */
         if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
@@ -334,8 +360,8 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
                         b->type, stream);
     KI_TRY(product_to(b, s, logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
                       false, err));
-    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits,
-                   c->n_vocab, stride, stream);
+    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits, c->n_vocab,
+                   stride, stream);
     return KIVI_OK;
 }
 

@@ -68,6 +68,15 @@ static size_t vectors_of(const ki_config *c) {
     return layer * c->n_layers + 2 * (size_t)c->n_embd + c->n_ropes * c->head_dim / 2;
 }
 
+/* Old rows of prompts as attention reads them: more would save launches in steps of many long
+ * sequences, and no head of Llama-2-7B at 32,768 tokens would have to wait for another. */
+static size_t scratch_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
+                         const ki_backend_sizes *s) {
+    const uint64_t most_bytes = 512ull << 20;
+    if (b->without & KI_PART_FUSED || s->n_rows < 2) return 0;
+    return align((size_t)ki_prompt_scratch_bytes(layout, s->max_tokens, s->max_items, most_bytes));
+}
+
 static size_t plans_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                        const ki_cuda_sizes *o, uint32_t max_tokens) {
     size_t most = 0;
@@ -118,5 +127,6 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
     o->vector_floats = vectors_of(c);
     o->gemm_bytes = KI_GEMM_WORKSPACE_BYTES;
     o->plan_bytes = plans_of(b, layout, o, s->max_tokens);
+    o->scratch_bytes = scratch_of(b, layout, s);
     return true;
 }

@@ -4,7 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { DEFAULT_STEP_ROWS = 512, MAX_STEP_ROWS = 1 << 16, MAX_SESSIONS = 4096, DEFAULT_REWIND = 16 };
+/* A device is filled by steps of more rows than a CPU; but logits of all rows are large. */
+enum { DEFAULT_STEP_ROWS = 512, DEVICE_STEP_ROWS = 2048 };
+enum { MAX_STEP_ROWS = 1 << 16, MAX_SESSIONS = 4096, DEFAULT_REWIND = 16 };
 
 kivi_engine_options kivi_engine_defaults(void) {
     kivi_engine_options o = {0};
@@ -117,10 +119,19 @@ static kivi_status make_memory(kivi_engine *e, kivi_error *err) {
     return KIVI_OK;
 }
 
-static void fill_defaults(kivi_engine_options *o, const ki_config *c) {
+static uint32_t default_step_rows(const kivi_engine *e) {
+    const kivi_engine_options *o = &e->options;
+    if (!e->backend->device || o->all_logits || o->ctx_tokens < DEFAULT_STEP_ROWS)
+        return DEFAULT_STEP_ROWS;
+    return KI_MIN(o->ctx_tokens, (uint32_t)DEVICE_STEP_ROWS);
+}
+
+static void fill_defaults(kivi_engine *e) {
+    kivi_engine_options *o = &e->options;
+    const ki_config *c = &e->model->config;
     if (!o->ctx_tokens) o->ctx_tokens = c->ctx_tokens;
     if (!o->max_sessions) o->max_sessions = 1;
-    if (!o->step_rows) o->step_rows = DEFAULT_STEP_ROWS;
+    if (!o->step_rows) o->step_rows = default_step_rows(e);
     if (o->all_logits) o->logit_rows = o->step_rows;
     o->logit_rows = KI_MAX(o->logit_rows, o->max_sessions);
 }
@@ -144,7 +155,7 @@ static kivi_status engine_init(kivi_engine *e, const ki_file *file, kivi_error *
     KI_TRY(rope_type_of(&mo.rope_type, e->options.rope_type, err));
     KI_TRY(ki_workers_create(&e->workers, &e->mem, n_threads, err));
     KI_TRY(ki_model_load(&e->model, &e->mem, file, e->workers, &mo, err));
-    fill_defaults(&e->options, &e->model->config);
+    fill_defaults(e);
     KI_TRY(ki_engine_load_vocab(e, file, err));
     KI_TRY(make_memory(e, err));
     fill_info(e, file);

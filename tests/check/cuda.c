@@ -2,6 +2,7 @@
  * order, pages go to the CPU's order and back, and splits cover a sequence once. */
 #include "check.h"
 #include "kv_plan.h"
+#include "kv_prompt.h"
 #include "sdpa.h"
 
 static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
@@ -211,6 +212,99 @@ static void check_plan(void) {
     }
 }
 
+/* ---- prompts in parts (kv_prompt.h) ---- */
+
+/* Token p as the row at pos reads it: its tile is where the row looks for it. */
+static void check_old_token(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_prompt_old *o,
+                            uint32_t pos, uint32_t p, bool keys) {
+    uint32_t bits = keys ? l->k_bits : l->v_bits, base = p / 64 * 64;
+    uint32_t line = keys ? ki_prompt_k_line(l, s, pos) : ki_prompt_v_line(l, s, pos);
+    bool exact = bits < 16 && (p < l->sink_tokens || p >= line);
+    if (bits == 16 && p >= s->n_tokens) return; /* a row of the step */
+    if (exact && p >= s->n_tokens) return;
+    int64_t at = ki_prompt_row_at(o, base, exact), n = ki_prompt_tokens(o);
+    CHECK(at >= 0 && at + 64 <= n, "%s %u of the row at %u: row %lld of %lld",
+          keys ? "key" : "value", p, pos, (long long)at, (long long)n);
+    int64_t coded = (int64_t)o->coded_end - o->coded_begin;
+    bool is_coded = at >= o->sink_end && at < o->sink_end + coded;
+    CHECK(is_coded == !exact, "%s %u of the row at %u in another area", keys ? "key" : "value", p,
+          pos);
+}
+
+static void check_old(rng *r, const ki_cuda_layout *l, const ki_cuda_seq *s, uint32_t window) {
+    ki_prompt_old o = ki_prompt_old_of(l, s, window);
+    for (int i = 0; i < 40 && s->n_rows && !check_failed(); i++) {
+        uint32_t pos = s->n_tokens + rng_below(r, s->n_rows);
+        uint32_t first = window && pos + 1 > window ? pos + 1 - window : 0;
+        uint32_t p = first + rng_below(r, pos + 1 - first);
+        check_old_token(l, s, &o, pos, p, true);
+        check_old_token(l, s, &o, pos, p, false);
+    }
+}
+
+/* Every sequence and head is in one part, in order, and no two share rows of the scratch. */
+static void check_parts_of(const ki_prompt_step *step) {
+    const ki_cuda_layout *l = step->layout;
+    ki_prompt_part part = {0};
+    uint32_t seq = 0, head = 0;
+    while (ki_prompt_next(&part, step) && !check_failed()) {
+        uint64_t n_bytes = (uint64_t)part.head_tokens * part.n_heads * l->head_dim * 4;
+        uint32_t end = 0;
+        CHECK(part.first_seq == seq && part.first_head == head, "part at %u, %u, not %u, %u",
+              part.first_seq, part.first_head, seq, head);
+        CHECK(part.n_seqs && part.n_heads && head + part.n_heads <= l->n_kv_heads, "an empty part");
+        CHECK(n_bytes <= step->scratch_bytes, "%llu bytes of %llu", (unsigned long long)n_bytes,
+              (unsigned long long)step->scratch_bytes);
+        for (uint32_t i = seq; i < seq + part.n_seqs; i++) {
+            if (!step->seqs[i].n_rows) continue;
+            ki_prompt_old o = ki_prompt_old_of(l, &step->seqs[i], step->window);
+            CHECK(step->seqs[i].scratch_at == end, "sequence %u at %u, not %u", i,
+                  step->seqs[i].scratch_at, end);
+            end += ki_prompt_tokens(&o);
+            CHECK(ki_prompt_tokens(&o) <= part.max_tokens, "more tokens than the most");
+        }
+        CHECK(end == part.head_tokens, "%u rows of %u", end, part.head_tokens);
+        head += part.n_heads;
+        if (head == l->n_kv_heads) head = 0, seq += part.n_seqs;
+    }
+    CHECK(seq == step->n_seqs && head == 0, "parts end at %u, %u", seq, head);
+}
+
+static void check_parts(void) {
+    enum { SEQS = 5 };
+    static const uint32_t bits[] = {2, 4, 16}, windows[] = {0, 0, 100, 1000};
+    static const kivi_rule rules[] = {KIVI_RULE_PAPER, KIVI_RULE_STREAM, KIVI_RULE_SPAN};
+    rng r = check_rng();
+    for (int i = 0; i < 2000 && !check_failed(); i++) {
+        kivi_cache_geometry g = kivi_cache_defaults();
+        ki_cuda_layout l;
+        ki_cuda_seq seqs[SEQS] = {{0}};
+        uint32_t group = 32u << rng_below(&r, 3), window = windows[rng_below(&r, 4)], longest = 1;
+        g.n_layers = 1, g.n_heads = 8, g.n_kv_heads = 1 + rng_below(&r, 2), g.head_dim = 128;
+        g.n_pages = 1;
+        if (g.n_kv_heads == 2) g.n_kv_heads = 8;
+        g.kv.k_bits = bits[rng_below(&r, 3)], g.kv.v_bits = bits[rng_below(&r, 3)];
+        g.kv.group = group, g.kv.residual_tokens = group * (1 + rng_below(&r, 3));
+        g.kv.sink_tokens = rng_below(&r, 2) ? rng_below(&r, 300) : 0;
+        g.kv.rule = rules[rng_below(&r, 3)];
+        g.kv.span_tokens = g.kv.rule == KIVI_RULE_SPAN ? 128 * (1 + rng_below(&r, 8)) : 0;
+        CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+        for (int k = 0; k < SEQS && !check_failed(); k++) {
+            ki_cuda_seq *s = &seqs[k];
+            s->n_tokens = rng_below(&r, 3) ? rng_below(&r, 5000) : 0;
+            s->n_rows = rng_below(&r, 5) ? 1 + rng_below(&r, 700) : 0;
+            s->run_start = rng_below(&r, 2) ? rng_below(&r, s->n_tokens + 1) : 0;
+            s->flags = rng_below(&r, 4) ? KI_CUDA_PROMPT : 0;
+            longest = KI_MAX(longest, s->n_tokens + s->n_rows);
+            check_old(&r, &l, s, window);
+        }
+        ki_prompt_step step = {&l, seqs, SEQS, window, 0};
+        step.scratch_bytes = ki_prompt_scratch_bytes(&l, longest, SEQS, rng_below(&r, 32u << 20));
+        ki_prompt_place(seqs, &step);
+        if (!check_failed()) check_parts_of(&step);
+    }
+}
+
 static void check_layouts(void) {
     kivi_cache_geometry g = kivi_cache_defaults();
     ki_cuda_layout l;
@@ -295,6 +389,10 @@ void check_cuda(void) {
     }
     if (check_case("cuda/plan")) {
         check_plan();
+        check_end();
+    }
+    if (check_case("cuda/parts")) {
+        check_parts();
         check_end();
     }
     if (check_case("cuda/whole")) {

@@ -289,8 +289,9 @@ static void check_plus_page(world &w, uint32_t head, uint32_t index,
     std::vector<uint32_t> low(16 * d), wide(2 * d);
     std::vector<uint8_t> list(d / 4), codes(d);
     bool narrow = w.l.k_bits == 2;
-    ki_plus_keys keys = {w.l.k_bits, low.data(), narrow ? wide.data() : NULL,
-                         narrow ? list.data() : NULL, scale.data(), zero.data()};
+    ki_plus_keys keys = {
+        w.l.k_bits,   low.data(), narrow ? wide.data() : NULL, narrow ? list.data() : NULL,
+        scale.data(), zero.data()};
     uint32_t n_sinks = w.o.sinks > base ? w.o.sinks - base : 0;
     ki_plus_close_keys_scalar(&keys, blocks, n_sinks, d, KI_PLUS_KEY_STEPS);
     std::vector<uint8_t> bytes = w.page(0, index, 0, head);
@@ -735,6 +736,7 @@ static void check_rest() {
     check_step(base_options());
 }
 
+#include "prompt_cases.cuh"
 #include "sdpa_cases.cuh"
 
 int main(int argc, char **argv) {
@@ -759,6 +761,7 @@ int main(int argc, char **argv) {
     check_quant();
     check_kinds();
     check_oracle();
+    check_prompts();
     check_sdpa();
     printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;

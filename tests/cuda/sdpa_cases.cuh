@@ -81,7 +81,7 @@ struct sdpa_world {
         ki_cuda_attend_call attend = w.attend_call(0, n_rows, most);
         attend.out = own.data, attend.out_type = c.type;
         CHECK_OK(ki_cuda_prompt_append(&a, NULL, err));
-        CHECK_OK(ki_cuda_prompt_attend(&attend, NULL, err));
+        w.attend_prompt(attend);
         MUST(cudaDeviceSynchronize());
     }
     void attend_one(uint32_t i) {

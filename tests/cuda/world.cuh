@@ -4,6 +4,7 @@
 #include "kv_append.h"
 #include "kv_cuda.h"
 #include "kv_plan.h"
+#include "kv_prompt.h"
 
 #include <cuda_runtime.h>
 #include <math.h>
@@ -89,7 +90,8 @@ struct world_options {
     uint32_t span, window, n_seqs, max_tokens, split_tokens;
     bool plus, large_ring, pdl;
     uint32_t n_layers;
-    bool late; /* keys of all layers are closed at the end of a step (kv_append.h) */
+    bool late;              /* keys of all layers are closed at the end of a step (kv_append.h) */
+    uint64_t scratch_bytes; /* at most, of prompts; 0: plenty */
 };
 
 static inline kivi_cache_geometry geometry_of(const world_options &o) {
@@ -108,7 +110,8 @@ static inline kivi_cache_geometry geometry_of(const world_options &o) {
 
 /* Keys with a few channels of large magnitude, as models have them. */
 static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &v,
-                        std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows, rng &r) {
+                               std::vector<uint16_t> &q, const world_options &o, uint32_t n_rows,
+                               rng &r) {
     size_t d = o.head_dim;
     k.resize(n_rows * o.n_kv_heads * d), v.resize(k.size()), q.resize(n_rows * o.n_heads * d);
     for (size_t i = 0; i < k.size(); i++) {
@@ -122,8 +125,8 @@ static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &
 struct world {
     world_options o;
     ki_cuda_layout l;
-    uint32_t table_stride, n_pages, k_blocks, v_blocks;
-    device_array<uint8_t> pool, rings, sinks, workspace;
+    uint32_t table_stride, n_pages, k_blocks, v_blocks, n_parts;
+    device_array<uint8_t> pool, rings, sinks, workspace, scratch;
     device_array<uint32_t> tables, flags;
     device_array<ki_cuda_seq> seqs;
     device_array<ki_cuda_counters> counters;
@@ -162,6 +165,8 @@ struct world {
         out.make(batch_rows * o.n_heads * d);
         flags.make(batch_rows);
         workspace.make(ki_cuda_workspace_bytes(&l, o.n_seqs, o.max_tokens + 1, o.split_tokens));
+        scratch.make(ki_prompt_scratch_bytes(&l, o.max_tokens + KI_PAGE_TOKENS, o.n_seqs,
+                                             o.scratch_bytes ? o.scratch_bytes : 256u << 20));
         state.assign(o.n_seqs, ki_cuda_seq{});
         for (uint32_t i = 0; i < o.n_seqs; i++) {
             state[i].ring = (uint64_t)(rings.data + i * ring_bytes);
@@ -171,7 +176,20 @@ struct world {
         }
         cache = {l, pool.data, tables.data, table_stride, seqs.data, o.n_seqs, counters.data};
     }
-    void put_state() { seqs.put(state.data(), state.size()); }
+    ki_prompt_step prompt_step() const { return {&l, state.data(), o.n_seqs, o.window, scratch.n}; }
+    void put_state() {
+        ki_prompt_step step = prompt_step();
+        ki_prompt_place(state.data(), &step);
+        seqs.put(state.data(), state.size());
+    }
+    /* Rows of prompts, part by part. */
+    void attend_prompt(ki_cuda_attend_call c) {
+        ki_prompt_step step = prompt_step();
+        ki_prompt_part part = {};
+        c.workspace = scratch.data;
+        for (n_parts = 0; ki_prompt_next(&part, &step); n_parts++)
+            CHECK_OK(ki_cuda_prompt_attend(&c, &part, o.window, NULL, err));
+    }
     ki_cuda_append_call append_call(uint32_t layer, uint32_t n_rows, uint32_t most) {
         ki_cuda_append_call c = {};
         uint32_t d = o.head_dim;
@@ -218,7 +236,7 @@ struct world {
             ki_cuda_append_call a = append_call(layer, n_rows, most);
             ki_cuda_attend_call c = attend_call(layer, n_rows, most);
             CHECK_OK(ki_cuda_prompt_append(&a, NULL, err));
-            if (attend) CHECK_OK(ki_cuda_prompt_attend(&c, NULL, err));
+            if (attend) attend_prompt(c);
             CHECK_OK(ki_cuda_prompt_window(&a, NULL, err));
         }
         finish();
