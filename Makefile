@@ -114,16 +114,17 @@ CUDA_ARCHS ?= 80 90a
 CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
 # The kernels of the cache take minutes: only their own headers count for them.
-KV_HEADERS := $(filter-out %/kv_append.h %/kv_bench.h %/kv_bench.cuh %/kv_quant.cuh,$(wildcard src/cuda/kv_*.h \
-              src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+KV_HEADERS := $(filter-out %/kv_append.h %/kv_append.cuh %/kv_bench.h %/kv_bench.cuh %/kv_quant.cuh,\
+              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
 CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-$(BUILD)/src/cuda/kv_append.cu.o: src/cuda/kv_append.h src/cuda/kv_quant.cuh
+$(addprefix $(BUILD)/src/cuda/,kv_append.cu.o kv_append_row.cu.o): $(addprefix src/cuda/,kv_append.h kv_append.cuh \
+  kv_quant.cuh)
 $(BUILD)/src/cuda/kv_bench.cu.o: src/cuda/kv_append.h src/cuda/kv_bench.h src/cuda/kv_bench.cuh include/kivi_bench.h
 $(BUILD)/src/cuda/kv_%.cu.o: src/cuda/kv_%.cu $(KV_HEADERS)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append.cu,$<),-fmad=false) -c $< -o $@
+	$(NVCC) $(NVCC_FLAGS) $(if $(filter src/cuda/kv_append%,$<),-fmad=false) -c $< -o $@
 $(BUILD)/%.cu.o: %.cu $(CUDA_HEADERS) $(KV_HEADERS)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@

@@ -1,50 +1,12 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line. One
- * thread block a (sequence, KV head), for prompts one a (sequence, KV head, page); pages of keys
- * that are closed at the end of a step are shared out over a fixed number of larger ones. */
-#include "kv_append.h"
-#include "kv_launch.h"
-#include "kv_quant.cuh"
-
-struct append_args {
-    ki_cuda_layout l;
-    uint8_t *pool;
-    const uint32_t *tables;
-    const ki_cuda_seq *seqs;
-    ki_cuda_counters *counters;
-    const void *q, *k, *v;
-    const float *rope;
-    uint16_t *q_out, *k_rows, *v_rows;
-    uint32_t *row_flags;
-    uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
-    ki_cuda_type type;
-    bool closes; /* keys, where their line moves */
-};
+/* kv_append.cu: codes of keys whose line moved in a step of decoding, by a fixed number of large
+ * thread blocks, and the rows of prompts, by one a (sequence, KV head, page). */
+#include "kv_append.cuh"
 
 /* CLOSE_THREADS: five candidates of the 96 narrow channels of a + page all at once; four blocks of
  * 32 tokens. CLOSE_BLOCKS: more than are resident. */
 enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, CLOSE_BLOCKS = 512, MAX_DIM = 256 };
 
 /* ---- rows ---- */
-
-KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
-    if (type == KI_CUDA_F32) return ((const float *)x)[at];
-    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
-    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
-}
-
-struct row_check {
-    bool is_bad;
-    uint32_t n_saturated;
-};
-
-KI_DEV uint16_t checked_f16(float x, row_check *check) {
-    bool is_bad = (__float_as_uint(x) & 0x7f800000) == 0x7f800000;
-    check->is_bad |= is_bad;
-    if (is_bad) return 0; /* the store never holds one: others' products with 0 stay 0 */
-    float y = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
-    check->n_saturated += y != x;
-    return f16_near(y);
-}
 
 KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t row) {
     if (check.n_saturated)
@@ -100,21 +62,9 @@ KI_DEV void load_kv_row(uint16_t *k16, uint16_t *v16, float *scratch, const appe
     __syncthreads();
 }
 
-/* One element of a 16-bit plane. */
-KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
-    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
-    return (uint16_t *)block + p.word * 2 + p.bit / 16;
-}
-
 KI_DEV void put_exact_row(uint8_t *block, const uint16_t *row, uint32_t t, uint32_t d, bool keys) {
     for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
         *exact_element(block, t, c, d / 16, keys) = row[c];
-}
-
-KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
-    uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];
-    return a.pool + id * a.l.id_bytes +
-           ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes;
 }
 
 /* ---- codes of a range of tokens of one page ---- */
@@ -342,118 +292,7 @@ KI_DEV bool move_lines(const quant_shared &m, const append_args &a, const ki_cud
     return keys || values;
 }
 
-/* ---- one row ---- */
-
-/* Rotates the queries of this KV head into q_out; its key and value go to m.k16 and m.scratch (as
- * float32, for plus kinds to turn) or m.v16, and into the 16-bit store. In step afterwards. */
-KI_DEV void load_one_row(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                         uint32_t head) {
-    uint32_t d = a.l.head_dim, half = d / 2, group = a.q ? a.l.head_group : 0;
-    uint64_t row = s.first_row;
-    row_check check = {}, ignored = {};
-    for (uint32_t k = threadIdx.x; k < (group + 2) * half; k += blockDim.x) {
-        uint32_t which = k / half, j = k % half;
-        bool is_query = which < group, is_key = which == group;
-        const void *x = is_query ? a.q : is_key ? a.k : a.v;
-        uint64_t at = is_query ? row * a.q_stride + (head * group + which) * d
-                               : row * (is_key ? a.k_stride : a.v_stride) + head * d;
-        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
-        if (a.rope && (is_query || is_key)) {
-            float2 r = ((const float2 *)a.rope)[row * half + j];
-            float x0 = __fsub_rn(__fmul_rn(u, r.x), __fmul_rn(w, r.y));
-            w = __fadd_rn(__fmul_rn(w, r.x), __fmul_rn(u, r.y));
-            u = x0;
-        }
-        if (is_query) {
-            uint16_t *to = a.q_out + (row * a.l.n_heads + head * group + which) * d;
-            to[j] = checked_f16(u, &ignored), to[half + j] = checked_f16(w, &ignored);
-        } else if (is_key)
-            m.k16[j] = checked_f16(u, &check), m.k16[half + j] = checked_f16(w, &check);
-        else if (a.l.is_plus) m.scratch[j] = u, m.scratch[half + j] = w;
-        else m.v16[j] = checked_f16(u, &check), m.v16[half + j] = checked_f16(w, &check);
-    }
-    if (a.l.is_plus) {
-        __syncthreads();
-        turn_row(m.scratch, d, threadIdx.x, blockDim.x);
-        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            m.v16[c] = checked_f16(m.scratch[c], &check);
-    }
-    report_row(a, check, s.first_row); /* a barrier */
-    uint32_t t = s.n_tokens % KI_SUB_TOKENS, block = s.n_tokens / KI_SUB_TOKENS;
-    if (a.l.k_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 0), m.k16, t, d, true);
-    if (a.l.v_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
-}
-
-/* Least and largest of each thread's value group; threads are channels, x is 0 behind the last. */
-KI_DEV void group_range(const quant_shared &m, float *low, float *high, float x, uint32_t group) {
-    *low = *high = x;
-    for (uint32_t o = 1; o < min(group, 32u); o *= 2) {
-        *low = fminf(*low, __shfl_xor_sync(~0u, *low, o));
-        *high = fmaxf(*high, __shfl_xor_sync(~0u, *high, o));
-    }
-    if (group <= 32) return;
-    uint32_t warp = threadIdx.x / 32, n = group / 32, first = warp / n * n;
-    m.low[warp] = *low, m.high[warp] = *high;
-    __syncthreads();
-    for (uint32_t w = first; w < first + n; w++)
-        *low = fminf(*low, m.low[w]), *high = fmaxf(*high, m.high[w]);
-}
-
-/* Codes and scales of one value row [D] (in m.raw), a thread a channel. */
-KI_DEV void quantize_value_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
-                               uint32_t t) {
-    uint32_t c = threadIdx.x;
-    uint16_t scale, zero;
-    float low, high, x = c < l.head_dim ? f16_value(m.raw[c]) : 0;
-    group_range(m, &low, &high, x, l.v_group);
-    if (c >= l.head_dim) return;
-    float levels = (float)((1u << l.v_bits) - 1);
-    range_scale(&scale, &zero, low, high, levels);
-    m.codes[c] = (uint8_t)code_of(x, f16_value(scale), f16_value(zero), levels);
-    if (c % l.v_group) return;
-    uint32_t at = c / l.v_group * KI_SUB_TOKENS + ki_order_value_scale(t);
-    ((uint16_t *)(sub + l.v_scale_at))[at] = scale;
-    ((uint16_t *)(sub + l.v_zero_at))[at] = zero;
-}
-
-KI_DEV void quantize_plus_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
-                              uint32_t t) {
-    float half = l.v_bits == 2 ? 1.5f : 3.5f;
-    plus_value_scales(m.scale, (float *)m.more, m.raw, l);
-    for (uint32_t c = threadIdx.x; c < l.head_dim; c += blockDim.x)
-        m.codes[c] =
-            (uint8_t)plus_value_code(f16_value(m.raw[c]), f16_value(m.scale[c / l.v_group]), half);
-    for (uint32_t g = threadIdx.x; g < l.head_dim / l.v_group; g += blockDim.x)
-        ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
-            m.scale[g];
-}
-
-/* The value that falls behind the line with this row, if one does: its codes and scales. Everything
- * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
-KI_DEV void quantize_one_value(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                               uint32_t head) {
-    const ki_cuda_layout &l = a.l;
-    uint32_t pos = s.n_tokens - l.residual_tokens, t = pos % KI_SUB_TOKENS, d = l.head_dim;
-    if (l.v_bits == 16 || s.n_tokens < l.residual_tokens || pos < l.sink_tokens) return;
-    uint8_t *block = exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1);
-    uint8_t *sub = page_of(a, s, pos / KI_PAGE_TOKENS, head) + l.head_bytes +
-                   pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-        m.raw[c] = *exact_element(block, t, c, d / 16, false);
-    __syncthreads();
-    if (l.is_plus) quantize_plus_row(m, l, sub, t);
-    else if (d <= blockDim.x) quantize_value_row(m, l, sub, t);
-    else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, m.raw, t, threadIdx.x);
-    __syncthreads();
-    put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
-    if (l.v_bits != 3) return;
-    /* the third plane's words hold two tiles of channels: packed as a block of one token */
-    for (uint32_t c = threadIdx.x; c < d && t; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
-    __syncthreads();
-    pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
-}
+/* ---- keys of one sequence and head whose line moved with a row ---- */
 
 /* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels:
  * a thread has one channel of one block. */
@@ -531,31 +370,6 @@ KI_DEV bool moves_key_line(const ki_cuda_layout &l, const ki_cuda_seq &s) {
 }
 
 /* ---- the kernels ---- */
-
-static __global__ void __launch_bounds__(APPEND_THREADS, 8)
-    ki_append_kernel(const __grid_constant__ append_args a) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    const quant_shared m = carve_append(shared, a.l.head_dim);
-    uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
-    const ki_cuda_seq s = a.seqs[slot];
-    if (s.n_rows != 1) {
-        wait_for_previous();
-        let_next_begin();
-        return;
-    }
-    quantize_one_value(m, a, s, head);
-    wait_for_previous();
-    let_next_begin();
-    __syncthreads();
-    load_one_row(m, a, s, head);
-    range_job job = {&s, head, s.n_tokens / KI_PAGE_TOKENS, s.n_tokens, s.n_tokens + 1, NULL};
-    if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
-    if (a.l.k_bits == 16) copy_rows(m, a, job, true);
-    if (a.l.v_bits == 16) copy_rows(m, a, job, false);
-    if (!a.closes || !moves_key_line(a.l, s)) return;
-    __syncthreads();
-    close_keys(m, a, s, head);
-}
 
 /* Closes of n_layers layers from a.layer on. All pages of the step, sequence by sequence, are
  * numbered, and dealt out to the thread blocks; every warp finds the same ones. */
@@ -662,36 +476,11 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
 
 /* ---- host calls ---- */
 
-static append_args args_of(const ki_cuda_append_call *c) {
-    append_args a = {};
-    a.l = c->cache->layout;
-    a.pool = c->cache->pool;
-    a.tables = c->cache->tables;
-    a.table_stride = c->cache->table_stride;
-    a.seqs = c->cache->seqs;
-    a.counters = c->cache->counters;
-    a.layer = c->layer;
-    a.q = c->q, a.k = c->k, a.v = c->v;
-    a.q_stride = c->q_stride, a.k_stride = c->k_stride, a.v_stride = c->v_stride;
-    a.type = c->type;
-    a.rope = c->rope;
-    a.q_out = c->q_out;
-    a.k_rows = c->k_rows, a.v_rows = c->v_rows;
-    a.row_flags = c->row_flags;
-    a.n_parts = 1;
-    return a;
-}
-
 static uint32_t plus_bytes(const ki_cuda_layout *l) {
     return l->is_plus ? sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2 : 0;
 }
-/* Of a block that may close pages, and of one that appends a row and no more. */
 static uint32_t shared_bytes(const ki_cuda_layout *l) {
     return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + plus_bytes(l);
-}
-static uint32_t row_bytes(const ki_cuda_layout *l) {
-    uint32_t terms = l->is_plus ? 14 * l->head_dim * (uint32_t)sizeof(float) : 0;
-    return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + terms;
 }
 static uint32_t close_bytes(const ki_cuda_layout *l) {
     return quant_bytes(l->head_dim, close_width(l)) + plus_bytes(l);
@@ -702,32 +491,10 @@ kivi_status ki_cuda_append_prepare(kivi_error *err) {
     most.head_dim = MAX_DIM, most.is_plus = 1;
     int bytes = (int)shared_bytes(&most);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
-                         "shared memory of append", err));
     KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
                          "shared memory of closing", err));
     return ki_cuda_check(cudaFuncSetAttribute(ki_prompt_codes_kernel, limit, bytes),
                          "shared memory of append", err);
-}
-
-static kivi_status append(const ki_cuda_append_call *c, bool closes, void *stream,
-                          kivi_error *err) {
-    const ki_cuda_layout *l = &c->cache->layout;
-    append_args a = args_of(c);
-    a.k_rows = a.v_rows = NULL; /* rows are read back from the store */
-    a.closes = closes;
-    uint32_t bytes = closes ? shared_bytes(l) : row_bytes(l);
-    return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
-                                   APPEND_THREADS, bytes, c->pdl, stream, a),
-                         "append", err);
-}
-
-kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    return append(c, true, stream, err);
-}
-
-kivi_status ki_cuda_append_rows(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    return append(c, false, stream, err);
 }
 
 kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, void *stream,

@@ -1,0 +1,74 @@
+/* kv_append.cuh: what the kernels that append share: their arguments, a page, a row's element. */
+#ifndef KI_KV_APPEND_CUH
+#define KI_KV_APPEND_CUH
+#include "kv_append.h"
+#include "kv_launch.h"
+#include "kv_quant.cuh"
+
+struct append_args {
+    ki_cuda_layout l;
+    uint8_t *pool;
+    const uint32_t *tables;
+    const ki_cuda_seq *seqs;
+    ki_cuda_counters *counters;
+    const void *q, *k, *v;
+    const float *rope;
+    uint16_t *q_out, *k_rows, *v_rows;
+    uint32_t *row_flags;
+    uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
+    ki_cuda_type type;
+};
+
+KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
+    if (type == KI_CUDA_F32) return ((const float *)x)[at];
+    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
+    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
+}
+
+struct row_check {
+    bool is_bad;
+    uint32_t n_saturated;
+};
+
+KI_DEV uint16_t checked_f16(float x, row_check *check) {
+    bool is_bad = (__float_as_uint(x) & 0x7f800000) == 0x7f800000;
+    check->is_bad |= is_bad;
+    if (is_bad) return 0; /* the store never holds one: others' products with 0 stay 0 */
+    float y = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
+    check->n_saturated += y != x;
+    return f16_near(y);
+}
+
+/* One element of a 16-bit plane. */
+KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
+    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
+    return (uint16_t *)block + p.word * 2 + p.bit / 16;
+}
+
+KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
+    uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];
+    return a.pool + id * a.l.id_bytes +
+           ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes;
+}
+
+static inline append_args args_of(const ki_cuda_append_call *c) {
+    append_args a = {};
+    a.l = c->cache->layout;
+    a.pool = c->cache->pool;
+    a.tables = c->cache->tables;
+    a.table_stride = c->cache->table_stride;
+    a.seqs = c->cache->seqs;
+    a.counters = c->cache->counters;
+    a.layer = c->layer;
+    a.q = c->q, a.k = c->k, a.v = c->v;
+    a.q_stride = c->q_stride, a.k_stride = c->k_stride, a.v_stride = c->v_stride;
+    a.type = c->type;
+    a.rope = c->rope;
+    a.q_out = c->q_out;
+    a.k_rows = c->k_rows, a.v_rows = c->v_rows;
+    a.row_flags = c->row_flags;
+    a.n_parts = 1;
+    return a;
+}
+
+#endif
