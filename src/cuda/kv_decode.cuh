@@ -100,7 +100,7 @@ KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const u
         uint32_t two = is_wide ? list[k * 4] : 0, c0, c1; /* offsets in bytes */
         if constexpr (S::NJ % 2 == 0) { /* both at once: bits of ki_order_key_scale change places */
             two = (two & 255) | (two & 0xff00) << 8;
-            two = (two & 0x00610061) << 1 | (two & 0x00060006) << 3 | (two >> 1 & 0x000c000c);
+            two = (two & 0x00e100e1) << 1 | (two & 0x00060006) << 3 | (two >> 1 & 0x000c000c);
             c0 = two & 0xffff, c1 = two >> 16;
         } else {
             c0 = ki_order_key_scale(two & 255, S::NJ) * 2;

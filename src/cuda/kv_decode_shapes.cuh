@@ -21,7 +21,6 @@ const decode_kernel KI_TABLE_OF(KI_HEAD_DIM)[] = {
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 4, 4, 2, 2, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 16, 16, 0, 0, 1, 4, 2, 1, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true, 1>>(),
-    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true, 4>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true>>(),
 #endif
     decode_entry<decode_shape<KI_HEAD_DIM, 0, 0, 0, 0, 1, WIDE_WARPS, 2, 1, false>>(),

@@ -114,13 +114,16 @@ struct value_store { /* a world's rings on the host */
         ki_order_place p = ki_order_value(t, c, d / 16, 16);
         return p.word * 2 + p.bit / 16;
     }
+    /* The rows that leave the windows of this step. */
     void fill(rng &r) {
         uint32_t d = w.o.head_dim;
         std::vector<uint16_t> row(d);
-        for (size_t at = 0; at + 32 * d <= halves.size(); at += 32 * d)
-            for (uint32_t t = 0; t < 32; t++) {
+        for (uint32_t seq = 0; seq < w.o.n_seqs; seq++)
+            for (uint32_t k = 0; k < w.o.n_layers * w.o.n_kv_heads; k++) {
+                uint32_t pos = w.state[seq].n_tokens - w.l.residual_tokens;
+                size_t at = block_at(seq, k / w.o.n_kv_heads, k % w.o.n_kv_heads, pos / 32);
                 odd_row(row.data(), d, r);
-                for (uint32_t c = 0; c < d; c++) halves[at + element(t, c, d)] = row[c];
+                for (uint32_t c = 0; c < d; c++) halves[at + element(pos % 32, c, d)] = row[c];
             }
     }
 };
@@ -160,19 +163,19 @@ static size_t wrong_values(const value_store &store, const std::vector<uint8_t> 
 }
 
 static void run_values(world_options o) {
-    const uint32_t n_rounds = run.small ? 2 : 24, n_threads = 16;
+    const uint32_t n_rounds = run.small ? 2 : 48, n_threads = 16;
     rng r = case_rng();
-    o.n_seqs = 64, o.n_layers = 3, o.max_tokens = 640, o.split_tokens = 256;
+    o.n_seqs = 16, o.n_layers = 3, o.max_tokens = 640, o.split_tokens = 256;
     world w;
     w.make(o, o.n_seqs, r);
     value_store store(w);
     std::vector<size_t> wrong(n_threads);
     for (uint32_t round = 0; round < n_rounds; round++) {
-        store.fill(r);
-        w.rings.put((const uint8_t *)store.halves.data(), store.halves.size() * 2);
         for (ki_cuda_seq &s : w.state)
             s.n_tokens = o.residual + 64 + (uint32_t)(r.u64() % 400), s.n_rows = 1;
         w.put_state();
+        store.fill(r);
+        w.rings.put((const uint8_t *)store.halves.data(), store.halves.size() * 2);
         std::vector<uint8_t> before = w.pool.get(0, w.pool.n);
         ki_cuda_append_call c = w.append_call(0, o.n_seqs, 1);
         CHECK_OK(ki_cuda_code_values(&c, o.n_layers, NULL, err));
