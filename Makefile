@@ -119,7 +119,7 @@ KV_HEADERS := $(filter-out $(addprefix %/kv_,append.h append.cuh bench.h bench.c
 CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)
-KV_EXACT := src/cuda/kv_append.cu src/cuda/kv_prompt_append.cu
+KV_EXACT := $(wildcard src/cuda/kv_append*.cu) src/cuda/kv_prompt_append.cu
 $(KV_EXACT:%=$(BUILD)/%.o): src/cuda/kv_append.h src/cuda/kv_append.cuh src/cuda/kv_quant.cuh
 $(addprefix $(BUILD)/src/cuda/kv_,prompt.cu.o unpack.cu.o bench.cu.o): src/cuda/kv_prompt.h
 $(BUILD)/src/cuda/kv_bench.cu.o: src/cuda/kv_append.h src/cuda/kv_bench.h src/cuda/kv_bench.cuh include/kivi_bench.h

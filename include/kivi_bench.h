@@ -16,7 +16,8 @@ extern "C" {
  * CONSTANT    the same with splits of constant size: no row depends on its neighbours' lengths
  * WINDOW      decode attention with the 16-bit window: R of the kind, and 32 where it may have that
  * LENGTH      WINDOW at 128, 256, ... 131,072 tokens, of the first kind
- * APPEND      one row to each sequence in one layer: rope, window, codes of values
+ * APPEND      one row to each sequence, of one layer of 32: rope, window, and its part of the codes
+ *             of values, which a step makes at its end
  * CLOSE       the keys of a page of each sequence in one layer become codes, as once in R rows
  * PROMPT      causal attention of one whole prompt over its own 16-bit rows, batch 1: our own kernel,
  *             and cuDNN's where it is, with the length in device memory (kind "cudnn", which is

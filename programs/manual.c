@@ -82,8 +82,8 @@ static const char attention_part[] =
     "one new row of each sequence, pages alone\n.TP\n.B constant\nthe same, cut at constant "
     "lengths: no row depends on its neighbours\n.TP\n.B window\nthe same with the rows in 16 bit, "
     "R of the kind and 32\n.TP\n.B length\nwindow at 128 to 131,072 tokens, of the first "
-    "kind\n.TP\n.B append\na row to each sequence in one layer: rope, window, codes of "
-    "values\n.TP\n.B close\nthe keys of a page of each sequence in one layer become codes, as "
+    "kind\n.TP\n.B append\na row to each sequence, of one layer of 32: rope, window, codes "
+    "of values\n.TP\n.B close\nthe keys of a page of each sequence in one layer become codes, as "
     "once in R rows\n.TP\n.B "
     "prompt\nattention of a whole prompt\n.PP\nBefore these, a stream that only reads, of which "
     "shares are given, and a copy.\n";

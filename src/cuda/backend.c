@@ -83,14 +83,14 @@ static const ki_cuda_kernels plain = {.name = "plain",
 
 static const ki_cuda_kernels fused = {.name = "fused",
                                       .append = ki_cuda_append_rows,
-                                      .close = ki_cuda_close_keys,
+                                      .close = ki_cuda_close,
                                       .prompt_append = ki_cuda_prompt_append,
                                       .prompt_window = ki_cuda_prompt_window,
                                       .plan = ki_cuda_decode_plan,
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
 
-/* The same with pages of keys closed by the append of their last row. */
+/* The same with codes made in each layer, right behind its append. */
 static const ki_cuda_kernels closing = {.name = "fused",
                                         .append = ki_cuda_append,
                                         .prompt_append = ki_cuda_prompt_append,

@@ -1,36 +1,10 @@
-/* kv_append.cu: rope, rows into the 16-bit store, and codes of what falls behind the line, one row
- * of a sequence at a time. One thread block a (sequence, KV head); pages of keys that are closed at
- * the end of a step are shared out over a fixed number of larger ones. */
+/* kv_append.cu: codes of keys whose line moved in a step of decoding, by a fixed number of large
+ * thread blocks, and copies of rings. */
 #include "kv_append.cuh"
 
 /* More than are resident. */
 enum { CLOSE_BLOCKS = 512 };
 
-/* ---- rows ---- */
-
-KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
-    if (type == KI_CUDA_F32) return ((const float *)x)[at];
-    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
-    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
-}
-KI_DEV void report_row(const append_args &a, const row_check &check, uint32_t row) {
-    if (check.n_saturated)
-        atomicAdd(&a.counters->n_saturated, (unsigned long long)check.n_saturated);
-    if (!__syncthreads_or(check.is_bad) || threadIdx.x) return;
-    if (a.row_flags) a.row_flags[row] = 1;
-    atomicAdd(&a.counters->n_nonfinite, 1ull);
-}
-
-/* One element of a 16-bit plane. */
-KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
-    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
-    return (uint16_t *)block + p.word * 2 + p.bit / 16;
-}
-
-KI_DEV void put_exact_row(uint8_t *block, const uint16_t *row, uint32_t t, uint32_t d, bool keys) {
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-        *exact_element(block, t, c, d / 16, keys) = row[c];
-}
 /* ---- codes of a range of tokens of one page ---- */
 
 struct range_job { /* tokens [from, to) of page `index` of one side */
@@ -80,9 +54,6 @@ KI_DEV quant_shared carve(uint8_t *base, uint32_t d, uint32_t width) {
     m.codes = (uint8_t *)(m.v16 + d);
     m.more = base + quant_bytes(d, width);
     return m;
-}
-KI_DEV quant_shared carve_append(uint8_t *base, uint32_t d) {
-    return carve(base, d, quant_width(d, APPEND_THREADS));
 }
 
 KI_DEV void put_key_codes(const quant_shared &m, const append_args &a, const range_job &job,
@@ -150,14 +121,6 @@ KI_DEV void close_key_group(const quant_shared &m, const append_args &a, const r
     }
 }
 
-/* The row as it is, for a side of 16 bits. */
-KI_DEV void copy_row(const quant_shared &m, const append_args &a, const range_job &job, bool keys) {
-    uint32_t t = job.from % KI_PAGE_TOKENS;
-    uint8_t *sub = job.page + a.l.head_bytes + t / KI_SUB_TOKENS * a.l.sub_bytes;
-    put_exact_row(sub + (keys ? a.l.k_at : a.l.v_at), keys ? m.k16 : m.v16, t % KI_SUB_TOKENS,
-                  a.l.head_dim, keys);
-}
-
 KI_DEV void close_plus_keys(const append_args &a, const range_job &job, const quant_shared &m) {
     plus_close &p = *(plus_close *)m.more;
     uint16_t *raw = (uint16_t *)(m.more + sizeof(plus_close));
@@ -191,118 +154,7 @@ KI_DEV bool make_job(range_job *job, const append_args &a, const ki_cuda_seq *s,
     return true;
 }
 
-/* ---- one row ---- */
-
-/* Rotates the queries of this KV head into q_out; its key and value go to m.k16 and m.scratch (as
- * float32, for plus kinds to turn) or m.v16, and into the 16-bit store. In step afterwards. */
-KI_DEV void load_one_row(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                         uint32_t head) {
-    uint32_t d = a.l.head_dim, half = d / 2, group = a.q ? a.l.head_group : 0;
-    uint64_t row = s.first_row;
-    row_check check = {}, ignored = {};
-    for (uint32_t k = threadIdx.x; k < (group + 2) * half; k += blockDim.x) {
-        uint32_t which = k / half, j = k % half;
-        bool is_query = which < group, is_key = which == group;
-        const void *x = is_query ? a.q : is_key ? a.k : a.v;
-        uint64_t at = is_query ? row * a.q_stride + (head * group + which) * d
-                               : row * (is_key ? a.k_stride : a.v_stride) + head * d;
-        float u = load_element(x, a.type, at + j), w = load_element(x, a.type, at + half + j);
-        if (a.rope && (is_query || is_key)) {
-            float2 r = ((const float2 *)a.rope)[row * half + j];
-            float x0 = __fsub_rn(__fmul_rn(u, r.x), __fmul_rn(w, r.y));
-            w = __fadd_rn(__fmul_rn(w, r.x), __fmul_rn(u, r.y));
-            u = x0;
-        }
-        if (is_query) {
-            uint16_t *to = a.q_out + (row * a.l.n_heads + head * group + which) * d;
-            to[j] = checked_f16(u, &ignored), to[half + j] = checked_f16(w, &ignored);
-        } else if (is_key)
-            m.k16[j] = checked_f16(u, &check), m.k16[half + j] = checked_f16(w, &check);
-        else if (a.l.is_plus) m.scratch[j] = u, m.scratch[half + j] = w;
-        else m.v16[j] = checked_f16(u, &check), m.v16[half + j] = checked_f16(w, &check);
-    }
-    if (a.l.is_plus) {
-        __syncthreads();
-        turn_row(m.scratch, d, threadIdx.x, blockDim.x);
-        for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-            m.v16[c] = checked_f16(m.scratch[c], &check);
-    }
-    report_row(a, check, s.first_row); /* a barrier */
-    uint32_t t = s.n_tokens % KI_SUB_TOKENS, block = s.n_tokens / KI_SUB_TOKENS;
-    if (a.l.k_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 0), m.k16, t, d, true);
-    if (a.l.v_bits < 16)
-        put_exact_row(exact_block(a.l, s, a.layer, head, block, 1), m.v16, t, d, false);
-}
-
-/* Least and largest of each thread's value group; threads are channels, x is 0 behind the last. */
-KI_DEV void group_range(const quant_shared &m, float *low, float *high, float x, uint32_t group) {
-    *low = *high = x;
-    for (uint32_t o = 1; o < min(group, 32u); o *= 2) {
-        *low = fminf(*low, __shfl_xor_sync(~0u, *low, o));
-        *high = fmaxf(*high, __shfl_xor_sync(~0u, *high, o));
-    }
-    if (group <= 32) return;
-    uint32_t warp = threadIdx.x / 32, n = group / 32, first = warp / n * n;
-    m.low[warp] = *low, m.high[warp] = *high;
-    __syncthreads();
-    for (uint32_t w = first; w < first + n; w++)
-        *low = fminf(*low, m.low[w]), *high = fmaxf(*high, m.high[w]);
-}
-
-/* Codes and scales of one value row [D] (in m.raw), a thread a channel. */
-KI_DEV void quantize_value_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
-                               uint32_t t) {
-    uint32_t c = threadIdx.x;
-    uint16_t scale, zero;
-    float low, high, x = c < l.head_dim ? f16_value(m.raw[c]) : 0;
-    group_range(m, &low, &high, x, l.v_group);
-    if (c >= l.head_dim) return;
-    float levels = (float)((1u << l.v_bits) - 1);
-    range_scale(&scale, &zero, low, high, levels);
-    m.codes[c] = (uint8_t)code_of(x, f16_value(scale), f16_value(zero), levels);
-    if (c % l.v_group) return;
-    uint32_t at = c / l.v_group * KI_SUB_TOKENS + ki_order_value_scale(t);
-    ((uint16_t *)(sub + l.v_scale_at))[at] = scale;
-    ((uint16_t *)(sub + l.v_zero_at))[at] = zero;
-}
-
-KI_DEV void quantize_plus_row(const quant_shared &m, const ki_cuda_layout &l, uint8_t *sub,
-                              uint32_t t) {
-    float half = l.v_bits == 2 ? 1.5f : 3.5f;
-    plus_value_scales(m.scale, (float *)m.more, m.raw, l);
-    for (uint32_t c = threadIdx.x; c < l.head_dim; c += blockDim.x)
-        m.codes[c] =
-            (uint8_t)plus_value_code(f16_value(m.raw[c]), f16_value(m.scale[c / l.v_group]), half);
-    for (uint32_t g = threadIdx.x; g < l.head_dim / l.v_group; g += blockDim.x)
-        ((uint16_t *)(sub + l.v_scale_at))[g * KI_SUB_TOKENS + ki_order_value_scale(t)] =
-            m.scale[g];
-}
-
-/* The value that falls behind the line with this row, if one does: its codes and scales. Everything
- * it reads is older than the kernels before this one. Barriers inside: all threads call it. */
-KI_DEV void quantize_one_value(const quant_shared &m, const append_args &a, const ki_cuda_seq &s,
-                               uint32_t head) {
-    const ki_cuda_layout &l = a.l;
-    uint32_t pos = s.n_tokens - l.residual_tokens, t = pos % KI_SUB_TOKENS, d = l.head_dim;
-    if (l.v_bits == 16 || s.n_tokens < l.residual_tokens || pos < l.sink_tokens) return;
-    uint8_t *block = exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1);
-    uint8_t *sub = page_of(a, s, pos / KI_PAGE_TOKENS, head) + l.head_bytes +
-                   pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
-    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
-        m.raw[c] = *exact_element(block, t, c, d / 16, false);
-    __syncthreads();
-    if (l.is_plus) quantize_plus_row(m, l, sub, t);
-    else if (d <= blockDim.x) quantize_value_row(m, l, sub, t);
-    else if (threadIdx.x < 32) quantize_value(m.codes, sub, l, m.raw, t, threadIdx.x);
-    __syncthreads();
-    put_value_token((uint32_t *)(sub + l.v_at), m.codes, t, d / 16, l.v_bits == 3 ? 2 : l.v_bits);
-    if (l.v_bits != 3) return;
-    /* the third plane's words hold two tiles of channels: packed as a block of one token */
-    for (uint32_t c = threadIdx.x; c < d && t; c += blockDim.x) m.codes[t * d + c] = m.codes[c];
-    __syncthreads();
-    pack_block((uint32_t *)(sub + l.third_at), m.codes, d, d / 16, 1, false, t, t + 1, 2);
-}
+/* ---- keys of one sequence and head whose line moved with a row ---- */
 
 /* Groups of 32 keys, as many blocks of 32 tokens at a time as there are threads for their channels:
  * a thread has one channel of one block. */
@@ -381,31 +233,6 @@ KI_DEV bool moves_key_line(const ki_cuda_layout &l, const ki_cuda_seq &s) {
 
 /* ---- the kernels ---- */
 
-static __global__ void __launch_bounds__(APPEND_THREADS, 8)
-    ki_append_kernel(const __grid_constant__ append_args a) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    const quant_shared m = carve_append(shared, a.l.head_dim);
-    uint32_t slot = blockIdx.x / a.l.n_kv_heads, head = blockIdx.x % a.l.n_kv_heads;
-    const ki_cuda_seq s = a.seqs[slot];
-    if (s.n_rows != 1) {
-        wait_for_previous();
-        let_next_begin();
-        return;
-    }
-    quantize_one_value(m, a, s, head);
-    wait_for_previous();
-    let_next_begin();
-    __syncthreads();
-    load_one_row(m, a, s, head);
-    range_job job = {&s, head, s.n_tokens / KI_PAGE_TOKENS, s.n_tokens, s.n_tokens + 1, NULL};
-    if (a.l.k_bits == 16 || a.l.v_bits == 16) job.page = page_of(a, s, job.index, head);
-    if (a.l.k_bits == 16) copy_row(m, a, job, true);
-    if (a.l.v_bits == 16) copy_row(m, a, job, false);
-    if (!a.closes || !moves_key_line(a.l, s)) return;
-    __syncthreads();
-    close_keys(m, a, s, head);
-}
-
 /* Closes of n_layers layers from a.layer on. All pages of the step, sequence by sequence, are
  * numbered, and dealt out to the thread blocks; every warp finds the same ones. */
 static __global__ void __launch_bounds__(CLOSE_THREADS, 2)
@@ -454,16 +281,12 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
 }
 
 /* ---- host calls ---- */
+
 static uint32_t plus_bytes(const ki_cuda_layout *l) {
     return l->is_plus ? sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2 : 0;
 }
-/* Of a block that may close pages, and of one that appends a row and no more. */
 static uint32_t shared_bytes(const ki_cuda_layout *l) {
     return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + plus_bytes(l);
-}
-static uint32_t row_bytes(const ki_cuda_layout *l) {
-    uint32_t terms = l->is_plus ? 14 * l->head_dim * (uint32_t)sizeof(float) : 0;
-    return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + terms;
 }
 static uint32_t close_bytes(const ki_cuda_layout *l) {
     return quant_bytes(l->head_dim, close_width(l)) + plus_bytes(l);
@@ -474,29 +297,8 @@ kivi_status ki_cuda_append_prepare(kivi_error *err) {
     most.head_dim = MAX_DIM, most.is_plus = 1;
     int bytes = (int)shared_bytes(&most);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_append_kernel, limit, bytes),
-                         "shared memory of append", err));
     return ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
                          "shared memory of closing", err);
-}
-
-static kivi_status append(const ki_cuda_append_call *c, bool closes, void *stream,
-                          kivi_error *err) {
-    const ki_cuda_layout *l = &c->cache->layout;
-    append_args a = args_of(c);
-    a.closes = closes;
-    uint32_t bytes = closes ? shared_bytes(l) : row_bytes(l);
-    return ki_cuda_check(ki_launch(ki_append_kernel, c->cache->n_seqs * l->n_kv_heads,
-                                   APPEND_THREADS, bytes, c->pdl, stream, a),
-                         "append", err);
-}
-
-kivi_status ki_cuda_append(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    return append(c, true, stream, err);
-}
-
-kivi_status ki_cuda_append_rows(const ki_cuda_append_call *c, void *stream, kivi_error *err) {
-    return append(c, false, stream, err);
 }
 
 kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, void *stream,

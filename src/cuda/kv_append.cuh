@@ -1,5 +1,6 @@
-/* kv_append.cuh: what the appends of decoding (kv_append.cu) and of prompts (kv_prompt_append.cu)
- * have in common. Both are compiled without FMA contraction. */
+/* kv_append.cuh: what the kernels that append share, of decoding (kv_append*.cu) and of prompts
+ * (kv_prompt_append.cu): their arguments, a page, a row's element. All are compiled without FMA
+ * contraction. */
 #ifndef KI_KV_APPEND_CUH
 #define KI_KV_APPEND_CUH
 #include "kv_append.h"
@@ -18,12 +19,17 @@ struct append_args {
     uint32_t *row_flags;
     uint32_t table_stride, layer, q_stride, k_stride, v_stride, n_parts;
     ki_cuda_type type;
-    bool closes; /* keys, where their line moves */
 };
 
 /* CLOSE_THREADS: five candidates of the 96 narrow channels of a + page all at once; four blocks of
  * 32 tokens. */
 enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, MAX_DIM = 256 };
+
+KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
+    if (type == KI_CUDA_F32) return ((const float *)x)[at];
+    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
+    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
+}
 
 struct row_check {
     bool is_bad;
@@ -38,13 +44,20 @@ KI_DEV uint16_t checked_f16(float x, row_check *check) {
     check->n_saturated += y != x;
     return f16_near(y);
 }
+
+/* One element of a 16-bit plane. */
+KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
+    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
+    return (uint16_t *)block + p.word * 2 + p.bit / 16;
+}
+
 KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
     uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];
     return a.pool + id * a.l.id_bytes +
            ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes;
 }
 
-static append_args args_of(const ki_cuda_append_call *c) {
+static inline append_args args_of(const ki_cuda_append_call *c) {
     append_args a = {};
     a.l = c->cache->layout;
     a.pool = c->cache->pool;

@@ -160,7 +160,8 @@ struct append_batch {
     std::vector<ki_cuda_append_call> calls; /* a set each */
 };
 
-enum { APPEND_SETS = 128 };
+/* Steps of a model: the launches of all its layers, one after the other. */
+enum { APPEND_LAYERS = 32, APPEND_SETS = 4, APPEND_LAUNCHES = APPEND_LAYERS * APPEND_SETS };
 
 /* Where each sequence of a set stands. All distances from a page's end, as often each over the
  * sets; or all sequences at the row that closes a page. */
@@ -181,6 +182,7 @@ static kivi_status make_append(append_batch &a, const bench_shape &s, const benc
                                bool closing, bool plain, kivi_error *err) {
     bench_batch &b = a.b;
     uint32_t q = s.n_heads * 128, kv = s.n_kv_heads * 128, width = q + 2 * kv;
+    b.n_layers = APPEND_LAYERS;
     KI_TRY(b.ki_make(s, kind, 1ull << 40, APPEND_SETS, err));
     KI_TRY(b.take(&a.counters, 1, err));
     KI_TRY(b.take(&a.rows, (uint64_t)s.batch * width, err));
@@ -209,11 +211,15 @@ static kivi_status append(report &r, kivi_bench_what what, bench_shape s, const 
     kivi_bench_row row = row_of(what, s, kind);
     KI_TRY(make_append(a, s, kind, what == KIVI_BENCH_CLOSE, r.o->plain, r.err));
     KI_TRY(time_launches(
-        &row.us, APPEND_SETS, r.o->n_repeats,
+        &row.us, APPEND_LAUNCHES, r.o->n_repeats,
         [&](uint32_t i, cudaStream_t stream) {
-            const ki_cuda_append_call *c = &a.calls[i % a.b.n_sets];
-            return what == KIVI_BENCH_CLOSE ? ki_cuda_close_keys(c, 1, stream, r.err)
-                                            : ki_cuda_append_rows(c, stream, r.err);
+            ki_cuda_append_call c = a.calls[i / APPEND_LAYERS % a.b.n_sets];
+            c.layer = i % APPEND_LAYERS;
+            if (what == KIVI_BENCH_CLOSE) return ki_cuda_close_keys(&c, 1, stream, r.err);
+            KI_TRY(ki_cuda_append_rows(&c, stream, r.err));
+            if (i % APPEND_LAYERS < APPEND_LAYERS - 1) return KIVI_OK;
+            c.layer = 0;
+            return ki_cuda_code_values(&c, APPEND_LAYERS, stream, r.err);
         },
         r.err));
     tell(r, row);

@@ -113,7 +113,7 @@ struct bench_kind {
 struct bench_batch {
     ki_cuda_layout l = {};
     bench_shape shape = {};
-    uint32_t n_sets = 0, table_stride = 0, set_pages = 0;
+    uint32_t n_layers = 1, n_sets = 0, table_stride = 0, set_pages = 0;
     std::vector<void *> blocks;
     std::vector<ki_cuda_cache> caches;      /* a set each */
     std::vector<ki_cuda_attend_call> calls; /* a set each */
@@ -130,7 +130,7 @@ struct bench_batch {
         *p = (T *)block;
         return KIVI_OK;
     }
-    /* Bytes of pages that one launch reads. */
+    /* Bytes of pages that one launch reads, of one layer. */
     double packed_bytes() const {
         return (double)shape.batch * shape.n_kv_heads * shape.tokens * l.page_bytes /
                KI_PAGE_TOKENS;
@@ -145,7 +145,7 @@ struct bench_batch {
 inline kivi_status bench_batch::ki_make(const bench_shape &s, const bench_kind &kind,
                                         uint64_t least_bytes, uint32_t most_sets, kivi_error *err) {
     kivi_cache_geometry g = kivi_cache_defaults();
-    g.n_layers = 1, g.n_heads = s.n_heads, g.n_kv_heads = s.n_kv_heads, g.head_dim = 128;
+    g.n_layers = n_layers, g.n_heads = s.n_heads, g.n_kv_heads = s.n_kv_heads, g.head_dim = 128;
     g.kv.k_bits = kind.k_bits, g.kv.v_bits = kind.v_bits, g.kv.group = kind.group ? kind.group : 32;
     g.kv.residual_tokens = kind.residual, g.kv.sink_tokens = kind.is_plus ? 4 : 0;
     KI_TRY(ki_cuda_layout_init(&l, &g, kind.is_plus, err));

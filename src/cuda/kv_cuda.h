@@ -40,11 +40,12 @@
  * that time and moves the newest rows back with ki_cuda_ring_copy.
  *
  * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers
- * only. ki_cuda_append with pdl reads the row that leaves the window before it waits for the kernel
- * before it: two steps of a sequence in a layer must have another kernel between them (attention is
- * one). A call with pdl may start to read pages, tables and the plan while the kernel before it in
- * the stream ends: that kernel must be one that waits for its own predecessor (all of these do, and
- * any kernel launched without pdl), and not ki_cuda_decode_plan.
+ * only. ki_cuda_append and ki_cuda_close with pdl read the value that left the window, and write
+ * its codes, before they wait for the kernel before them: two steps of a sequence in a layer must
+ * have another kernel between them (attention is one). A call with pdl may start to read pages,
+ * tables and the plan while the kernel before it in the stream ends: that kernel must be one that
+ * waits for its own predecessor (all of these do, and any kernel launched without pdl), and not
+ * ki_cuda_decode_plan.
  *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends
@@ -149,7 +150,8 @@ typedef struct ki_cuda_append_call {
         n_rows;        /* n_rows: rows of the batch (the arrays' first dimension), an upper bound */
     uint32_t max_rows; /* most rows of any one sequence in this step (prompt calls) */
     /* [n_rows][H][D], [n_rows][Hk][D], [n_rows][Hk][D] of `type`, row strides in elements; they may
-     * lie in one matrix. q may be NULL (nothing is rotated then, q_out is not written). */
+     * lie in one matrix. Rows are aligned to two elements. q may be NULL (nothing is rotated then,
+     * q_out is not written). */
     const void *q, *k, *v;
     uint32_t q_stride, k_stride, v_stride;
     ki_cuda_type type;
@@ -164,7 +166,7 @@ typedef struct ki_cuda_append_call {
     bool pdl; /* launch with programmatic serialization behind the previous kernel of the stream */
 } ki_cuda_append_call;
 
-/* Decoding: at most one row a sequence. One launch. */
+/* Decoding: at most one row a sequence. kv_append.h has it in parts. */
 kivi_status ki_cuda_append(const ki_cuda_append_call *call, void *stream, kivi_error *err);
 kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *call, void *stream, kivi_error *err);
 kivi_status ki_cuda_prompt_window(const ki_cuda_append_call *call, void *stream, kivi_error *err);

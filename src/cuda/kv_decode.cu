@@ -202,7 +202,8 @@ static const decode_kernel *table_of(uint32_t head_dim) {
 static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
     return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
            (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
-           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs;
+           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs &&
+           (k->heads == 8 || k->heads >= l->head_group);
 }
 
 static const decode_kernel *kernel_of(const ki_cuda_layout *l) {

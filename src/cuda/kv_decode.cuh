@@ -28,14 +28,21 @@ struct decode_args {
 };
 
 /* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus
- * kinds, and no others. */
+ * kinds, and no others. HEADS: most query heads of a KV head that it takes; fewer than 8 leave
+ * columns of the products for other work (below), of 2-bit codes with groups of 32 and more. */
 template <int D_, int KB_, int VB_, int KG_, int VG_, int NB_, int WARPS_, int STAGES_, int BLOCKS_,
-          bool PLUS_>
+          bool PLUS_, int HEADS_ = 8>
 struct decode_shape {
     static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
     static constexpr int NB = NB_;
     static constexpr int WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
     static constexpr bool PLUS = PLUS_;
+    static constexpr int HEADS = HEADS_, COPIES = 8 / HEADS_;
+    static_assert(HEADS_ == 8 || (KB_ == 2 && VB_ == 2 && KG_ >= 32 && VG_ >= 16 && NB_ == 4),
+                  "copies of heads are for 2-bit pages");
+    /* Blocks, and channel groups of values, that copies share out among them. */
+    static constexpr int K_COPIES = COPIES < NB_ ? COPIES : NB_;
+    static constexpr int V_COPIES = !VG_ ? 1 : COPIES < D_ / VG_ ? COPIES : D_ / VG_;
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
     KI_DEV_MEMBER uint32_t v_bits(const ki_cuda_layout &l) {
@@ -75,21 +82,31 @@ template <class S> struct scaled_queries {            /* b operands for one key 
     uint32_t b[2 * S::NJ], wide[S::PLUS ? 2 * WIDE : 1];
 };
 
+KI_DEV uint32_t two_halves(const uint8_t *x, uint32_t at0, uint32_t at1) {
+    return *(const uint16_t *)(x + at0) | (uint32_t) * (const uint16_t *)(x + at1) << 16;
+}
+
 /* Queries of the wide channels, times 4 and their scales: a code's upper bits count four times. The
  * gathered queries lie in the order of the scales. */
 template <class S>
 KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
                         const uint16_t *wide_q, uint32_t lane) {
     const uint16_t *list = (const uint16_t *)(head + l.list_at) + lane % 4;
-    const uint16_t *scales = (const uint16_t *)(head + l.k_scale_at), *q = wide_q + lane / 4 * S::D;
+    const uint8_t *scales = head + l.k_scale_at, *q = (const uint8_t *)(wide_q + lane / 4 * S::D);
 #pragma unroll
     for (int k = 0; k < 2 * scaled_queries<S>::WIDE; k++) {
         uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
         bool is_wide = w < S::D / 4;
-        uint32_t two = is_wide ? list[k * 4] : 0;
-        uint32_t c0 = ki_order_key_scale(two & 255, S::NJ),
-                 c1 = ki_order_key_scale(two >> 8, S::NJ);
-        uint32_t x = mul2(q[c0] | (uint32_t)q[c1] << 16, scales[c0] | (uint32_t)scales[c1] << 16);
+        uint32_t two = is_wide ? list[k * 4] : 0, c0, c1; /* offsets in bytes */
+        if constexpr (S::NJ % 2 == 0) { /* both at once: bits of ki_order_key_scale change places */
+            two = (two & 255) | (two & 0xff00) << 8;
+            two = (two & 0x00e100e1) << 1 | (two & 0x00060006) << 3 | (two >> 1 & 0x000c000c);
+            c0 = two & 0xffff, c1 = two >> 16;
+        } else {
+            c0 = ki_order_key_scale(two & 255, S::NJ) * 2;
+            c1 = ki_order_key_scale(two >> 8, S::NJ) * 2;
+        }
+        uint32_t x = mul2(two_halves(q, c0, c1), two_halves(scales, c0, c1));
         /* columns 8 to 15 of a tile have a factor 4 already */
         out.wide[k] = is_wide ? mul2(x, k % 2 ? TWO_ONES : TWO_FOURS) : 0;
     }
@@ -199,10 +216,11 @@ template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st
     }
     if (__any_sync(~0u, m0 > st.m[0] || m1 > st.m[1])) {
 #pragma unroll
-        for (int x = 4; x < 32; x *= 2) {
+        for (int x = S::HEADS < 2 ? 1 : S::HEADS / 2; x < 32; x *= 2) { /* copies' too */
             m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, x));
             m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, x));
         }
+        if (S::HEADS == 1) m0 = m1 = fmaxf(m0, m1);
         m0 = fmaxf(fmaxf(m0, st.m[0]), -1e30f); /* finite, whatever came */
         m1 = fmaxf(fmaxf(m1, st.m[1]), -1e30f);
         rescale<S>(st, m0, m1);
@@ -284,6 +302,111 @@ KI_DEV void fast_unit(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t 
         code_values<S>(l, sub, p, lane,
                        [&](int j, int, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1) { mma(st.acc[j], a0, a1, a2, a3, b0, b1); });
+    }
+}
+
+/* ---- fast units with copies of heads ----
+ *
+ * A product has eight columns. With HEADS < 8 query heads column c is head c % HEADS, copy
+ * c / HEADS, and copies are equal but for scales: of keys copy k has those of block k of K_COPIES
+ * neighbours, of values those of channel group k of V_COPIES. So operands are scaled once for
+ * several blocks or groups; of a block's scores the columns of its copy count alone, and those of
+ * K_COPIES blocks go into one pair of tiles, so that there are as many exponentials as scores; and
+ * a channel's sum is in the columns of its group's copy. Elsewhere (slow blocks, sums of zeros) all
+ * copies are the same. Columns 2 t and 2 t + 1 are lane t's, e is 0 or 1. */
+
+template <class S> KI_DEV uint32_t copy_of(uint32_t lane, uint32_t e) {
+    return (lane % 4 * 2 + e) / S::HEADS;
+}
+
+/* Scores of a unit: set n of tiles is blocks n K_COPIES .. */
+template <class S, int SETS>
+KI_DEV void copied_scores(float (&s)[SETS][2][4], const ki_cuda_layout &l, const uint8_t *head,
+                          const uint8_t *subs, const warp_state<S> &st, uint32_t lane) {
+    constexpr int COPIES = S::K_COPIES;
+    constexpr bool PAGE_GROUP = S::KG > KI_SUB_TOKENS;
+    constexpr int GROUPS = S::NB * KI_SUB_TOKENS / S::KG; /* row g: the unit's key group g */
+    float zero[4], u0 = st.q.unit[0], u1 = st.q.unit[1];
+    float low = row_unit(2), high = row8_unit(2);
+    auto scales = [&](uint32_t block) {
+        return key_scales<S>(l, head, subs + (PAGE_GROUP ? 0 : block * l.sub_bytes),
+                             block * KI_SUB_TOKENS);
+    };
+    zero_terms<S::NJ>(
+        zero, st.q.q, true,
+        scales(lane / 4 % GROUPS * (S::NB / GROUPS)) + (l.k_zero_at - l.k_scale_at) / 2, lane);
+    scaled_queries<S> q;
+#pragma unroll
+    for (int n = 0; n < SETS; n++) {
+        if (n == 0 || n * COPIES * KI_SUB_TOKENS % S::KG == 0) {
+            scale_queries<S::NJ>(q.b, st.q.q, scales(n * COPIES + lane / 4 / S::HEADS % COPIES),
+                                 lane);
+            if constexpr (S::PLUS) gather_wide<S>(q, l, head, st.wide_q, lane);
+        }
+#pragma unroll
+        for (int k = 0; k < COPIES; k++) {
+            float t[2][4] = {};
+            code_scores<S>(t, l, subs + (n * COPIES + k) * l.sub_bytes, q, 3, lane);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (k == 0 || copy_of<S>(lane, e % 2) % COPIES == (uint32_t)k)
+                        s[n][i][e] = t[i][e];
+        }
+        uint32_t g0 = (n * COPIES + copy_of<S>(lane, 0) % COPIES) * KI_SUB_TOKENS / S::KG;
+        uint32_t g1 = (n * COPIES + copy_of<S>(lane, 1) % COPIES) * KI_SUB_TOKENS / S::KG;
+        float z0 = __shfl_sync(~0u, zero[0], g0 * 4 + lane % 4) * u0;
+        float z1 = __shfl_sync(~0u, zero[1], g1 * 4 + lane % 4) * u1;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            s[n][i][0] = fmaf(s[n][i][0], u0 * low, z0),
+            s[n][i][1] = fmaf(s[n][i][1], u1 * low, z1);
+            s[n][i][2] = fmaf(s[n][i][2], u0 * high, z0);
+            s[n][i][3] = fmaf(s[n][i][3], u1 * high, z1);
+        }
+    }
+}
+
+/* acc += codes . p' of one block; p is the same in all copies. */
+template <class S>
+KI_DEV void copied_values(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t *sub,
+                          const uint32_t (&p)[4], uint32_t lane) {
+    constexpr int CHANNELS = S::VG * S::V_COPIES; /* that one operand has scales for */
+    const uint16_t *scales =
+        (const uint16_t *)(sub + l.v_scale_at) + lane / 4 / S::HEADS % S::V_COPIES * KI_SUB_TOKENS;
+    uint32_t scaled[4];
+    for_frags<S::NJ, 2>(
+        sub + l.v_at, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+            if (i == 0 && j * 16 % CHANNELS == 0)
+                scale_probabilities(scaled, p, scales + j * 16 / S::VG * KI_SUB_TOKENS, lane);
+            mma(st.acc[j], a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
+        });
+}
+
+template <class S>
+KI_DEV void copied_unit(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t *unit,
+                        uint32_t lane) {
+    constexpr int SETS = S::NB / S::K_COPIES;
+    const uint8_t *subs = unit + l.head_bytes;
+    float s[SETS][2][4];
+    copied_scores<S, SETS>(s, l, unit, subs, st, lane);
+    soften<S, 2 * SETS>(*(float(*)[2 * SETS][4]) & s, st, 2.0f);
+#pragma unroll
+    for (int n = 0; n < SETS; n++) {
+        uint32_t mine[4];
+        probability_operands(mine, s[n][0], s[n][1]);
+#pragma unroll
+        for (int k = 0; k < S::K_COPIES; k++) {
+            const uint8_t *sub = subs + (n * S::K_COPIES + k) * l.sub_bytes;
+            uint32_t p[4], plain[4], from = (k * S::HEADS + lane / 4 % S::HEADS) * 4 + lane % 4;
+#pragma unroll
+            for (int x = 0; x < 4; x++) p[x] = __shfl_sync(~0u, mine[x], from);
+            plain[0] = p[0], plain[1] = mul2(p[1], TWO_FOURS);
+            plain[2] = p[2], plain[3] = mul2(p[3], TWO_FOURS);
+            block_sums<S>(st, l, sub, plain, lane);
+            copied_values<S>(st, l, sub, p, lane);
+        }
     }
 }
 
@@ -416,21 +539,23 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
     uint32_t group = S::v_bits(l) == 16 ? S::D : S::v_group(l), h = lane % 4 * 2;
     bool turned = S::PLUS;
     float half = turned ? (l.v_bits == 3 ? -3.5f : -1.5f) : S::v_bits(l) == 16 ? 0.0f : 1.0f;
-    float *row0 = to + h * (S::D + 2), *row1 = row0 + S::D + 2;
+    uint32_t h0 = h % S::HEADS, h1 = (h + 1) % S::HEADS;
+    float *row0 = to + h0 * (S::D + 2), *row1 = to + h1 * (S::D + 2);
 #pragma unroll
     for (int j = 0; j < S::NJ; j++) {
-        uint32_t g = j * 16 / group, from = g % 8 * 4 + lane % 4;
+        uint32_t g = j * 16 / group, from = g % 8 * 4 + lane % 4, copy = g % S::V_COPIES;
         float z0, z1;
         if (S::D > 128 && g >= 8) {
             z0 = __shfl_sync(~0u, st.z8[0], from), z1 = __shfl_sync(~0u, st.z8[S::D > 128], from);
         } else z0 = __shfl_sync(~0u, st.z[0], from), z1 = __shfl_sync(~0u, st.z[1], from);
         uint32_t c = 2 + j * 16 + lane / 4;
-        if (h < n_heads) row0[c] = st.acc[j][0] + z0 * half, row0[c + 8] = st.acc[j][2] + z0 * half;
-        if (h + 1 < n_heads)
+        if (h0 < n_heads && copy_of<S>(lane, 0) == copy)
+            row0[c] = st.acc[j][0] + z0 * half, row0[c + 8] = st.acc[j][2] + z0 * half;
+        if (h1 < n_heads && copy_of<S>(lane, 1) == copy)
             row1[c] = st.acc[j][1] + z1 * half, row1[c + 8] = st.acc[j][3] + z1 * half;
     }
     if (lane < 4 && h < n_heads) row0[0] = st.m[0], row0[1] = st.z[2];
-    if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3];
+    if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3]; /* of copy 0 */
 }
 
 /* The warps' states, in their order, into the result or the item's state. */
@@ -536,8 +661,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
     uint32_t g = lane / 4;
-    const uint16_t *q = a.q + ((uint64_t)item.row * a.l.n_heads + first_head + g) * S::D;
-    st.q.load(q, g < n_heads, a.factor, S::quartered(a.l), lane);
+    const uint16_t *q = a.q + ((uint64_t)item.row * a.l.n_heads + first_head + g % S::HEADS) * S::D;
+    st.q.load(q, g % S::HEADS < n_heads, a.factor, S::quartered(a.l), lane);
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
@@ -562,7 +687,10 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
     for (uint32_t i = 0; i < stream.n; i++) {
         uint32_t u = item.part.unit_begin + warp + i * S::WARPS;
-        fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS, lane);
+        if constexpr (S::HEADS < 8) copied_unit<S>(st, a.l, pipe.wait(i), lane);
+        else
+            fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS,
+                         lane);
         __syncwarp();
         uint32_t next = i + S::STAGES;
         if (next < stream.n) pipe.issue(next, stream.at(a, item, next, head, warp, lane), lane);
@@ -589,7 +717,7 @@ template <class S> static uint32_t decode_shared_bytes(uint32_t unit_bytes, uint
 /* One entry of the table of kernels. */
 struct decode_kernel {
     uint32_t head_dim, k_bits, v_bits, k_group, v_group; /* bits and groups 0: any */
-    uint32_t is_plus, unit_subs;
+    uint32_t is_plus, unit_subs, heads;                  /* 8: any number of heads */
     cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, bool pdl,
                           cudaStream_t stream);
     cudaError_t (*prepare)(void); /* raises the limit of shared memory */
@@ -627,7 +755,16 @@ static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, boo
 }
 
 template <class S> static constexpr decode_kernel decode_entry() {
-    return {S::D, S::KB, S::VB, S::KG, S::VG, S::PLUS, S::NB, decode_launch<S>, decode_prepare<S>};
+    return {S::D,
+            S::KB,
+            S::VB,
+            S::KG,
+            S::VG,
+            S::PLUS,
+            S::NB,
+            S::HEADS,
+            decode_launch<S>,
+            decode_prepare<S>};
 }
 
 #endif

@@ -14,9 +14,13 @@ constexpr int WIDE_WARPS = 2; /* twice the registers, twice the bytes of a unit 
 extern const decode_kernel KI_TABLE_OF(KI_HEAD_DIM)[];
 const decode_kernel KI_TABLE_OF(KI_HEAD_DIM)[] = {
 #if KI_HEAD_DIM == 64 || KI_HEAD_DIM == 128
-    /* D, K bits, V bits, K group, V group, blocks of a unit, warps, stages, thread blocks, plus */
+    /* D, K bits, V bits, K group, V group, blocks of a unit, warps, stages, thread blocks, plus,
+     * most heads */
+    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 4, 4, 2, 2, false, 1>>(),
+    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 4, 4, 2, 2, false, 4>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 32, 32, 4, 4, 2, 2, false>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 16, 16, 0, 0, 1, 4, 2, 1, false>>(),
+    decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true, 1>>(),
     decode_entry<decode_shape<KI_HEAD_DIM, 2, 2, 128, 64, 4, 4, 2, 2, true>>(),
 #endif
     decode_entry<decode_shape<KI_HEAD_DIM, 0, 0, 0, 0, 1, WIDE_WARPS, 2, 1, false>>(),

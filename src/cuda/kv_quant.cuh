@@ -80,21 +80,6 @@ KI_DEV void pack_block(uint32_t *plane, const uint8_t *codes, uint32_t stride, u
     else pack_plane<1>(plane, codes, stride, n_steps, keys, from, to, shift);
 }
 
-/* The codes [D] of one token's values into their plane: two channels of a tile share a word, and no
- * other thread's channels do. bits 2, 4, 8. */
-KI_DEV void put_value_token(uint32_t *plane, const uint8_t *codes, uint32_t t, uint32_t n_steps,
-                            uint32_t bits) {
-    uint32_t mask = (1u << bits) - 1;
-    for (uint32_t k = threadIdx.x; k < n_steps * 8; k += blockDim.x) {
-        uint32_t c = k / 8 * 16 + k % 8;
-        ki_order_place low = ki_order_value(t, c, n_steps, bits);
-        ki_order_place high = ki_order_value(t, c + 8, n_steps, bits);
-        uint32_t keep = ~(mask << low.bit | mask << high.bit);
-        uint32_t two = (codes[c] & mask) << low.bit | (codes[c + 8] & mask) << high.bit;
-        plane[low.word] = (plane[low.word] & keep) | two;
-    }
-}
-
 /* ---- keys ---- */
 
 /* Least and largest of one channel over tokens [from, to) of raw. */
@@ -152,9 +137,7 @@ KI_DEV void quantize_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layout &l
 /* ---- plus kinds (plus.h) ---- */
 
 KI_DEV float plus_value_step(uint32_t k) { /* 1, .95, .90, ... as the decimal fractions round */
-    const float steps[14] = {1,    .95f, .90f, .85f, .80f, .75f, .70f,
-                             .65f, .60f, .55f, .50f, .45f, .40f, .35f};
-    return steps[k];
+    return __fdiv_rn((float)(20 - k), 20.0f);
 }
 KI_DEV float plus_key_step(uint32_t k) {
     const float steps[5] = {1, .93f, .86f, .79f, .72f};
@@ -187,52 +170,6 @@ KI_DEV uint16_t plus_value_scale(const uint16_t *row, uint32_t group, float half
         if (other < least) least = other, best = k;
     }
     return (uint16_t)__shfl_sync(~0u, (uint32_t)mine, best, 16);
-}
-
-/* The same by a whole thread block, for a single row: all errors at once, then each candidate's sum
- * from channel to channel. terms: [14][D] f32 of shared memory. Ends in step; scale [D / G]. */
-KI_DEV void plus_value_scales(uint16_t *scale, float *terms, const uint16_t *row,
-                              const ki_cuda_layout &l) {
-    uint32_t d = l.head_dim, group = l.v_group, n_groups = d / group;
-    float half = l.v_bits == 2 ? 1.5f : 3.5f;
-    __shared__ float largest[256 / 16];
-    __shared__ uint16_t tried[14][256 / 16];
-    for (uint32_t g = threadIdx.x / 32; g < n_groups; g += blockDim.x / 32) {
-        float m = 0;
-        for (uint32_t i = threadIdx.x % 32; i < group; i += 32)
-            m = fmaxf(m, fabsf(f16_value(row[g * group + i])));
-        for (int x = 16; x; x /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
-        largest[g] = m;
-    }
-    __syncthreads();
-    for (uint32_t k = threadIdx.x; k < 14 * n_groups; k += blockDim.x)
-        tried[k / n_groups][k % n_groups] = f16_up(
-            __fmul_rn(__fdiv_rn(largest[k % n_groups], half), plus_value_step(k / n_groups)));
-    __syncthreads();
-    for (uint32_t k = threadIdx.x; k < 14 * d; k += blockDim.x) {
-        float s = f16_value(tried[k / d][k % d / group]), x = f16_value(row[k % d]);
-        float e = __fsub_rn(x, __fmul_rn(__fsub_rn(plus_value_code(x, s, half), half), s));
-        terms[k] = __fmul_rn(e, e);
-    }
-    __syncthreads();
-    /* half a warp a group, a lane a candidate */
-    for (uint32_t g = threadIdx.x / 16; g < (n_groups + 1) / 2 * 2; g += blockDim.x / 16) {
-        uint32_t lane = threadIdx.x % 16, k = lane < 14 ? lane : 0;
-        float sum = 0;
-        if (g < n_groups) {
-            const float *mine = terms + k * d + g * group;
-#pragma unroll 16
-            for (uint32_t i = 0; i < group; i++) sum = __fadd_rn(sum, mine[i]);
-        }
-        uint32_t best = 0;
-        float least = __shfl_sync(~0u, sum, 0, 16);
-        for (uint32_t o = 1; o < 14; o++) {
-            float other = __shfl_sync(~0u, sum, o, 16);
-            if (other < least) least = other, best = o;
-        }
-        if (lane == 0 && g < n_groups) scale[g] = tried[best][g];
-    }
-    __syncthreads();
 }
 
 /* One row by one warp, two groups at a time. */

@@ -7,6 +7,7 @@
 #include "world.cuh"
 
 #include <math.h>
+#include <thread>
 
 /* ---- pages closed at the end of a step ---- */
 
@@ -75,6 +76,143 @@ static void check_late(const world_options &base) {
             o.pdl = pdl && c.kb < 16 && c.vb < 16;
             if (open_case(text("late/%s%s", c.name, pdl ? "-pdl" : ""))) run_late(o);
         }
+}
+
+/* ---- the value that leaves the window ---- */
+
+/* Of every size, with zeros of both signs, the smallest negative ones, powers of two and values
+ * that are the row's largest but for the sign. */
+static void odd_row(uint16_t *x, uint32_t d, rng &r) {
+    float scale = exp2f((float)(r.u64() % 30) - 18);
+    uint64_t how = r.u64() % 4; /* 3: as models have them */
+    for (uint32_t c = 0; c < d; c++) {
+        uint64_t u = r.u64();
+        float f = fminf(fmaxf(r.normal() * scale, -65000.0f), 65000.0f);
+        x[c] = ki_f32_to_f16(f);
+        if (how == 3 || u % 8) continue;
+        u >>= 3;
+        uint16_t sign = u & 1 ? 0x8000 : 0;
+        switch (u >> 1 & 3) {
+        case 0: x[c] = sign; break;
+        case 1: x[c] = (uint16_t)(0x8001 + (u >> 3) % 4); break;
+        case 2: x[c] = (uint16_t)(sign | (x[c] & 0x7c00)); break;
+        default: x[c] = (uint16_t)(sign | ki_f32_to_f16(2 * scale)); break;
+        }
+    }
+}
+
+struct value_store { /* a world's rings on the host */
+    const world &w;
+    std::vector<uint16_t> halves;
+    explicit value_store(const world &of) : w(of), halves(of.rings.n / 2) {}
+    size_t block_at(uint32_t seq, uint32_t layer, uint32_t head, uint32_t block) const {
+        uint32_t k = w.o.k_bits < 16 ? w.k_blocks : 0, slot = layer * w.o.n_kv_heads + head;
+        size_t in_ring = (size_t)slot * (k + w.v_blocks) + k + block % w.v_blocks;
+        return seq * w.ring_bytes / 2 + in_ring * 32 * w.o.head_dim;
+    }
+    static size_t element(uint32_t t, uint32_t c, uint32_t d) {
+        ki_order_place p = ki_order_value(t, c, d / 16, 16);
+        return p.word * 2 + p.bit / 16;
+    }
+    /* The rows that leave the windows of this step. */
+    void fill(rng &r) {
+        uint32_t d = w.o.head_dim;
+        std::vector<uint16_t> row(d);
+        for (uint32_t seq = 0; seq < w.o.n_seqs; seq++)
+            for (uint32_t k = 0; k < w.o.n_layers * w.o.n_kv_heads; k++) {
+                uint32_t pos = w.state[seq].n_tokens - w.l.residual_tokens;
+                size_t at = block_at(seq, k / w.o.n_kv_heads, k % w.o.n_kv_heads, pos / 32);
+                odd_row(row.data(), d, r);
+                for (uint32_t c = 0; c < d; c++) halves[at + element(pos % 32, c, d)] = row[c];
+            }
+    }
+};
+
+/* Codes, scales and zeros of one row that differ from the scalar definition's, and codes of its
+ * neighbours that are not what they were. */
+static size_t wrong_values(const value_store &store, const std::vector<uint8_t> &before,
+                           const std::vector<uint8_t> &after, uint32_t seq, uint32_t layer,
+                           uint32_t head) {
+    const world &w = store.w;
+    const ki_cuda_layout &l = w.l;
+    uint32_t d = w.o.head_dim, pos = w.state[seq].n_tokens - l.residual_tokens, t = pos % 128;
+    uint64_t id = w.table[(size_t)seq * w.table_stride + pos / 128];
+    uint64_t page = id * l.id_bytes + ((uint64_t)layer * w.o.n_kv_heads + head) * l.page_bytes;
+    page_reader was = {&l, before.data() + page}, is = {&l, after.data() + page};
+    std::vector<uint16_t> x(d), scale(d), zero(d);
+    std::vector<uint8_t> codes(d);
+    size_t at = store.block_at(seq, layer, head, pos / 32), n = 0;
+    for (uint32_t c = 0; c < d; c++) x[c] = store.halves[at + value_store::element(pos % 32, c, d)];
+    if (w.o.plus)
+        ki_plus_quantize_values_scalar(codes.data(), scale.data(), x.data(), d, l.v_bits,
+                                       KI_PLUS_VALUE_STEPS);
+    else
+        for (uint32_t g = 0; g < d / l.v_group; g++)
+            ki_quantize_scalar(codes.data() + g * l.v_group, &scale[g], &zero[g],
+                               x.data() + g * l.v_group, 1, l.v_group, l.v_bits);
+    for (uint32_t c = 0; c < d; c++) {
+        n += is.value_code(t, c) != codes[c];
+        for (uint32_t other : {t ^ 1, t ^ 8, t ^ 16})
+            n += is.value_code(other, c) != was.value_code(other, c);
+        uint32_t g = c / l.v_group, scale_at = is.value_scale_at(t, c);
+        n += memcmp(is.page + scale_at, &scale[g], 2) != 0;
+        if (!w.o.plus)
+            n += memcmp(is.page + scale_at + l.v_zero_at - l.v_scale_at, &zero[g], 2) != 0;
+    }
+    return n;
+}
+
+static void run_values(world_options o) {
+    const uint32_t n_rounds = run.small ? 2 : 48, n_threads = 16;
+    rng r = case_rng();
+    o.n_seqs = 16, o.n_layers = 3, o.max_tokens = 640, o.split_tokens = 256;
+    world w;
+    w.make(o, o.n_seqs, r);
+    value_store store(w);
+    std::vector<size_t> wrong(n_threads);
+    for (uint32_t round = 0; round < n_rounds; round++) {
+        for (ki_cuda_seq &s : w.state)
+            s.n_tokens = o.residual + 64 + (uint32_t)(r.u64() % 400), s.n_rows = 1;
+        w.put_state();
+        store.fill(r);
+        w.rings.put((const uint8_t *)store.halves.data(), store.halves.size() * 2);
+        std::vector<uint8_t> before = w.pool.get(0, w.pool.n);
+        ki_cuda_append_call c = w.append_call(0, o.n_seqs, 1);
+        CHECK_OK(ki_cuda_code_values(&c, o.n_layers, NULL, err));
+        MUST(cudaDeviceSynchronize());
+        std::vector<uint8_t> after = w.pool.get(0, w.pool.n);
+        std::vector<std::thread> threads;
+        for (uint32_t i = 0; i < n_threads; i++)
+            threads.emplace_back([&, i] {
+                for (uint32_t seq = i; seq < o.n_seqs; seq += n_threads)
+                    for (uint32_t k = 0; k < o.n_layers * o.n_kv_heads; k++)
+                        wrong[i] += wrong_values(store, before, after, seq, k / o.n_kv_heads,
+                                                 k % o.n_kv_heads);
+            });
+        for (std::thread &t : threads) t.join();
+    }
+    size_t all = 0;
+    for (size_t x : wrong) all += x;
+    CHECK(all == 0, "%zu codes, scales or zeros differ", all);
+    end_case(text("%.3g elements",
+                  (double)n_rounds * o.n_seqs * o.n_layers * o.n_kv_heads * o.head_dim));
+}
+
+static void check_values(const world_options &base) {
+    static const struct {
+        uint32_t d, vb, g, s;
+        bool plus;
+    } cases[] = {{128, 2, 32, 0, false}, {128, 2, 128, 0, false}, {128, 4, 64, 0, false},
+                 {128, 8, 16, 0, false}, {80, 2, 16, 0, false},   {256, 2, 128, 0, false},
+                 {128, 2, 128, 4, true}, {64, 2, 128, 4, true},   {256, 2, 128, 0, true},
+                 {96, 2, 128, 4, true},  {128, 3, 128, 4, true},  {80, 3, 128, 4, true}};
+    for (const auto &c : cases) {
+        world_options o = base;
+        o.head_dim = c.d, o.n_heads = o.n_kv_heads = 8, o.residual = 128, o.sinks = c.s;
+        o.k_bits = c.vb == 3 ? 4 : 2, o.v_bits = c.vb, o.group = c.g, o.plus = c.plus;
+        if (open_case(text("values/d%u-v%u-g%u%s", c.d, c.vb, c.g, c.plus ? "+" : "")))
+            run_values(o);
+    }
 }
 
 /* ---- products of few rows ---- */
@@ -191,18 +329,15 @@ static void run_norm(uint32_t n, bool has_bias) {
 }
 
 static void check_step(const world_options &base) {
-    static const product_case products[] = {{1000, 4096, 1, KI_CUDA_F16},
-                                            {1002, 4096, 2, KI_CUDA_F16},
-                                            {1002, 1536, 3, KI_CUDA_BF16},
-                                            {514, 11008, 4, KI_CUDA_F16},
-                                            {514, 11008, 1, KI_CUDA_BF16},
-                                            {2, 8, 1, KI_CUDA_F16},
-                                            {38, 200, 3, KI_CUDA_F16},
-                                            {30, 1032, 4, KI_CUDA_BF16}};
+    static const product_case products[] = {
+        {1000, 4096, 1, KI_CUDA_F16}, {1002, 4096, 2, KI_CUDA_F16},  {1002, 1536, 3, KI_CUDA_BF16},
+        {514, 11008, 4, KI_CUDA_F16}, {514, 11008, 1, KI_CUDA_BF16}, {2, 8, 1, KI_CUDA_F16},
+        {38, 200, 3, KI_CUDA_F16},    {30, 1032, 4, KI_CUDA_BF16}};
     check_late(base);
+    check_values(base);
     for (const product_case &c : products)
-        if (open_case(text("product/%ux%u-m%u%s", c.n, c.k, c.m,
-                           c.type == KI_CUDA_BF16 ? "-bf16" : "")))
+        if (open_case(
+                text("product/%ux%u-m%u%s", c.n, c.k, c.m, c.type == KI_CUDA_BF16 ? "-bf16" : "")))
             run_product(c);
     for (uint32_t n : {64u, 576u, 4096u, 4100u, 8192u, 8200u, 30u})
         for (int has_bias = 0; has_bias < 2; has_bias++)

@@ -1,5 +1,6 @@
 /* tune-cuda: decode attention in other shapes of its kernel than those that kv_decode_shapes.cuh
- * picked, at several split sizes: what the choice rests on. */
+ * picked, at several split sizes: what the choice rests on. tune-cuda [kivi2|plus|half [GB/s
+ * [pdl]]]: of one kind, as shares of that stream, without plain launches. */
 #include "kv_bench.cuh"
 
 #include <stdio.h>
@@ -19,18 +20,24 @@ struct candidate {
     }
 #define PLUS2(w, s, b)                                                                             \
     { "w" #w " s" #s " b" #b, decode_entry<decode_shape<128, 2, 2, 128, 64, 4, w, s, b, true>>() }
+/* most heads of a KV head: of 8 every shape takes any number */
+#define KIVI2_OF(h)                                                                                \
+    { "heads " #h, decode_entry<decode_shape<128, 2, 2, 32, 32, 4, 4, 2, 2, false, h>>() }
+#define PLUS2_OF(h)                                                                                \
+    { "heads " #h, decode_entry<decode_shape<128, 2, 2, 128, 64, 4, 4, 2, 2, true, h>>() }
 #define HALF(w, s, b)                                                                              \
     { "w" #w " s" #s " b" #b, decode_entry<decode_shape<128, 16, 16, 0, 0, 1, w, s, b, false>>() }
 
 static const candidate kivi2_list[] = {
-    KIVI2(2, 4, 2, 3), KIVI2(2, 4, 4, 2), KIVI2(2, 8, 2, 2), KIVI2(4, 4, 2, 2), KIVI2(4, 2, 2, 4),
-    KIVI2(1, 4, 4, 3), KIVI2(1, 4, 4, 4), KIVI2(1, 8, 4, 2), KIVI2(4, 4, 1, 3),
+    KIVI2(4, 4, 2, 2), KIVI2_OF(1),       KIVI2_OF(4),       KIVI2(2, 4, 2, 3),
+    KIVI2(4, 3, 2, 3), KIVI2(2, 3, 3, 4), KIVI2(1, 4, 4, 4), KIVI2(4, 4, 1, 3),
 };
-static const candidate plus_list[] = {PLUS2(4, 2, 2), PLUS2(2, 2, 4), PLUS2(2, 3, 3),
-                                      PLUS2(4, 1, 3)};
+static const candidate plus_list[] = {PLUS2(4, 2, 2), PLUS2_OF(1),    PLUS2_OF(4),   PLUS2(2, 2, 5),
+                                      PLUS2(5, 2, 2), PLUS2(3, 2, 3), PLUS2(4, 1, 3)};
 static const candidate half_list[] = {HALF(4, 2, 1), HALF(2, 2, 3)};
 
-static double read_gbs = 3198; /* the stream of this card, for the percentages; --read=N */
+static double read_gbs = 3198; /* the stream of this card, for the percentages */
+static bool skips_plain;       /* launches without programmatic dependent launch */
 
 static kivi_status tune(const char *kind_name, const bench_kind &kind, const bench_shape &s,
                         const candidate *list, size_t n, kivi_error *err) {
@@ -39,6 +46,7 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
     double mb = b.packed_bytes() * 1e-6;
     for (size_t i = 0; i < n; i++) {
         const decode_kernel *k = &list[i].kernel;
+        if (k->heads < 8 && k->heads < b.l.head_group) continue;
         KI_TRY(ki_cuda_check(k->prepare(), list[i].name, err));
         b.l.unit_subs = k->unit_subs;
         printf("%-7s B%-2u %2u/%-2u T%-6u %-12s", kind_name, s.batch, s.n_heads, s.n_kv_heads,
@@ -53,7 +61,7 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
             last = splits;
             uint32_t tokens = (s.tokens + splits - 1) / splits;
             if (tokens < 256) continue;
-            for (int pdl = 0; pdl < 2; pdl++) {
+            for (int pdl = skips_plain; pdl < 2; pdl++) {
                 double us;
                 KI_TRY(b.ki_plan(tokens, 0, pdl, err));
                 kivi_status status = time_launches(
@@ -64,8 +72,8 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
                     },
                     err);
                 if (status != KIVI_OK) return status;
-                if (pdl) printf(" /%.1f", mb / us * 1e5 / read_gbs);
-                else printf("  x%u %.1f", splits, mb / us * 1e5 / read_gbs);
+                if (pdl == skips_plain) printf("  x%u", splits);
+                printf(pdl ? " /%.1f" : " %.1f", mb / us * 1e5 / read_gbs);
             }
         }
         printf("\n");
@@ -86,6 +94,7 @@ int main(int argc, char **argv) {
     const bench_kind half = {"f16", 16, 16, 128, false, true};
     const char *only = argc > 1 ? argv[1] : "";
     if (argc > 2) read_gbs = atof(argv[2]);
+    skips_plain = argc > 3;
     printf("percent of %.0f GB/s, plain / with programmatic dependent launch, by splits of a row\n",
            read_gbs);
     for (const bench_shape &s : shapes) {

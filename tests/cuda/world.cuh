@@ -90,7 +90,7 @@ struct world_options {
     uint32_t span, window, n_seqs, max_tokens, split_tokens;
     bool plus, large_ring, pdl;
     uint32_t n_layers;
-    bool late;              /* keys of all layers are closed at the end of a step (kv_append.h) */
+    bool late;              /* codes of all layers are made at the end of a step (kv_append.h) */
     uint64_t scratch_bytes; /* at most, of prompts; 0: plenty */
 };
 
@@ -226,7 +226,7 @@ struct world {
             CHECK_OK(ki_cuda_decode_attend(&c, NULL, err));
         }
         ki_cuda_append_call first = append_call(0, n_rows, 1);
-        if (o.late) CHECK_OK(ki_cuda_close_keys(&first, o.n_layers, NULL, err));
+        if (o.late) CHECK_OK(ki_cuda_close(&first, o.n_layers, NULL, err));
         finish();
     }
     void prompt(uint32_t n_rows, uint32_t most, bool attend) {
