@@ -30,6 +30,10 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
     return (s->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
+bool ki_cuda_streams(const ki_cuda_backend *b) {
+    return b->type != KI_CUDA_F32 && !(b->without & KI_PART_STREAM);
+}
+
 /* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *s) {
     return b->compute_major >= 9 && !(b->without & (KI_PART_CUDNN | KI_PART_FUSED)) &&

@@ -1,0 +1,437 @@
+#include "stream.h"
+
+#include "act.cuh"
+#include "kv_launch.h"
+#include "norm.cuh"
+#include "pdl.cuh"
+#include "stream_ring.cuh"
+
+#include <stdlib.h>
+
+/* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
+enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
+/* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. */
+enum { RING_BYTES = 104 << 10, MOST_BYTES = 220 << 10, MOST_STAGES = 16 };
+enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
+/* Rows from which on thread blocks share a tile's parts, so that each reads fewer columns of x. */
+enum { CLUSTER = 4, NARROW_ROWS = 16, NORM_ROWS = 4 };
+
+/* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
+typedef struct plan {
+    uint32_t tiles;               /* of a thread block */
+    uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
+    uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
+    uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
+    uint32_t n_blocks, cluster, ahead;
+} plan;
+
+static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
+
+/* A thread block's place, and the addresses of its shared memory: [stages][parts][weights][rows of
+ * x], then rows of x that are held. */
+typedef struct place {
+    uint32_t first;           /* output; of gate and up: pair */
+    uint32_t rank, first_part;
+    uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
+} place;
+
+/* ---- the warp that fills the ring ---- */
+
+static __device__ __forceinline__ void bring_weights(const ki_stream_call &c, const plan &p,
+                                                     const place &at, const ki_boxes &w,
+                                                     uint32_t i) {
+    uint32_t stage = i % p.n_stages, full = at.full + 8 * stage;
+    ki_begin_stage(full, p.stage_bytes);
+    for (uint32_t q = 0; q < p.here; q++) {
+        uint32_t to = at.ring + stage * p.stage_bytes + q * p.part_bytes;
+        uint32_t col = ((at.first_part + q) * p.chunks + i) * CHUNK;
+        ki_bring(to, w, at.first, col, full);
+        if (c.act_out) ki_bring(to + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
+    }
+}
+
+static __device__ __forceinline__ void bring_rows(const plan &p, const place &at,
+                                                  const ki_boxes &x, uint32_t i) {
+    uint32_t stage = i % p.n_stages, full = at.full + 8 * stage;
+    for (uint32_t q = 0; q < p.here && !p.held_bytes; q++)
+        ki_bring(at.ring + stage * p.stage_bytes + q * p.part_bytes + outputs_of(p) * BOX_BYTES, x,
+                 0, ((at.first_part + q) * p.chunks + i) * CHUNK, full);
+    ki_end_stage(full);
+}
+
+static __device__ __forceinline__ void prefetch(const ki_stream_call &c, const plan &p,
+                                                const place &at, const ki_boxes &w, uint32_t i) {
+#if __CUDA_ARCH__ >= 900
+    for (uint32_t q = 0; q < p.here; q++) {
+        uint32_t col = ((at.first_part + q) * p.chunks + i) * CHUNK;
+        asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(w.map),
+                     "r"(col), "r"(at.first)
+                     : "memory");
+        if (c.act_out)
+            asm volatile(
+                "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(w.map),
+                "r"(col), "r"(c.n / 2 + at.first)
+                : "memory");
+    }
+#endif
+}
+
+/* Weights before the kernel before this one has ended, rows of x after that. */
+static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
+                                            const ki_boxes &w, const ki_boxes &x) {
+    uint32_t i, first = min(p.chunks, p.n_stages);
+    for (i = 0; i < first; i++) bring_weights(c, p, at, w, i);
+    for (; i < min(first + p.ahead, p.chunks); i++) prefetch(c, p, at, w, i);
+    ki_pdl_wait();
+    for (i = 0; i < first; i++) bring_rows(p, at, x, i);
+    for (; i < p.chunks; i++) {
+        ki_bar_wait(at.empty + 8 * (i % p.n_stages), (i / p.n_stages - 1) & 1);
+        bring_weights(c, p, at, w, i);
+        bring_rows(p, at, x, i);
+    }
+}
+
+/* ---- rows of x that the thread block makes ---- */
+
+/* The work of KI_NORM_THREADS threads by MULTIPLIERS: a warp does that of every eighth warp. */
+enum { SHARE = KI_NORM_THREADS / MULTIPLIERS };
+
+static __device__ __forceinline__ void wait_for_multipliers() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+/* held[m][k] = norm(raw), zeros up to the end of the last part. */
+template <class T>
+static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
+                                                 uint8_t *held) {
+    __shared__ float sums[NORM_ROWS][32];
+    const float4 zero = {0, 0, 0, 0};
+    float4 w[SHARE][KI_NORM_MOST_FOURS], v[SHARE][KI_NORM_MOST_FOURS];
+    uint32_t n_fours = c.k / 4, end = (p.held_bytes - 16) / 8; /* four elements are 8 bytes */
+#pragma unroll
+    for (int s = 0; s < SHARE; s++)
+#pragma unroll
+        for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+            uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+            w[s][f] = i < n_fours ? ((const float4 *)c.norm.weight)[i] : zero;
+        }
+    ki_pdl_wait();
+    for (uint32_t m = 0; m < c.m; m++) {
+#pragma unroll
+        for (int s = 0; s < SHARE; s++)
+#pragma unroll
+            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+                uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+                v[s][f] = i < n_fours ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
+            }
+#pragma unroll
+        for (int s = 0; s < SHARE; s++) {
+            float sum = 0;
+#pragma unroll
+            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) sum = ki_add_squares(sum, v[s][f]);
+            sum = ki_warp_sum(sum);
+            if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * s] = sum;
+        }
+        wait_for_multipliers();
+        float scale = ki_norm_scale(ki_warp_sum(sums[m][threadIdx.x % 32]), c.k, c.norm.eps);
+        T *to = (T *)(held + m * p.held_bytes);
+#pragma unroll
+        for (int s = 0; s < SHARE; s++)
+#pragma unroll
+            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+                uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+                if (i >= end) continue;
+                float4 y = ki_times_weight(v[s][f], scale, w[s][f], zero);
+                ki_store(to, 4 * i, y.x, c.type), ki_store(to, 4 * i + 1, y.y, c.type);
+                ki_store(to, 4 * i + 2, y.z, c.type), ki_store(to, 4 * i + 3, y.w, c.type);
+            }
+    }
+    wait_for_multipliers();
+}
+
+/* ---- the warps that multiply ---- */
+
+/* A warp's tiles of one part: tile group, and groups further. */
+typedef struct share {
+    uint32_t part, group, n_groups;
+} share;
+
+static __device__ __forceinline__ share share_of(const plan &p) {
+    uint32_t warp = threadIdx.x / 32, n_groups = WARPS / p.here;
+    return {warp / n_groups, warp % n_groups, n_groups};
+}
+
+/* acc += what all stages hold. Lane l reads row l % 16 of a tile (of gate and up: l % 8 of either),
+ * piece l / 16 of a step; of x row l % 8 of eight. */
+template <class T, int COLS, int TILES, bool HELD>
+static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
+                                                const ki_stream_call &c, const plan &p,
+                                                const place &at) {
+    const share s = share_of(p);
+    uint32_t lane = threadIdx.x % 32, low = lane & 7, up = lane >> 3 & 1;
+    uint32_t w_at[TILES], x_at, x_bytes = outputs_of(p) * BOX_BYTES;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint32_t tile = min(s.group + i * s.n_groups, p.tiles - 1);
+        uint32_t row = c.act_out ? up * p.tiles * 8 + tile * 8 + low : tile * TILE + up * 8 + low;
+        w_at[i] = row * BOX_BYTES + ((lane >> 4) ^ low) * 16;
+    }
+    if (HELD) {
+        x_at = at.held + min(low, c.m - 1) * p.held_bytes + (lane >> 3) * 16 +
+               (at.first_part + s.part) * p.chunks * BOX_BYTES;
+    } else if (COLS == 1) {
+        x_at = x_bytes + low * BOX_BYTES + ((lane >> 3) ^ low) * 16;
+    } else {
+        x_at = x_bytes + ((lane >> 4) * 8 + low) * BOX_BYTES + (up ^ low) * 16;
+    }
+    uint32_t stage = 0, parity = 0;
+    for (uint32_t n = 0; n < p.chunks; n++) {
+        uint32_t from = at.ring + stage * p.stage_bytes + s.part * p.part_bytes, b[4];
+        ki_bar_wait(at.full + 8 * stage, parity);
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; k++) {
+            uint32_t a[TILES][4];
+#pragma unroll
+            for (int i = 0; i < TILES; i++) ki_read4(a[i], (from + w_at[i]) ^ (32 * k));
+            if constexpr (COLS == 1) {
+                if (k % 2 == 0) {
+                    if (HELD) ki_read4(b, x_at + n * BOX_BYTES + 32 * k);
+                    else ki_read4(b, (from + x_at) ^ (32 * k));
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+                    ki_multiply(acc[i][0], a[i], b[k % 2 * 2], b[k % 2 * 2 + 1], T());
+            } else {
+#pragma unroll
+                for (int j = 0; j < COLS; j += 2) {
+                    ki_read4(b, (from + x_at + j * 8 * BOX_BYTES) ^ (32 * k));
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) {
+                        ki_multiply(acc[i][j], a[i], b[0], b[1], T());
+                        ki_multiply(acc[i][j + 1], a[i], b[2], b[3], T());
+                    }
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) ki_bar_arrive(at.empty + 8 * stage);
+        if (++stage == p.n_stages) stage = 0, parity ^= 1;
+    }
+}
+
+/* ---- the end of a thread block ---- */
+
+/* Sums stand where the ring was: [part][m][pitch], so that neither way meets a bank twice. */
+static __device__ __forceinline__ uint32_t pitch_of(const plan &p) { return outputs_of(p) + 4; }
+
+template <int COLS, int TILES>
+static __device__ __forceinline__ void put_sums(const float (&acc)[TILES][COLS][4], float *sums,
+                                                bool gated, const plan &p) {
+    const share s = share_of(p);
+    uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, pitch = pitch_of(p);
+    float *to = sums + s.part * COLS * 8 * pitch;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint32_t tile = s.group + i * s.n_groups;
+        uint32_t at = gated ? tile * 8 + g : tile * TILE + g, next = gated ? p.tiles * 8 : 8;
+        if (tile >= p.tiles) continue;
+#pragma unroll
+        for (int j = 0; j < COLS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                to[(8 * j + 2 * t + e % 2) * pitch + at + e / 2 * next] = acc[i][j][e];
+    }
+}
+
+/* The parts' sums in their order, from the thread blocks that have them. */
+static __device__ __forceinline__ float total(const plan &p, uint32_t at, uint32_t part_bytes) {
+    float sum = 0;
+    for (uint32_t q = 0, rank = 0, slot = 0; q < p.parts; q++) {
+        float v = ki_read_of(at + slot * part_bytes, rank);
+        sum = q ? sum + v : v;
+        if (++slot == p.here) slot = 0, rank++;
+    }
+    return sum;
+}
+
+template <int COLS>
+static __device__ __forceinline__ void finish(const ki_stream_call &c, const plan &p,
+                                              const place &at) {
+    uint32_t n_here = c.act_out ? p.tiles * 8 : outputs_of(p), pitch = pitch_of(p);
+    uint32_t n_all = c.act_out ? c.n / 2 : c.n, part_bytes = COLS * 8 * pitch * 4;
+    for (uint32_t o = threadIdx.x + at.rank * THREADS; o < n_here * c.m; o += THREADS * p.cluster) {
+        uint32_t m = o / n_here, i = o % n_here, from = at.ring + (m * pitch + i) * 4;
+        if (at.first + i >= n_all) continue;
+        float v = total(p, from, part_bytes);
+        if (c.act_out) {
+            float y = ki_gated(c.act, v, total(p, from + n_here * 4, part_bytes));
+            ki_store(c.act_out, (size_t)m * n_all + at.first + i, y, c.type);
+        } else {
+            float *to = c.out + m * c.out_stride + at.first + i;
+            *to = c.add ? *to + v : v;
+        }
+    }
+}
+
+static __device__ __forceinline__ void sync_all(const plan &p) {
+    if (p.cluster > 1) ki_cluster_sync();
+    else __syncthreads();
+}
+
+/* COLS: eights of rows of x; TILES: most tiles of a warp; HELD: x is a norm made here. */
+template <class T, int COLS, int TILES, bool HELD>
+static __global__ void __launch_bounds__(THREADS, 2)
+    stream(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap rows,
+           const __grid_constant__ ki_stream_call c, const __grid_constant__ plan p) {
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t bars[2][MOST_STAGES];
+    uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
+    place at;
+    at.rank = blockIdx.x % p.cluster;
+    at.first = blockIdx.x / p.cluster * p.tiles * (c.act_out ? TILE / 2 : TILE);
+    at.first_part = at.rank * p.here;
+    at.ring = base + skip, at.held = at.ring + p.ring_bytes;
+    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]);
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < p.n_stages; i++) {
+            ki_bar_init(at.full + 8 * i, KI_FILLERS);
+            ki_bar_init(at.empty + 8 * i, WARPS);
+        }
+        ki_bar_fence();
+    }
+    __syncthreads();
+    ki_pdl_launch();
+    float acc[TILES][COLS][4] = {};
+    if (threadIdx.x >= MULTIPLIERS) {
+        const ki_boxes w = {&weights, (const uint8_t *)c.weight, c.n, c.k,
+                            outputs_of(p) / (c.act_out ? 2 : 1), ki_leave_first()};
+        const ki_boxes x = {&rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
+        if (threadIdx.x - MULTIPLIERS < KI_FILLERS) fill(c, p, at, w, x);
+    } else {
+        if (HELD) hold_norm<T>(c, p, memory + skip + p.ring_bytes);
+        multiply<T, COLS, TILES, HELD>(acc, c, p, at);
+    }
+    ki_pdl_wait(); /* before what others wrote is added to, or written over */
+    __syncthreads(); /* the ring was read */
+    if (threadIdx.x < MULTIPLIERS)
+        put_sums<COLS, TILES>(acc, (float *)(memory + skip), c.act_out != NULL, p);
+    sync_all(p);
+    finish<COLS>(c, p, at);
+    if (p.cluster > 1) ki_cluster_sync(); /* a block stays until its sums were read */
+}
+
+/* ---- launches ---- */
+
+static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+static uint32_t knob(const char *name, uint32_t otherwise) {
+    const char *v = getenv(name);
+    return v ? (uint32_t)atoi(v) : otherwise;
+}
+
+static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk) {
+    plan p = {};
+    uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
+    p.parts = c.n <= 2048 ? 8 : c.n <= 8192 ? 4 : 1;
+    p.chunks = over(over(c.k, CHUNK), p.parts);
+    p.cluster = bulk && c.m > knob("KI_S_CLUSTER", NARROW_ROWS) && p.parts > 1 ? CLUSTER : 1;
+    p.here = p.parts / p.cluster;
+    uint32_t most = MOST_TILES * (WARPS / p.here) / p.cluster; /* tiles that are one block's share */
+    uint32_t rounds = over(n_tiles, n_sms * most);
+    p.tiles = over(n_tiles, n_sms * rounds) * p.cluster;
+    p.n_blocks = over(n_tiles, p.tiles) * p.cluster;
+    p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
+    p.stage_bytes = p.here * p.part_bytes;
+    p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
+    uint32_t ring = knob("KI_S_RING", RING_BYTES >> 10) << 10, held = c.m * p.held_bytes;
+    p.n_stages = min(p.chunks, max(2u, min((ring - held) / p.stage_bytes, (uint32_t)MOST_STAGES)));
+    p.ring_bytes = max(p.n_stages * p.stage_bytes,
+                       over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
+    p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
+    p.ahead = knob("KI_S_AHEAD", 0);
+    return p;
+}
+
+/* [n_rows][n_cols] of 16 bits in boxes of box_rows; the function is the driver's. */
+static cudaError_t make_map(CUtensorMap *map, const void *data, uint32_t n_rows, uint32_t n_cols,
+                            uint32_t box_rows) {
+    typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                  const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t sizes[] = {n_cols, n_rows}, strides[] = {(cuuint64_t)n_cols * 2};
+    const cuuint32_t box[] = {CHUNK, box_rows}, steps[] = {1, 1};
+    cudaDriverEntryPointQueryResult found;
+    void *f = NULL;
+    cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                         &found);
+    if (e != cudaSuccess) return e;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+    CUresult r = ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes,
+                                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                CU_TENSOR_MAP_SWIZZLE_128B,
+                                (CUtensorMapL2promotion)knob("KI_S_PROMO", 3),
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class T, int COLS, int TILES, bool HELD>
+static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, void *stream_) {
+    auto kernel = stream<T, COLS, TILES, HELD>;
+    CUtensorMap weights = {}, rows = {};
+    cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_BYTES);
+    if (bulk && e == cudaSuccess)
+        e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
+    if (bulk && e == cudaSuccess && !c.raw) e = make_map(&rows, c.x, c.m, c.k, COLS * 8);
+    if (e != cudaSuccess) return e;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    config.gridDim = p.n_blocks;
+    config.blockDim = THREADS;
+    config.dynamicSmemBytes = p.shared_bytes;
+    config.stream = (cudaStream_t)stream_;
+    config.attrs = attributes;
+    config.numAttrs = p.cluster > 1 ? 2 : 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = p.cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    return cudaLaunchKernelEx(&config, kernel, weights, rows, c, p);
+}
+
+template <class T, int COLS, bool HELD>
+static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
+    cudaFuncAttributes about;
+    int device = 0, n_sms = 0;
+    cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, HELD>);
+    if (e == cudaSuccess) e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return e;
+    bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
+    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk);
+    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, HELD>(c, p, bulk, stream_)
+                                    : launch<T, COLS, 1, HELD>(c, p, bulk, stream_);
+}
+
+template <class T> static cudaError_t dispatch(const ki_stream_call &c, void *stream_) {
+    if (c.raw) return plan_and_launch<T, 1, true>(c, stream_);
+    if (c.m <= 8) return plan_and_launch<T, 1, false>(c, stream_);
+    if (c.m <= 16) return plan_and_launch<T, 2, false>(c, stream_);
+    if (c.m <= 32) return plan_and_launch<T, 4, false>(c, stream_);
+    return plan_and_launch<T, 8, false>(c, stream_);
+}
+
+extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k) {
+    return m <= knob("KI_S_NORM", NORM_ROWS) && !norm->bias && (uintptr_t)norm->weight % sizeof(float4) == 0 &&
+           k % 8 == 0 && k <= 4 * KI_NORM_THREADS * KI_NORM_MOST_FOURS;
+}
+
+extern "C" kivi_status ki_stream_run(const ki_stream_call *c, void *stream_, kivi_error *err) {
+    return ki_cuda_check(c->type == KI_CUDA_F16 ? dispatch<__half>(*c, stream_)
+                                                : dispatch<__nv_bfloat16>(*c, stream_),
+                         "product of few rows", err);
+}
