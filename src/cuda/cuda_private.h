@@ -136,7 +136,7 @@ typedef struct ki_cuda_backend {
     ki_gemm *gemm;
     uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: stream.h makes them */
     ki_batch_item **chosen; /* [max_items]: of a pass */
-    ki_sdpa *sdpa; /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
+    ki_sdpa *sdpa;          /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
     ki_cuda_buffers buffers;
@@ -164,8 +164,8 @@ uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
 /* Tokens of a split of decode attention: by the batch, or constant in the invariant mode. */
 uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
                           uint32_t max_tokens);
-/* Whether products of up to KI_STREAM_ROWS rows are stream.h's. */
-bool ki_cuda_streams(const ki_cuda_backend *b);
+/* Products of up to so many rows are stream.h's; 0: none are. */
+uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b);
 /* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
  * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
@@ -176,7 +176,7 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
-                         kivi_error *err);
+                             kivi_error *err);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */

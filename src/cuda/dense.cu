@@ -181,6 +181,7 @@ static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm
         (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight | (uintptr_t)norm->bias;
     if (n % 4 || n > KI_NORM_MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
     auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<KI_NORM_MOST_FOURS>;
+    ki_share_multiprocessors(kernel);
     ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type);
     return true;
 }

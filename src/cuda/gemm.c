@@ -2,6 +2,7 @@
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
+#include <stdio.h>
 
 typedef struct plan {
     ki_gemm_shape shape;
@@ -10,7 +11,7 @@ typedef struct plan {
     cublasLtMatmulAlgo_t algo;
 } plan;
 
-enum { MAX_PLANS = 4096, STEP_ROWS = KI_GEMM_STEP_ROWS };
+enum { MAX_PLANS = 4096, STEP_ROWS = KI_GEMM_STEP_ROWS, N_CANDIDATES = 8, N_TIMES = 7 };
 
 struct ki_gemm {
     ki_mem *mem;
@@ -18,7 +19,8 @@ struct ki_gemm {
     cudaDataType_t type;
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t op;
-    ki_buf plans; /* of plan */
+    ki_gemm_timing timing; /* scratch NULL: none */
+    ki_buf plans;          /* of plan */
 };
 
 static kivi_status check(cublasStatus_t code, const char *what, kivi_error *err) {
@@ -37,13 +39,14 @@ uint32_t ki_gemm_rows(uint32_t m) {
 }
 
 kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, ki_gemm_type type,
-                           kivi_error *err) {
+                           const ki_gemm_timing *timing, kivi_error *err) {
     static const cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF};
     void *p;
     *out = NULL;
     KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(ki_gemm), err));
     ki_gemm *g = p;
     *g = (ki_gemm){.mem = mem, .workspace = workspace, .type = types[type]};
+    if (timing) g->timing = *timing;
     ki_buf_init(&g->plans, mem, MAX_PLANS * sizeof(plan));
     cublasOperation_t turned = CUBLAS_OP_T;
     kivi_status status = check(cublasLtCreate(&g->handle), "cublasLtCreate", err);
@@ -103,22 +106,91 @@ static kivi_status make_layouts(ki_gemm *g, plan *p, kivi_error *err) {
                  what, err);
 }
 
+/* ---- the fastest of several kernels ---- */
+
+typedef struct candidate_call { /* a product in scratch memory: [x][out][weights, several] */
+    const ki_gemm *g;
+    const plan *p;
+    uint8_t *x, *out, *weights;
+    size_t weight_bytes, n_copies;
+    cudaEvent_t from, to;
+} candidate_call;
+
+static size_t align(size_t n) { return (n + 255) / 256 * 256; }
+
+/* False: scratch memory is too small for this product. */
+static bool place_call(candidate_call *c, const ki_gemm *g, const plan *p) {
+    size_t element = g->type == CUDA_R_32F ? 4 : 2;
+    size_t x = align((size_t)p->rows * p->shape.k * element);
+    size_t out = align(p->rows * p->shape.out_stride * sizeof(float));
+    c->g = g, c->p = p;
+    c->weight_bytes = align((size_t)p->shape.n * p->shape.k * element);
+    if (x + out + c->weight_bytes > g->timing.n_bytes) return false;
+    c->x = g->timing.scratch, c->out = c->x + x, c->weights = c->out + out;
+    c->n_copies = (g->timing.n_bytes - x - out) / c->weight_bytes;
+    return true;
+}
+
+/* Least microseconds of one kernel; negative: it does not run. */
+static float time_kernel(const candidate_call *c, const cublasLtMatmulAlgo_t *algo) {
+    const ki_gemm *g = c->g;
+    float one = 1, zero = 0, ms, least = -1;
+    for (size_t i = 0; i <= N_TIMES; i++) {
+        const uint8_t *weight = c->weights + i % c->n_copies * c->weight_bytes;
+        cudaEventRecord(c->from, g->timing.stream);
+        cublasStatus_t code = cublasLtMatmul(
+            g->handle, g->op, &one, weight, c->p->weight, c->x, c->p->x, &zero, c->out, c->p->out,
+            c->out, c->p->out, algo, g->workspace, KI_GEMM_WORKSPACE_BYTES, g->timing.stream);
+        cudaEventRecord(c->to, g->timing.stream);
+        if (code != CUBLAS_STATUS_SUCCESS || cudaEventSynchronize(c->to) != cudaSuccess ||
+            cudaEventElapsedTime(&ms, c->from, c->to) != cudaSuccess)
+            return -1;
+        if (i && (least < 0 || ms * 1e3f < least)) least = ms * 1e3f; /* the first one loads it */
+    }
+    return least;
+}
+
+/* The number of the fastest; 0, cuBLASLt's own choice, where nothing can be measured. */
+static int fastest(const ki_gemm *g, const plan *p, const cublasLtMatmulHeuristicResult_t *found,
+                   int n_found) {
+    candidate_call c = {0};
+    float first = 0, least = -1;
+    int best = 0;
+    if (!g->timing.scratch || p->rows > KI_GEMM_TIMED_ROWS || !place_call(&c, g, p)) return 0;
+    if (cudaEventCreate(&c.from) == cudaSuccess && cudaEventCreate(&c.to) == cudaSuccess)
+        for (int i = 0; i < n_found; i++) {
+            float us = time_kernel(&c, &found[i].algo);
+            if (i == 0) first = us;
+            if (us > 0 && (least < 0 || us < least)) least = us, best = i;
+        }
+    if (c.from) cudaEventDestroy(c.from);
+    if (c.to) cudaEventDestroy(c.to);
+    if (g->timing.log) {
+        char line[160];
+        snprintf(line, sizeof line,
+                 "products of %u rows, %u by %u: kernel %d of %d, %.1f us, the first %.1f us",
+                 p->rows, p->shape.n, p->shape.k, best + 1, n_found, (double)least, (double)first);
+        g->timing.log(g->timing.log_user, line);
+    }
+    return best;
+}
+
 static kivi_status choose(ki_gemm *g, plan *p, kivi_error *err) {
     cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
+    cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
     size_t n_bytes = KI_GEMM_WORKSPACE_BYTES;
-    int n_found = 0;
+    int n_found = 0, n_asked = g->timing.scratch ? N_CANDIDATES : 1;
     KI_TRY(check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate",
                  err));
     cublasStatus_t code = cublasLtMatmulPreferenceSetAttribute(
         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &n_bytes, sizeof n_bytes);
     if (code == CUBLAS_STATUS_SUCCESS)
         code = cublasLtMatmulAlgoGetHeuristic(g->handle, g->op, p->weight, p->x, p->out, p->out,
-                                              preference, 1, &found, &n_found);
+                                              preference, n_asked, found, &n_found);
     cublasLtMatmulPreferenceDestroy(preference);
     if (code == CUBLAS_STATUS_SUCCESS && n_found == 0) code = CUBLAS_STATUS_NOT_SUPPORTED;
     if (code == CUBLAS_STATUS_SUCCESS) {
-        p->algo = found.algo;
+        p->algo = found[fastest(g, p, found, n_found)].algo;
         return KIVI_OK;
     }
     return KI_FAIL(err, DEVICE, "cuda: no product of %u rows, %u by %u: %s", p->rows, p->shape.n,

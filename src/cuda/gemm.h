@@ -24,8 +24,21 @@ enum { KI_GEMM_STEP_ROWS = 64 };             /* rows are rounded up by less than
 /* The rows a product of m rows is computed with: what buffers must have room for. */
 uint32_t ki_gemm_rows(uint32_t m);
 
+/* Instead of cuBLASLt's own ranking, the fastest of its first kernels for products of up to
+ * KI_GEMM_TIMED_ROWS rows, measured at prepare. Which that is can differ from start to start, and
+ * with it the order of sums; within an engine bits repeat as ever. */
+typedef struct ki_gemm_timing {
+    uint8_t *scratch; /* device memory, 256-byte aligned, lent until prepare is done */
+    size_t n_bytes;   /* several times the weights of a product, so that none are in a cache */
+    void *stream;
+    void (*log)(void *user, const char *line); /* NULL: silent */
+    void *log_user;
+} ki_gemm_timing;
+enum { KI_GEMM_TIMED_ROWS = 64 };
+
+/* timing NULL: cuBLASLt's ranking. */
 kivi_status ki_gemm_create(ki_gemm **out, ki_mem *mem, void *workspace, ki_gemm_type type,
-                           kivi_error *err);
+                           const ki_gemm_timing *timing, kivi_error *err);
 void ki_gemm_destroy(ki_gemm **gemm);
 /* Chooses kernels for this shape and all numbers of rows up to max_rows. */
 kivi_status ki_gemm_prepare(ki_gemm *gemm, const ki_gemm_shape *shape, uint32_t max_rows,

@@ -22,9 +22,9 @@ static __device__ __forceinline__ float ki_norm_scale(float squares, uint32_t n,
 }
 static __device__ __forceinline__ float4 ki_times_weight(float4 v, float scale, float4 w,
                                                          float4 b) {
-    return make_float4(
-        fmaf(__fmul_rn(v.x, scale), w.x, b.x), fmaf(__fmul_rn(v.y, scale), w.y, b.y),
-        fmaf(__fmul_rn(v.z, scale), w.z, b.z), fmaf(__fmul_rn(v.w, scale), w.w, b.w));
+    return make_float4(fmaf(__fmul_rn(v.x, scale), w.x, b.x), fmaf(__fmul_rn(v.y, scale), w.y, b.y),
+                       fmaf(__fmul_rn(v.z, scale), w.z, b.z),
+                       fmaf(__fmul_rn(v.w, scale), w.w, b.w));
 }
 
 #endif

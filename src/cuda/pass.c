@@ -15,7 +15,7 @@ static bool is_held(const ki_cuda_backend *b) { return !(b->without & KI_PART_NO
 
 /* stream.h's products, but where a batch's size must not show and more rows may come. */
 static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m) {
-    return m <= KI_STREAM_ROWS && ki_cuda_streams(b) && !(s->decode && b->fixed_rows);
+    return m <= ki_cuda_stream_rows(b) && !(s->decode && b->fixed_rows);
 }
 
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
@@ -184,8 +184,8 @@ typedef struct normed_call {
     const ki_cuda_norm *norm;
     const ki_matrix *weight;
     uint32_t n;
-    float *out;     /* [m][n], or */
-    void *act_out;  /* act(gate) up */
+    float *out;    /* [m][n], or */
+    void *act_out; /* act(gate) up */
     ki_cuda_act act;
 } normed_call;
 
@@ -318,8 +318,8 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
                         b->type, stream);
     KI_TRY(product_to(b, s, logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
                       false, err));
-    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits,
-                   c->n_vocab, stride, stream);
+    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits, c->n_vocab,
+                   stride, stream);
     return KIVI_OK;
 }
 

@@ -126,7 +126,8 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
 
 /* ---- products ---- */
 
-static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
+static kivi_status prepare_shapes(ki_cuda_backend *b, const ki_gemm_timing *timing,
+                                  kivi_error *err) {
     const ki_config *c = &b->model->config;
     uint32_t q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     uint32_t ff = c->no_gate ? c->n_ff : 2 * c->n_ff;
@@ -139,10 +140,25 @@ static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
     const ki_gemm_shape output = {c->n_vocab, c->n_embd, ki_logits_stride(c)};
     uint32_t rows = KI_MAX(b->sizes.n_rows, ki_cuda_bucket(b->sizes.max_items));
     uint32_t logits = KI_MAX(b->sizes.n_logit_rows, ki_cuda_bucket(b->sizes.max_items));
-    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, (ki_gemm_type)b->type, err));
+    KI_TRY(ki_gemm_create(&b->gemm, b->host, b->workspace, (ki_gemm_type)b->type, timing, err));
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         KI_TRY(ki_gemm_prepare(b->gemm, &shapes[i], rows, err));
     return ki_gemm_prepare(b->gemm, &output, logits, err);
+}
+
+/* Kernels that were measured may be others at the next start: not in the batch-invariant mode,
+ * where what a sequence says is to be the same from start to start, too. */
+static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
+    enum { SCRATCH_BYTES = 1 << 30 };
+    ki_gemm_timing timing = {.n_bytes = SCRATCH_BYTES,
+                             .stream = b->memory.stream,
+                             .log = b->log,
+                             .log_user = b->log_user};
+    if (!(b->without & KI_PART_RANKING) || b->invariant) return prepare_shapes(b, NULL, err);
+    KI_TRY(take(&timing.scratch, b, KI_TAG_workspace, timing.n_bytes, err));
+    kivi_status status = prepare_shapes(b, &timing, err);
+    b->memory.device.free(b->memory.device.context, timing.scratch);
+    return status;
 }
 
 /* ---- attention of prompts ---- */
@@ -202,11 +218,11 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
     return status;
 }
 
-/* Where a batch's size must not show, and more rows come than stream.h takes (or it takes none), all
+/* Where a batch's size must not show, and more rows come than stream.h takes (or it has none), all
  * passes of decoding have products of as many rows as the largest. */
 static uint32_t fixed_rows_of(const ki_cuda_backend *b) {
     uint32_t most = ki_cuda_bucket(b->sizes.max_items);
-    if (!b->invariant || (most <= KI_STREAM_ROWS && ki_cuda_streams(b))) return 0;
+    if (!b->invariant || (most <= KI_STREAM_ROWS && ki_cuda_stream_rows(b))) return 0;
     return ki_gemm_rows(most);
 }
 

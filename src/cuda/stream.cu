@@ -6,15 +6,14 @@
 #include "pdl.cuh"
 #include "stream_ring.cuh"
 
-#include <stdlib.h>
-
 /* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
 enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
 /* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. */
 enum { RING_BYTES = 104 << 10, MOST_BYTES = 220 << 10, MOST_STAGES = 16 };
 enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
-/* Rows from which on thread blocks share a tile's parts, so that each reads fewer columns of x. */
-enum { CLUSTER = 4, NARROW_ROWS = 16, NORM_ROWS = 4 };
+/* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher then,
+ * and each block reads fewer columns of x. */
+enum { CLUSTER = 4, NORM_ROWS = 4 };
 
 /* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
 typedef struct plan {
@@ -22,7 +21,7 @@ typedef struct plan {
     uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
-    uint32_t n_blocks, cluster, ahead;
+    uint32_t n_blocks, cluster;
 } plan;
 
 static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
@@ -30,64 +29,50 @@ static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.
 /* A thread block's place, and the addresses of its shared memory: [stages][parts][weights][rows of
  * x], then rows of x that are held. */
 typedef struct place {
-    uint32_t first;           /* output; of gate and up: pair */
+    uint32_t first; /* output; of gate and up: pair */
     uint32_t rank, first_part;
     uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
 } place;
 
 /* ---- the warp that fills the ring ---- */
 
+/* Chunk i of each part to stage `to`. */
 static __device__ __forceinline__ void bring_weights(const ki_stream_call &c, const plan &p,
-                                                     const place &at, const ki_boxes &w,
-                                                     uint32_t i) {
-    uint32_t stage = i % p.n_stages, full = at.full + 8 * stage;
+                                                     const place &at, const ki_boxes &w, uint32_t i,
+                                                     uint32_t to) {
+    uint32_t full = at.full + 8 * to, where = at.ring + to * p.stage_bytes;
+    uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
     ki_begin_stage(full, p.stage_bytes);
     for (uint32_t q = 0; q < p.here; q++) {
-        uint32_t to = at.ring + stage * p.stage_bytes + q * p.part_bytes;
-        uint32_t col = ((at.first_part + q) * p.chunks + i) * CHUNK;
-        ki_bring(to, w, at.first, col, full);
-        if (c.act_out) ki_bring(to + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
+        ki_bring(where, w, at.first, col, full);
+        if (c.act_out) ki_bring(where + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
+        where += p.part_bytes, col += p.chunks * CHUNK;
     }
 }
 
-static __device__ __forceinline__ void bring_rows(const plan &p, const place &at,
-                                                  const ki_boxes &x, uint32_t i) {
-    uint32_t stage = i % p.n_stages, full = at.full + 8 * stage;
-    for (uint32_t q = 0; q < p.here && !p.held_bytes; q++)
-        ki_bring(at.ring + stage * p.stage_bytes + q * p.part_bytes + outputs_of(p) * BOX_BYTES, x,
-                 0, ((at.first_part + q) * p.chunks + i) * CHUNK, full);
+static __device__ __forceinline__ void bring_rows(const plan &p, const place &at, const ki_boxes &x,
+                                                  uint32_t i, uint32_t to) {
+    uint32_t full = at.full + 8 * to;
+    uint32_t where = at.ring + to * p.stage_bytes + outputs_of(p) * BOX_BYTES;
+    uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
+    for (uint32_t q = 0; q < p.here && !p.held_bytes; q++) {
+        ki_bring(where, x, 0, col, full);
+        where += p.part_bytes, col += p.chunks * CHUNK;
+    }
     ki_end_stage(full);
-}
-
-static __device__ __forceinline__ void prefetch(const ki_stream_call &c, const plan &p,
-                                                const place &at, const ki_boxes &w, uint32_t i) {
-#if __CUDA_ARCH__ >= 900
-    for (uint32_t q = 0; q < p.here; q++) {
-        uint32_t col = ((at.first_part + q) * p.chunks + i) * CHUNK;
-        asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(w.map),
-                     "r"(col), "r"(at.first)
-                     : "memory");
-        if (c.act_out)
-            asm volatile(
-                "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(w.map),
-                "r"(col), "r"(c.n / 2 + at.first)
-                : "memory");
-    }
-#endif
 }
 
 /* Weights before the kernel before this one has ended, rows of x after that. */
 static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
                                             const ki_boxes &w, const ki_boxes &x) {
-    uint32_t i, first = min(p.chunks, p.n_stages);
-    for (i = 0; i < first; i++) bring_weights(c, p, at, w, i);
-    for (; i < min(first + p.ahead, p.chunks); i++) prefetch(c, p, at, w, i);
+    for (uint32_t i = 0; i < p.n_stages; i++) bring_weights(c, p, at, w, i, i);
     ki_pdl_wait();
-    for (i = 0; i < first; i++) bring_rows(p, at, x, i);
-    for (; i < p.chunks; i++) {
-        ki_bar_wait(at.empty + 8 * (i % p.n_stages), (i / p.n_stages - 1) & 1);
-        bring_weights(c, p, at, w, i);
-        bring_rows(p, at, x, i);
+    for (uint32_t i = 0; i < p.n_stages; i++) bring_rows(p, at, x, i, i);
+    for (uint32_t i = p.n_stages, to = 0, parity = 0; i < p.chunks; i++) {
+        ki_bar_wait(at.empty + 8 * to, parity);
+        bring_weights(c, p, at, w, i, to);
+        bring_rows(p, at, x, i, to);
+        if (++to == p.n_stages) to = 0, parity ^= 1;
     }
 }
 
@@ -100,50 +85,65 @@ static __device__ __forceinline__ void wait_for_multipliers() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
 }
 
-/* held[m][k] = norm(raw), zeros up to the end of the last part. */
-template <class T>
+static __device__ __forceinline__ void put4(__half *to, float4 y) {
+    __half2 low = __floats2half2_rn(y.x, y.y), high = __floats2half2_rn(y.z, y.w);
+    *(uint2 *)to = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+}
+static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
+    __nv_bfloat162 low = __floats2bfloat162_rn(y.x, y.y), high = __floats2bfloat162_rn(y.z, y.w);
+    *(uint2 *)to = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+}
+
+/* held[m][k] = norm(raw), zeros up to the end of the last part; ROWS >= m, and FOURS float4 of a row
+ * for each of KI_NORM_THREADS. */
+template <class T, int ROWS, int FOURS>
 static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
                                                  uint8_t *held) {
-    __shared__ float sums[NORM_ROWS][32];
+    __shared__ float sums[ROWS][32];
     const float4 zero = {0, 0, 0, 0};
-    float4 w[SHARE][KI_NORM_MOST_FOURS], v[SHARE][KI_NORM_MOST_FOURS];
+    float4 w[SHARE][FOURS], v[ROWS][SHARE][FOURS];
     uint32_t n_fours = c.k / 4, end = (p.held_bytes - 16) / 8; /* four elements are 8 bytes */
 #pragma unroll
     for (int s = 0; s < SHARE; s++)
 #pragma unroll
-        for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+        for (int f = 0; f < FOURS; f++) {
             uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
             w[s][f] = i < n_fours ? ((const float4 *)c.norm.weight)[i] : zero;
         }
     ki_pdl_wait();
-    for (uint32_t m = 0; m < c.m; m++) {
+#pragma unroll
+    for (int m = 0; m < ROWS; m++)
 #pragma unroll
         for (int s = 0; s < SHARE; s++)
 #pragma unroll
-            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+            for (int f = 0; f < FOURS; f++) {
                 uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
-                v[s][f] = i < n_fours ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
+                bool in = i < n_fours && m < (int)c.m;
+                v[m][s][f] = in ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
             }
+#pragma unroll
+    for (int m = 0; m < ROWS; m++)
 #pragma unroll
         for (int s = 0; s < SHARE; s++) {
             float sum = 0;
 #pragma unroll
-            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) sum = ki_add_squares(sum, v[s][f]);
+            for (int f = 0; f < FOURS; f++) sum = ki_add_squares(sum, v[m][s][f]);
             sum = ki_warp_sum(sum);
             if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * s] = sum;
         }
-        wait_for_multipliers();
+    wait_for_multipliers();
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) {
         float scale = ki_norm_scale(ki_warp_sum(sums[m][threadIdx.x % 32]), c.k, c.norm.eps);
         T *to = (T *)(held + m * p.held_bytes);
 #pragma unroll
         for (int s = 0; s < SHARE; s++)
 #pragma unroll
-            for (int f = 0; f < KI_NORM_MOST_FOURS; f++) {
+            for (int f = 0; f < FOURS; f++) {
                 uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
-                if (i >= end) continue;
-                float4 y = ki_times_weight(v[s][f], scale, w[s][f], zero);
-                ki_store(to, 4 * i, y.x, c.type), ki_store(to, 4 * i + 1, y.y, c.type);
-                ki_store(to, 4 * i + 2, y.z, c.type), ki_store(to, 4 * i + 3, y.w, c.type);
+                if (i >= end || m >= (int)c.m) continue;
+                float4 y = ki_times_weight(v[m][s][f], scale, w[s][f], zero);
+                put4(to + 4 * i, y);
             }
     }
     wait_for_multipliers();
@@ -161,61 +161,79 @@ static __device__ __forceinline__ share share_of(const plan &p) {
     return {warp / n_groups, warp % n_groups, n_groups};
 }
 
-/* acc += what all stages hold. Lane l reads row l % 16 of a tile (of gate and up: l % 8 of either),
- * piece l / 16 of a step; of x row l % 8 of eight. */
-template <class T, int COLS, int TILES, bool HELD>
+/* What a step of 16 columns multiplies: lane l reads row l % 16 of a tile (of gate and up: l % 8 of
+ * either), piece l / 16; of eight rows of x row l % 8, pieces in turn. */
+template <int COLS, int TILES, int ROWS> struct step {
+    uint32_t a[TILES][4], b[COLS][2];
+
+    /* from: a stage's part; x: where its rows are. */
+    __device__ __forceinline__ void load(const uint32_t (&w_at)[TILES], uint32_t from, uint32_t x,
+                                         int k) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) ki_read4(a[i], (from + w_at[i]) ^ (32 * k));
+        if constexpr (ROWS) {
+            ki_read2(b[0], x + 32 * k); /* no swizzle there */
+        } else if constexpr (COLS == 1) {
+            ki_read2(b[0], x ^ (32 * k));
+        } else {
+#pragma unroll
+            for (int j = 0; j < COLS; j += 2)
+                ki_read4(b[j][0], b[j][1], b[j + 1][0], b[j + 1][1],
+                         (x + j * 8 * BOX_BYTES) ^ (32 * k));
+        }
+    }
+    template <class T>
+    __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4], T type) const {
+#pragma unroll
+        for (int j = 0; j < COLS; j++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++) ki_multiply(acc[i][j], a[i], b[j][0], b[j][1], type);
+    }
+};
+
+/* acc += what all stages hold. A step is loaded while the one before it is multiplied. */
+template <class T, int COLS, int TILES, int ROWS>
 static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
                                                 const ki_stream_call &c, const plan &p,
                                                 const place &at) {
+    enum { STEPS = CHUNK / 16 };
     const share s = share_of(p);
     uint32_t lane = threadIdx.x % 32, low = lane & 7, up = lane >> 3 & 1;
-    uint32_t w_at[TILES], x_at, x_bytes = outputs_of(p) * BOX_BYTES;
+    uint32_t w_at[TILES], x_at;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         uint32_t tile = min(s.group + i * s.n_groups, p.tiles - 1);
         uint32_t row = c.act_out ? up * p.tiles * 8 + tile * 8 + low : tile * TILE + up * 8 + low;
         w_at[i] = row * BOX_BYTES + ((lane >> 4) ^ low) * 16;
     }
-    if (HELD) {
-        x_at = at.held + min(low, c.m - 1) * p.held_bytes + (lane >> 3) * 16 +
+    if (ROWS)
+        x_at = at.held + min(low, c.m - 1) * p.held_bytes + up * 16 +
                (at.first_part + s.part) * p.chunks * BOX_BYTES;
-    } else if (COLS == 1) {
-        x_at = x_bytes + low * BOX_BYTES + ((lane >> 3) ^ low) * 16;
-    } else {
-        x_at = x_bytes + ((lane >> 4) * 8 + low) * BOX_BYTES + (up ^ low) * 16;
-    }
-    uint32_t stage = 0, parity = 0;
+    else
+        x_at = outputs_of(p) * BOX_BYTES + ((lane >> 4) * 8 % (COLS * 8) + low) * BOX_BYTES +
+               (up ^ low) * 16;
+    step<COLS, TILES, ROWS> steps[2];
+    uint32_t stage = 0, parity = 0, from = at.ring + s.part * p.part_bytes;
+    ki_bar_wait(at.full, 0);
+    steps[0].load(w_at, from, ROWS ? x_at : from + x_at, 0);
     for (uint32_t n = 0; n < p.chunks; n++) {
-        uint32_t from = at.ring + stage * p.stage_bytes + s.part * p.part_bytes, b[4];
-        ki_bar_wait(at.full + 8 * stage, parity);
 #pragma unroll
-        for (int k = 0; k < CHUNK / 16; k++) {
-            uint32_t a[TILES][4];
-#pragma unroll
-            for (int i = 0; i < TILES; i++) ki_read4(a[i], (from + w_at[i]) ^ (32 * k));
-            if constexpr (COLS == 1) {
-                if (k % 2 == 0) {
-                    if (HELD) ki_read4(b, x_at + n * BOX_BYTES + 32 * k);
-                    else ki_read4(b, (from + x_at) ^ (32 * k));
-                }
-#pragma unroll
-                for (int i = 0; i < TILES; i++)
-                    ki_multiply(acc[i][0], a[i], b[k % 2 * 2], b[k % 2 * 2 + 1], T());
+        for (int k = 0; k < STEPS; k++) {
+            if (k < STEPS - 1) {
+                steps[(k + 1) % 2].load(w_at, from, ROWS ? x_at : from + x_at, k + 1);
             } else {
-#pragma unroll
-                for (int j = 0; j < COLS; j += 2) {
-                    ki_read4(b, (from + x_at + j * 8 * BOX_BYTES) ^ (32 * k));
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) {
-                        ki_multiply(acc[i][j], a[i], b[0], b[1], T());
-                        ki_multiply(acc[i][j + 1], a[i], b[2], b[3], T());
-                    }
+                __syncwarp();
+                if (lane == 0) ki_bar_arrive(at.empty + 8 * stage);
+                from += p.stage_bytes, x_at += ROWS ? BOX_BYTES : 0;
+                if (++stage == p.n_stages)
+                    stage = 0, parity ^= 1, from -= p.n_stages * p.stage_bytes;
+                if (n + 1 < p.chunks) {
+                    ki_bar_wait(at.full + 8 * stage, parity);
+                    steps[0].load(w_at, from, ROWS ? x_at : from + x_at, 0);
                 }
             }
+            steps[k % 2].multiply(acc, T());
         }
-        __syncwarp();
-        if (lane == 0) ki_bar_arrive(at.empty + 8 * stage);
-        if (++stage == p.n_stages) stage = 0, parity ^= 1;
     }
 }
 
@@ -278,9 +296,10 @@ static __device__ __forceinline__ void sync_all(const plan &p) {
     else __syncthreads();
 }
 
-/* COLS: eights of rows of x; TILES: most tiles of a warp; HELD: x is a norm made here. */
-template <class T, int COLS, int TILES, bool HELD>
-static __global__ void __launch_bounds__(THREADS, 2)
+/* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are a norm made
+ * here, 0: x is read. */
+template <class T, int COLS, int TILES, int ROWS>
+static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
     stream(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap rows,
            const __grid_constant__ ki_stream_call c, const __grid_constant__ plan p) {
     extern __shared__ uint8_t memory[];
@@ -303,15 +322,17 @@ static __global__ void __launch_bounds__(THREADS, 2)
     ki_pdl_launch();
     float acc[TILES][COLS][4] = {};
     if (threadIdx.x >= MULTIPLIERS) {
-        const ki_boxes w = {&weights, (const uint8_t *)c.weight, c.n, c.k,
-                            outputs_of(p) / (c.act_out ? 2 : 1), ki_leave_first()};
+        const ki_boxes w = {&weights, (const uint8_t *)c.weight,           c.n,
+                            c.k,      outputs_of(p) / (c.act_out ? 2 : 1), ki_leave_first()};
         const ki_boxes x = {&rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
         if (threadIdx.x - MULTIPLIERS < KI_FILLERS) fill(c, p, at, w, x);
     } else {
-        if (HELD) hold_norm<T>(c, p, memory + skip + p.ring_bytes);
-        multiply<T, COLS, TILES, HELD>(acc, c, p, at);
+        if constexpr (ROWS > 0)
+            hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, memory + skip + p.ring_bytes);
+        ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
+        multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
     }
-    ki_pdl_wait(); /* before what others wrote is added to, or written over */
+    ki_pdl_wait();   /* before what others wrote is added to, or written over */
     __syncthreads(); /* the ring was read */
     if (threadIdx.x < MULTIPLIERS)
         put_sums<COLS, TILES>(acc, (float *)(memory + skip), c.act_out != NULL, p);
@@ -324,31 +345,26 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-static uint32_t knob(const char *name, uint32_t otherwise) {
-    const char *v = getenv(name);
-    return v ? (uint32_t)atoi(v) : otherwise;
-}
-
 static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk) {
     plan p = {};
     uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
     p.parts = c.n <= 2048 ? 8 : c.n <= 8192 ? 4 : 1;
     p.chunks = over(over(c.k, CHUNK), p.parts);
-    p.cluster = bulk && c.m > knob("KI_S_CLUSTER", NARROW_ROWS) && p.parts > 1 ? CLUSTER : 1;
+    p.cluster = bulk && p.parts > 1 ? CLUSTER : 1;
     p.here = p.parts / p.cluster;
-    uint32_t most = MOST_TILES * (WARPS / p.here) / p.cluster; /* tiles that are one block's share */
+    uint32_t most =
+        MOST_TILES * (WARPS / p.here) / p.cluster; /* tiles that are one block's share */
     uint32_t rounds = over(n_tiles, n_sms * most);
     p.tiles = over(n_tiles, n_sms * rounds) * p.cluster;
     p.n_blocks = over(n_tiles, p.tiles) * p.cluster;
     p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
     p.stage_bytes = p.here * p.part_bytes;
     p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
-    uint32_t ring = knob("KI_S_RING", RING_BYTES >> 10) << 10, held = c.m * p.held_bytes;
-    p.n_stages = min(p.chunks, max(2u, min((ring - held) / p.stage_bytes, (uint32_t)MOST_STAGES)));
+    uint32_t held = c.m * p.held_bytes, fit = (RING_BYTES - held) / p.stage_bytes;
+    p.n_stages = min(p.chunks, max(2u, min(fit, (uint32_t)MOST_STAGES)));
     p.ring_bytes = max(p.n_stages * p.stage_bytes,
                        over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
     p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
-    p.ahead = knob("KI_S_AHEAD", 0);
     return p;
 }
 
@@ -363,25 +379,24 @@ static cudaError_t make_map(CUtensorMap *map, const void *data, uint32_t n_rows,
     const cuuint32_t box[] = {CHUNK, box_rows}, steps[] = {1, 1};
     cudaDriverEntryPointQueryResult found;
     void *f = NULL;
-    cudaError_t e =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
-                                         &found);
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
     if (e != cudaSuccess) return e;
     if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
-    CUresult r = ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes,
-                                strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_128B,
-                                (CUtensorMapL2promotion)knob("KI_S_PROMO", 3),
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult r =
+        ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes, strides, box,
+                       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class T, int COLS, int TILES, bool HELD>
+template <class T, int COLS, int TILES, int ROWS>
 static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, void *stream_) {
-    auto kernel = stream<T, COLS, TILES, HELD>;
+    auto kernel = stream<T, COLS, TILES, ROWS>;
     CUtensorMap weights = {}, rows = {};
     cudaError_t e =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_BYTES);
+    if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
     if (bulk && e == cudaSuccess)
         e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
     if (bulk && e == cudaSuccess && !c.raw) e = make_map(&rows, c.x, c.m, c.k, COLS * 8);
@@ -402,32 +417,33 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, voi
     return cudaLaunchKernelEx(&config, kernel, weights, rows, c, p);
 }
 
-template <class T, int COLS, bool HELD>
+template <class T, int COLS, int ROWS>
 static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
     cudaFuncAttributes about;
     int device = 0, n_sms = 0;
-    cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, HELD>);
+    cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, ROWS>);
     if (e == cudaSuccess) e = cudaGetDevice(&device);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     if (e != cudaSuccess) return e;
     bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
     plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk);
-    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, HELD>(c, p, bulk, stream_)
-                                    : launch<T, COLS, 1, HELD>(c, p, bulk, stream_);
+    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, stream_)
+                                    : launch<T, COLS, 1, ROWS>(c, p, bulk, stream_);
 }
 
 template <class T> static cudaError_t dispatch(const ki_stream_call &c, void *stream_) {
-    if (c.raw) return plan_and_launch<T, 1, true>(c, stream_);
-    if (c.m <= 8) return plan_and_launch<T, 1, false>(c, stream_);
-    if (c.m <= 16) return plan_and_launch<T, 2, false>(c, stream_);
-    if (c.m <= 32) return plan_and_launch<T, 4, false>(c, stream_);
-    return plan_and_launch<T, 8, false>(c, stream_);
+    if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(c, stream_);
+    if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(c, stream_);
+    if (c.m <= 8) return plan_and_launch<T, 1, 0>(c, stream_);
+    if (c.m <= 16) return plan_and_launch<T, 2, 0>(c, stream_);
+    if (c.m <= 32) return plan_and_launch<T, 4, 0>(c, stream_);
+    return plan_and_launch<T, 8, 0>(c, stream_);
 }
 
 extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k) {
-    return m <= knob("KI_S_NORM", NORM_ROWS) && !norm->bias && (uintptr_t)norm->weight % sizeof(float4) == 0 &&
-           k % 8 == 0 && k <= 4 * KI_NORM_THREADS * KI_NORM_MOST_FOURS;
+    return m <= NORM_ROWS && !norm->bias && (uintptr_t)norm->weight % sizeof(float4) == 0 &&
+           k % 8 == 0 && k <= 4 * KI_NORM_THREADS * (m == 1 ? KI_NORM_MOST_FOURS : 1);
 }
 
 extern "C" kivi_status ki_stream_run(const ki_stream_call *c, void *stream_, kivi_error *err) {

@@ -33,7 +33,7 @@ typedef struct ki_stream_call {
     uint32_t n, k, m;
     ki_cuda_type type;
     bool add;
-    void *act_out;  /* NULL: out */
+    void *act_out;   /* NULL: out */
     ki_cuda_act act; /* SILU_MUL or GELU_MUL */
     /* Instead of x, where ki_stream_takes_norm: x is norm(raw), raw [m][k] float32, the bits that
      * ki_cuda_norm_rows makes of it. */

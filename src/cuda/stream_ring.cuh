@@ -96,8 +96,8 @@ static __device__ __forceinline__ void ki_bring(uint32_t to, const ki_boxes &b, 
         uint32_t r = i / 8, c = i % 8;
         bool in = row + r < b.n_rows && col + 8 * c < b.n_cols;
         const uint8_t *from = b.data + (in ? ((size_t)(row + r) * b.n_cols + col + 8 * c) * 2 : 0);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         to + r * 128 + ((c ^ (r & 7)) * 16)),
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + r * 128 +
+                                                                           ((c ^ (r & 7)) * 16)),
                      "l"(from), "r"(in ? 16 : 0)
                      : "memory");
     }
@@ -106,9 +106,19 @@ static __device__ __forceinline__ void ki_bring(uint32_t to, const ki_boxes &b, 
 
 /* ---- what reads a stage ---- */
 
-static __device__ __forceinline__ void ki_read4(uint32_t (&r)[4], uint32_t at) {
+static __device__ __forceinline__ void ki_read4(uint32_t &r0, uint32_t &r1, uint32_t &r2,
+                                                uint32_t &r3, uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+                 : "r"(at)
+                 : "memory");
+}
+static __device__ __forceinline__ void ki_read4(uint32_t (&r)[4], uint32_t at) {
+    ki_read4(r[0], r[1], r[2], r[3], at);
+}
+static __device__ __forceinline__ void ki_read2(uint32_t (&r)[2], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(at)
                  : "memory");
 }
@@ -117,16 +127,16 @@ static __device__ __forceinline__ void ki_read4(uint32_t (&r)[4], uint32_t at) {
 static __device__ __forceinline__ void ki_multiply(float (&d)[4], const uint32_t (&a)[4],
                                                    uint32_t b0, uint32_t b1, __half) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 static __device__ __forceinline__ void ki_multiply(float (&d)[4], const uint32_t (&a)[4],
                                                    uint32_t b0, uint32_t b1, __nv_bfloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* ---- the thread blocks of a cluster ---- */

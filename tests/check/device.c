@@ -65,7 +65,7 @@ static void choose(void) {
     }
     static const char *const bad[] = {"avx",   "avx5122",         "AVX2",   "avx2;avx512",
                                       " avx2", "avx512,nonsense", "scalar", "neond",
-                                      "strea",  "fused2"};
+                                      "strea", "fused2"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ki_isa isa;
         kivi_error err = {0};
@@ -79,7 +79,8 @@ static void choose(void) {
                  {"avx2", 0},
                  {"fused", KI_PART_FUSED},
                  {"stream,avx2,norms", KI_PART_STREAM | KI_PART_NORMS},
-                 {",cudnn,,close", KI_PART_CUDNN | KI_PART_CLOSE}};
+                 {",cudnn,,close", KI_PART_CUDNN | KI_PART_CLOSE},
+                 {"ranking", KI_PART_RANKING}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         CHECK(ki_parts_disabled(parts[i].disabled) == parts[i].parts, "'%s' leaves out %u",
               parts[i].disabled, ki_parts_disabled(parts[i].disabled));

@@ -1,4 +1,5 @@
-/* check_step.cuh: what a decode step does beside attention: pages closed at its end, norms. Cases of check-cuda. */
+/* check_step.cuh: what a decode step does beside attention: pages closed at its end, norms. Cases
+ * of check-cuda. */
 #ifndef KI_CUDA_CHECK_STEP_CUH
 #define KI_CUDA_CHECK_STEP_CUH
 #include "kv_cuda.h" /* ki_fail is C's */

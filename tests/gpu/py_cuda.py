@@ -167,7 +167,7 @@ def parts(kv):
     """Without a part the bits are the same where it changes no sum, and near where it does."""
     folder, tokens = os.path.join(GOLDEN, 'llama-gqa'), load('llama-gqa/tokens.json')[:300]
     base = None
-    for part in ('close', 'stream', 'norms', 'close,stream'):
+    for part in ('close', 'stream', 'norms', 'stream,ranking', 'close,stream'):
         with case(f'without/{part}/{kv}'):
             if base is None:
                 base = cuda(folder, tokens, '--kv', kv, '--prompt', 100)
