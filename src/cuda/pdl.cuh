@@ -6,8 +6,8 @@
 
 #include <cuda_runtime.h>
 
-/* Host: most shared memory and least cache, as products have it (stream.cu). A multiprocessor must
- * be empty before that division changes: kernels that are to begin beside each other agree on it. */
+/* Host: most shared memory and least cache, as products have it (stream.cu). A multiprocessor is
+ * empty before that division changes: kernels that are to begin beside others agree on it. */
 template <class K> static cudaError_t ki_share_multiprocessors(K *kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                 cudaSharedmemCarveoutMaxShared);

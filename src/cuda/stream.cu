@@ -9,10 +9,10 @@
 /* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
 enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
 /* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. */
-enum { RING_BYTES = 104 << 10, MOST_BYTES = 220 << 10, MOST_STAGES = 16 };
+enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024 };
 enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
-/* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher then,
- * and each block reads fewer columns of x. */
+/* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher
+ * then, and each block reads fewer columns of x. */
 enum { CLUSTER = 4, NORM_ROWS = 4 };
 
 /* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
@@ -62,7 +62,8 @@ static __device__ __forceinline__ void bring_rows(const plan &p, const place &at
     ki_end_stage(full);
 }
 
-/* Weights before the kernel before this one has ended, rows of x after that. */
+/* Weights before the kernel before this one has ended, rows of x after that. All wait for this one
+ * thread: divisions in its loop cost a tenth of the time. */
 static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
                                             const ki_boxes &w, const ki_boxes &x) {
     for (uint32_t i = 0; i < p.n_stages; i++) bring_weights(c, p, at, w, i, i);
@@ -94,8 +95,8 @@ static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
     *(uint2 *)to = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
 }
 
-/* held[m][k] = norm(raw), zeros up to the end of the last part; ROWS >= m, and FOURS float4 of a row
- * for each of KI_NORM_THREADS. */
+/* held[m][k] = norm(raw), zeros up to the end of the last part; ROWS >= m, and FOURS float4 of a
+ * row for each of KI_NORM_THREADS. */
 template <class T, int ROWS, int FOURS>
 static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
                                                  uint8_t *held) {
@@ -345,23 +346,24 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
 
 static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk) {
+static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk,
+                    uint32_t most_bytes) {
     plan p = {};
     uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
     p.parts = c.n <= 2048 ? 8 : c.n <= 8192 ? 4 : 1;
     p.chunks = over(over(c.k, CHUNK), p.parts);
     p.cluster = bulk && p.parts > 1 ? CLUSTER : 1;
     p.here = p.parts / p.cluster;
-    uint32_t most =
-        MOST_TILES * (WARPS / p.here) / p.cluster; /* tiles that are one block's share */
-    uint32_t rounds = over(n_tiles, n_sms * most);
+    uint32_t share = MOST_TILES * (WARPS / p.here) / p.cluster; /* most tiles of a block */
+    uint32_t rounds = over(n_tiles, n_sms * share);
     p.tiles = over(n_tiles, n_sms * rounds) * p.cluster;
     p.n_blocks = over(n_tiles, p.tiles) * p.cluster;
     p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
     p.stage_bytes = p.here * p.part_bytes;
     p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
     uint32_t held = c.m * p.held_bytes, fit = (RING_BYTES - held) / p.stage_bytes;
-    p.n_stages = min(p.chunks, max(2u, min(fit, (uint32_t)MOST_STAGES)));
+    uint32_t most = (most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
+    p.n_stages = min(p.chunks, min(max(2u, min(fit, (uint32_t)MOST_STAGES)), max(1u, most)));
     p.ring_bytes = max(p.n_stages * p.stage_bytes,
                        over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
     p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
@@ -394,8 +396,8 @@ template <class T, int COLS, int TILES, int ROWS>
 static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, void *stream_) {
     auto kernel = stream<T, COLS, TILES, ROWS>;
     CUtensorMap weights = {}, rows = {};
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_BYTES);
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)p.shared_bytes);
     if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
     if (bulk && e == cudaSuccess)
         e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
@@ -420,14 +422,16 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, voi
 template <class T, int COLS, int ROWS>
 static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
     cudaFuncAttributes about;
-    int device = 0, n_sms = 0;
+    int device = 0, n_sms = 0, most_bytes = 0;
     cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, ROWS>);
     if (e == cudaSuccess) e = cudaGetDevice(&device);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e != cudaSuccess) return e;
     bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
-    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk);
+    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, (uint32_t)most_bytes);
     return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, stream_)
                                     : launch<T, COLS, 1, ROWS>(c, p, bulk, stream_);
 }

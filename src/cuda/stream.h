@@ -9,7 +9,7 @@
  *
  * Order of sums. Columns are cut into 1, 4 or 8 parts, by n alone; each part is one float32 chain
  * over steps of 16 columns, in their order; the parts are added in theirs. It depends on neither m
- * nor a row's place, so a row has the same bits in every batch of up to 64; nor on the device. */
+ * nor a row's place nor the device's size: a row has the same bits in every batch of up to 64. */
 #ifndef KI_STREAM_H
 #define KI_STREAM_H
 #include "kv_cuda.h" /* ki_fail is C's */

@@ -1,6 +1,6 @@
 /* check-dense: the CUDA kernels beside the cache. Tokens drawn on the device against the CPU's
- * (engine/draw.c), one by one; products of few rows against float64, that no row's bits depend on the
- * others, and what they read a second. Needs a GPU. check-dense [--seed=N] [--test=PREFIX] */
+ * (engine/draw.c), one by one; products of few rows against float64, that no row's bits depend on
+ * the others, and what they read a second. Needs a GPU. check-dense [--seed=N] [--test=PREFIX] */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
