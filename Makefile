@@ -146,7 +146,7 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # The same beside the cache: tokens drawn against engine/draw.c, products of few rows.
-DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/gemv.cu cuda/skinny.cu engine/draw)
+DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/dense.cu cuda/stream.cu engine/draw)
 $(BUILD)/check-dense: $(BUILD)/tests/cuda/check_dense.cu.o $(DENSE_OBJ) $(CORE_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
 $(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)

@@ -9,13 +9,12 @@
 #include "dense_cuda.h"
 #include "draw_cuda.h"
 #include "gemm.h"
-#include "gemv.h"
 #include "kv_append.h"
 #include "kv_cuda.h"
 #include "kv_prompt.h"
 #include "plain.h"
 #include "sdpa.h"
-#include "skinny.h"
+#include "stream.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -140,9 +139,9 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
-    uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: skinny.h makes them */
+    uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: stream.h makes them */
     ki_batch_item **chosen; /* [max_items]: of a pass */
-    ki_sdpa *sdpa; /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
+    ki_sdpa *sdpa;          /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
     ki_cuda_upload upload_at;
     ki_cuda_result result_at;
     ki_cuda_buffers buffers;
@@ -172,6 +171,8 @@ uint32_t ki_cuda_bucket(uint32_t n); /* the next power of two */
 /* Tokens of a split of decode attention: by the batch, or constant in the invariant mode. */
 uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout, uint32_t n_seqs,
                           uint32_t max_tokens);
+/* Products of up to so many rows are stream.h's; 0: none are. */
+uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b);
 /* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
  * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);

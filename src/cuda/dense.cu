@@ -1,30 +1,15 @@
 /* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "act.cuh"
-#include "ahead.cuh"
 #include "best.cuh"
 #include "dense_cuda.h"
 
 #include "kv_launch.h"
+#include "norm.cuh"
 #include "pdl.cuh"
 
 /* 1,024 threads: at small batches a step waits for single rows. */
-enum { ROW_THREADS = 1024, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
-/* Thread blocks that a kernel has before its own where it asks for weights ahead. */
-enum { ROW_AHEAD_BLOCKS = 16, UNIT_AHEAD_BLOCKS = 64 };
-
-/* True in such a block, which is done then. *block: of the others, from 0. */
-static __device__ __forceinline__ bool asks_ahead(uint32_t *block, const ki_cuda_ahead &ahead,
-                                                  uint32_t n_blocks) {
-    uint32_t n = ahead.weights ? n_blocks : 0;
-    *block = blockIdx.x - n;
-    if (blockIdx.x >= n) return false;
-    ki_ask_rows(ahead, blockIdx.x * blockDim.x + threadIdx.x, n * blockDim.x);
-    return true;
-}
-static ki_cuda_ahead ahead_or_none(const ki_cuda_ahead *ahead) {
-    return ahead ? *ahead : ki_cuda_ahead{NULL, 0, 0, 0};
-}
+enum { ROW_THREADS = KI_NORM_THREADS, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
 
 static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
     if (type == KI_CUDA_F16) return __half2float(((const __half *)in)[i]);
@@ -32,19 +17,14 @@ static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_t
     return ((const float *)in)[i];
 }
 
-static __device__ __forceinline__ float warp_sum(float v) {
-    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-    return v;
-}
-
 /* The sum over a block of ROW_THREADS, in every thread. */
 static __device__ float block_sum(float v) {
     __shared__ float part[WARPS];
-    v = warp_sum(v);
+    v = ki_warp_sum(v);
     __syncthreads(); /* the last call's readers are done */
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
     __syncthreads();
-    return warp_sum(part[threadIdx.x % 32]);
+    return ki_warp_sum(part[threadIdx.x % 32]);
 }
 
 /* ---- into the pass ---- */
@@ -132,14 +112,8 @@ static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm,
 
 /* The same for rows that fit into a block's registers, FOURS float4 a thread: a row is read once,
  * and weights and bias, which no kernel writes, before the wait for the kernel before this one. */
-enum { MOST_FOURS = 2 };
-
 static __device__ __forceinline__ float4 minus(float4 v, float mean) {
     return make_float4(v.x - mean, v.y - mean, v.z - mean, v.w - mean);
-}
-static __device__ __forceinline__ float4 times_weight(float4 v, float scale, float4 w, float4 b) {
-    return make_float4(v.x * scale * w.x + b.x, v.y * scale * w.y + b.y, v.z * scale * w.z + b.z,
-                       v.w * scale * w.w + b.w);
 }
 
 /* v: the row less its mean where there is a bias, afterwards; 0 past its end. Returns the scale. */
@@ -156,22 +130,20 @@ static __device__ __forceinline__ float center(float4 (&v)[FOURS], uint32_t n, b
     for (int k = 0; k < FOURS; k++) {
         if (threadIdx.x + k * ROW_THREADS >= n / 4) continue;
         v[k] = minus(v[k], mean);
-        square += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+        square = ki_add_squares(square, v[k]);
     }
-    return 1.0f / sqrtf(block_sum(square) / (float)n + eps);
+    return ki_norm_scale(block_sum(square), n, eps);
 }
 
 /* h[r] = norm(from[r]), or with x instead: x[r] += norm(from[r]). */
 template <int FOURS>
 static __global__ void __launch_bounds__(ROW_THREADS)
     norm_held(void *h, float *x, const float *from, ki_cuda_norm norm, uint32_t n,
-              ki_cuda_type type, ki_cuda_ahead ahead) {
+              ki_cuda_type type) {
     const float4 zero = {0, 0, 0, 0};
     float4 v[FOURS], w[FOURS], b[FOURS], old[FOURS];
-    uint32_t block;
     ki_pdl_launch();
-    if (asks_ahead(&block, ahead, ROW_AHEAD_BLOCKS)) return;
-    size_t row = (size_t)block * (n / 4);
+    size_t row = (size_t)blockIdx.x * (n / 4);
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
@@ -190,7 +162,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
         if (i >= n / 4) continue;
-        float4 y = times_weight(v[k], scale, w[k], b[k]);
+        float4 y = ki_times_weight(v[k], scale, w[k], b[k]);
         size_t at = (row + i) * 4;
         if (x) {
             ((float4 *)x)[row + i] =
@@ -204,30 +176,26 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 
 /* False: the row is too long, or its float4 would not be aligned. */
 static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
-                        uint32_t n_rows, uint32_t n, ki_cuda_type type, ki_cuda_ahead ahead,
-                        void *stream) {
+                        uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
     uintptr_t ends =
         (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight | (uintptr_t)norm->bias;
-    if (n % 4 || n > MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
-    auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<MOST_FOURS>;
-    uint32_t n_blocks = n_rows + (ahead.weights ? ROW_AHEAD_BLOCKS : 0);
-    ki_launch(kernel, n_blocks, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type, ahead);
+    if (n % 4 || n > KI_NORM_MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
+    auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<KI_NORM_MOST_FOURS>;
+    ki_share_multiprocessors(kernel);
+    ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type);
     return true;
 }
 
 extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
                                   uint32_t n_rows, uint32_t n, ki_cuda_type type, bool held,
-                                  const ki_cuda_ahead *ahead, void *stream) {
-    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, ahead_or_none(ahead), stream))
-        return;
+                                  void *stream) {
+    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, stream)) return;
     ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
 }
 
 extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
                                  uint32_t n_rows, uint32_t n, bool held, void *stream) {
-    if (held &&
-        launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, ahead_or_none(NULL), stream))
-        return;
+    if (held && launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, stream)) return;
     ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
 }
 
@@ -249,7 +217,7 @@ static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows
         square += v * v;
     }
     if (!weight) return;
-    float scale = 1.0f / sqrtf(warp_sum(square) / (float)h.head_dim + h.eps);
+    float scale = 1.0f / sqrtf(ki_warp_sum(square) / (float)h.head_dim + h.eps);
     for (uint32_t i = lane; i < h.head_dim; i += 32) x[i] = x[i] * scale * weight[i];
 }
 
@@ -319,13 +287,12 @@ extern "C" void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned,
 /* ---- the MLP ---- */
 
 static __global__ void activate(void *out, const float *in, ki_cuda_act act, uint32_t n,
-                                ki_cuda_type type, ki_cuda_ahead ahead) {
-    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS, block;
+                                ki_cuda_type type) {
+    uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
     ki_pdl_launch();
-    if (asks_ahead(&block, ahead, UNIT_AHEAD_BLOCKS)) return;
     ki_pdl_wait();
-    size_t row = block / per_row;
-    uint32_t i = block % per_row * UNIT_THREADS + threadIdx.x;
+    size_t row = blockIdx.x / per_row;
+    uint32_t i = blockIdx.x % per_row * UNIT_THREADS + threadIdx.x;
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
@@ -338,12 +305,9 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
 }
 
 extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows,
-                                 uint32_t n, ki_cuda_type type, const ki_cuda_ahead *ahead,
-                                 void *stream) {
+                                 uint32_t n, ki_cuda_type type, void *stream) {
     uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
-    ki_cuda_ahead a = ahead_or_none(ahead);
-    uint32_t n_blocks = n_rows * per_row + (a.weights ? UNIT_AHEAD_BLOCKS : 0);
-    ki_launch(activate, n_blocks, UNIT_THREADS, 0, true, stream, out, in, act, n, type, a);
+    ki_launch(activate, n_rows * per_row, UNIT_THREADS, 0, true, stream, out, in, act, n, type);
 }
 
 /* ---- out of the pass ---- */

@@ -34,18 +34,9 @@ typedef struct ki_cuda_norm {
     float eps;
 } ki_cuda_norm;
 
-/* Weights [n_rows][row_bytes] of the product behind a kernel, 16-byte aligned: the first
- * slice_bytes (a multiple of 16) of each row are asked for into the L2 cache while it runs. */
-typedef struct ki_cuda_ahead {
-    const void *weights; /* NULL: none */
-    uint32_t n_rows, row_bytes, slice_bytes;
-} ki_cuda_ahead;
-
-/* held: a row stays in registers where it fits (n a multiple of 4 up to 8,192); only then ahead
- * (NULL: none) is looked at. */
+/* held: a row stays in registers where it fits (n a multiple of 4 up to 8,192). */
 void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm, uint32_t n_rows,
-                       uint32_t n, ki_cuda_type type, bool held, const ki_cuda_ahead *ahead,
-                       void *stream);
+                       uint32_t n, ki_cuda_type type, bool held, void *stream);
 /* x[r] += norm(delta[r]). */
 void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm, uint32_t n_rows,
                       uint32_t n, bool held, void *stream);
@@ -67,7 +58,7 @@ void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n
 /* out[r][n] = act(gate) * up of rows [gate n][up n] (stride 2 n), or act alone of rows [n]. */
 typedef enum ki_cuda_act { KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL, KI_CUDA_GELU } ki_cuda_act;
 void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows, uint32_t n,
-                      ki_cuda_type type, const ki_cuda_ahead *ahead, void *stream);
+                      ki_cuda_type type, void *stream);
 
 /* h[i] = norm(x[rows[i]]); finite[i] becomes 0 where that row of x is not finite, else 1. */
 void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,

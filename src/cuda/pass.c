@@ -13,39 +13,27 @@ static void *at(const ki_cuda_backend *b, size_t offset) { return b->buffers.upl
 
 static bool is_held(const ki_cuda_backend *b) { return !(b->without & KI_PART_NORMS); }
 
-static uint32_t ahead_of(const ki_cuda_backend *b) {
-    return b->without & KI_PART_AHEAD ? 0 : KI_GEMV_AHEAD_BYTES;
-}
-
-/* A batch-invariant pass of decoding: all numbers of rows have the same kernel. */
-static bool is_fixed(const ki_cuda_backend *b, const ki_cuda_shape *s) {
-    return b->invariant && s->decode;
-}
-
-/* gemv.h's products. */
+/* stream.h's products, but where a batch's size must not show and more rows may come. */
 static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m) {
-    return m <= KI_GEMV_ROWS && b->type != KI_CUDA_F32 && !is_fixed(b, s);
+    return m <= ki_cuda_stream_rows(b) && !(s->decode && b->fixed_rows);
 }
 
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
 static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, float *out,
                               size_t stride, const ki_matrix *weight, uint32_t n, const void *x,
                               uint32_t m, bool add, kivi_error *err) {
-    bool fixed = is_fixed(b, s);
     ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
-    ki_gemv_call few = {.out = out,
-                        .out_stride = stride,
-                        .weight = weight->tiles,
-                        .x = x,
-                        .n = n,
-                        .k = shape.k,
-                        .m = m,
-                        .type = b->type,
-                        .add = add,
-                        .ahead_bytes = ahead_of(b)};
-    if (fixed && !b->fixed_rows) return ki_skinny_run(&few, b->memory.stream, err);
-    if (fixed) m = b->fixed_rows; /* buffers have so many rows */
-    if (is_few(b, s, m)) return ki_gemv_run(&few, b->memory.stream, err);
+    ki_stream_call few = {.out = out,
+                          .out_stride = stride,
+                          .weight = weight->tiles,
+                          .x = x,
+                          .n = n,
+                          .k = shape.k,
+                          .m = m,
+                          .type = b->type,
+                          .add = add};
+    if (is_few(b, s, m)) return ki_stream_run(&few, b->memory.stream, err);
+    if (s->decode && b->fixed_rows) m = b->fixed_rows; /* buffers have so many rows */
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
 
@@ -209,33 +197,49 @@ static uint32_t qkv_dim(const ki_config *c) {
     return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim;
 }
 
-/* What a small kernel asks for of the product behind it, n rows of weights: in steps of decoding by
- * cuBLASLt's kernels, which begin when it has ended. Ours ask by themselves. */
-static ki_cuda_ahead behind(const layer_call *c, const ki_matrix *weight, uint32_t n) {
+/* h = norm(x). */
+static void norm(const layer_call *c, const ki_cuda_norm *to) {
     const ki_cuda_backend *b = c->b;
-    uint32_t row_bytes = weight->n_cols * (uint32_t)ki_cuda_element_bytes(b->type);
-    ki_cuda_ahead a = {weight->tiles, n, row_bytes, KI_GEMV_AHEAD_BYTES / n / 256 * 256};
-    a.slice_bytes = KI_MIN(a.slice_bytes, row_bytes / 16 * 16);
-    if (!c->shape->decode || c->shape->n_rows <= KI_GEMV_ROWS || !ahead_of(b) || !a.slice_bytes)
-        a.weights = NULL;
-    return a;
-}
-
-/* h = norm(x), which the product with n rows of weights reads. */
-static void norm(const layer_call *c, const ki_cuda_norm *to, const ki_matrix *weight, uint32_t n) {
-    const ki_cuda_backend *b = c->b;
-    ki_cuda_ahead ahead = behind(c, weight, n);
     ki_cuda_norm_rows(b->buffers.h, b->buffers.x, to, c->shape->n_rows, b->model->config.n_embd,
-                      b->type, is_held(b), &ahead, b->memory.stream);
+                      b->type, is_held(b), b->memory.stream);
 }
 
-/* act = act(mlp), which the down product reads. */
-static void activate(const layer_call *c, ki_cuda_act act) {
+/* The product of norm(x), which makes the norm by itself where it can. */
+typedef struct normed_call {
+    const ki_cuda_norm *norm;
+    const ki_matrix *weight;
+    uint32_t n;
+    float *out;    /* [m][n], or */
+    void *act_out; /* act(gate) up */
+    ki_cuda_act act;
+} normed_call;
+
+static kivi_status normed_product(const layer_call *c, const normed_call *p, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
-    const ki_config *config = &b->model->config;
-    ki_cuda_ahead ahead = behind(c, &c->layer->down, config->n_embd);
-    ki_cuda_activate(b->buffers.act, b->buffers.mlp, act, c->shape->n_rows, config->n_ff, b->type,
-                     &ahead, b->memory.stream);
+    const ki_cuda_buffers *r = &b->buffers;
+    uint32_t m = c->shape->n_rows, k = p->weight->n_cols;
+    bool few = is_few(b, c->shape, m);
+    ki_stream_call call = {.out = p->out,
+                           .out_stride = p->n,
+                           .weight = p->weight->tiles,
+                           .x = r->h,
+                           .n = p->n,
+                           .k = k,
+                           .m = m,
+                           .type = b->type,
+                           .act_out = p->act_out,
+                           .act = p->act};
+    if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {
+        call.raw = r->x, call.norm = *p->norm;
+        return ki_stream_run(&call, b->memory.stream, err);
+    }
+    norm(c, p->norm);
+    if (few) return ki_stream_run(&call, b->memory.stream, err);
+    float *out = p->act_out ? r->mlp : p->out;
+    KI_TRY(product(c, out, p->weight, p->n, r->h, false, err));
+    if (p->act_out)
+        ki_cuda_activate(p->act_out, out, p->act, m, p->n / 2, b->type, b->memory.stream);
+    return KIVI_OK;
 }
 
 /* x += rows weight, normalized first where the family does that. */
@@ -249,42 +253,22 @@ static kivi_status add_product(const layer_call *c, const ki_matrix *weight, con
     return KIVI_OK;
 }
 
-/* act [m][n_ff] = act(gate) up of the rows in h. */
-static kivi_status gate_and_up(const layer_call *c, kivi_error *err) {
-    const ki_cuda_backend *b = c->b;
-    const ki_config *config = &b->model->config;
-    const ki_cuda_buffers *r = &b->buffers;
-    const ki_matrix *gate = &c->layer->gate;
-    uint32_t m = c->shape->n_rows, n = 2 * config->n_ff;
-    ki_cuda_act act = config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL;
-    ki_gemv_call few = {.weight = gate->tiles,
-                        .x = r->h,
-                        .n = n,
-                        .k = gate->n_cols,
-                        .m = m,
-                        .type = b->type,
-                        .act_out = r->act,
-                        .act = act,
-                        .ahead_bytes = ahead_of(b)};
-    if (is_few(b, c->shape, m) && !(b->without & KI_PART_ACT))
-        return ki_gemv_run(&few, b->memory.stream, err);
-    KI_TRY(product(c, r->mlp, gate, n, r->h, false, err));
-    activate(c, act);
-    return KIVI_OK;
-}
-
 static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t qkv = qkv_dim(config);
-    norm(c, &c->norms->attn, &y->q, qkv);
-    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
+    const normed_call qkv = {
+        .norm = &c->norms->attn, .weight = &y->q, .n = qkv_dim(config), .out = r->qkv};
+    const normed_call mlp = {.norm = &c->norms->ffn,
+                             .weight = &y->gate,
+                             .n = 2 * config->n_ff,
+                             .act_out = r->act,
+                             .act = config->tanh_gelu ? KI_CUDA_GELU_MUL : KI_CUDA_SILU_MUL};
+    KI_TRY(normed_product(c, &qkv, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    norm(c, &c->norms->ffn, &y->gate, 2 * config->n_ff);
-    KI_TRY(gate_and_up(c, err));
+    KI_TRY(normed_product(c, &mlp, err));
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 
@@ -294,14 +278,14 @@ static kivi_status falcon_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    uint32_t qkv = qkv_dim(config);
-    norm(c, &c->norms->attn, &y->q, qkv);
-    KI_TRY(product(c, r->qkv, &y->q, qkv, r->h, false, err));
-    if (!config->one_norm) norm(c, &c->norms->ffn, &y->up, config->n_ff);
+    norm(c, &c->norms->attn);
+    KI_TRY(product(c, r->qkv, &y->q, qkv_dim(config), r->h, false, err));
+    if (!config->one_norm) norm(c, &c->norms->ffn);
     KI_TRY(product(c, r->mlp, &y->up, config->n_ff, r->h, false, err));
     KI_TRY(attention(c, err));
     KI_TRY(add_product(c, &y->o, r->attn, &c->norms->post_attn, err));
-    activate(c, KI_CUDA_GELU);
+    ki_cuda_activate(r->act, r->mlp, KI_CUDA_GELU, c->shape->n_rows, config->n_ff, b->type,
+                     b->memory.stream);
     return add_product(c, &y->down, r->act, &c->norms->post_ffn, err);
 }
 

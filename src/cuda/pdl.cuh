@@ -4,6 +4,15 @@
 #ifndef KI_PDL_CUH
 #define KI_PDL_CUH
 
+#include <cuda_runtime.h>
+
+/* Host: most shared memory and least cache, as products have it (stream.cu). A multiprocessor is
+ * empty before that division changes: kernels that are to begin beside others agree on it. */
+template <class K> static cudaError_t ki_share_multiprocessors(K *kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
+}
+
 static __device__ __forceinline__ void ki_pdl_wait(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -30,6 +30,13 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
     return (s->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
+/* Of more than 16 rows cuBLASLt's are faster (SPEED.md); their bits change with the rows. */
+uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b) {
+    enum { FASTEST_ROWS = 16 };
+    if (b->type == KI_CUDA_F32 || b->without & KI_PART_STREAM) return 0;
+    return b->invariant ? KI_STREAM_ROWS : FASTEST_ROWS;
+}
+
 /* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *s) {
     return b->compute_major >= 9 && !(b->without & (KI_PART_CUDNN | KI_PART_FUSED)) &&

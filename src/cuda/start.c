@@ -221,11 +221,11 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
     return status;
 }
 
-/* Where a batch's size must not show, and more rows come than skinny.h takes (or float32), all
+/* Where a batch's size must not show, and more rows come than stream.h takes (or it has none), all
  * passes of decoding have products of as many rows as the largest. */
 static uint32_t fixed_rows_of(const ki_cuda_backend *b) {
     uint32_t most = ki_cuda_bucket(b->sizes.max_items);
-    if (!b->invariant || (most <= KI_SKINNY_ROWS && b->type != KI_CUDA_F32)) return 0;
+    if (!b->invariant || (most <= KI_STREAM_ROWS && ki_cuda_stream_rows(b))) return 0;
     return ki_gemm_rows(most);
 }
 

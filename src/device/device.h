@@ -25,21 +25,19 @@ bool ki_isa_available(ki_isa isa);
 kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
 /* Parts of the CUDA engine that the same list may name, to measure what each is worth. Without
  * fused  the plain kernels of the cache instead of the fast ones
- * ahead  weights asked for into the L2 cache while what is before their product waits
- * norms  a norm reads its row again and again
- * act    activations of few rows by a kernel of their own
+ * stream  cuBLASLt's products of few rows, too, and activations by a kernel of their own
+ * norms  a norm reads its row again and again, by a kernel of its own
  * close  a page of keys is closed by the append of its last row, not at the end of the step
+ * cudnn  our own attention for all prompts
  * ranking  cuBLASLt's order of its kernels for up to 64 rows: the fastest is measured at start (not
- *          in the batch-invariant mode)
- * cudnn  our own attention for all prompts */
+ *          in the batch-invariant mode) */
 enum {
     KI_PART_FUSED = 1,
-    KI_PART_AHEAD = 2,
+    KI_PART_STREAM = 2,
     KI_PART_NORMS = 4,
-    KI_PART_ACT = 8,
-    KI_PART_CLOSE = 16,
-    KI_PART_RANKING = 32,
-    KI_PART_CUDNN = 64
+    KI_PART_CLOSE = 8,
+    KI_PART_CUDNN = 16,
+    KI_PART_RANKING = 32
 };
 uint32_t ki_parts_disabled(const char *disabled); /* of those */
 

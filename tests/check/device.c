@@ -56,8 +56,8 @@ static void choose(void) {
                 {"neon,avx512", {A2}},
                 {"avx512vnni,neondot", {NEON, A512, A2}},
                 {"avx2,neon", {NONE}},
-                {"ahead,norms,act,close,fused", {DOT, NEON, VNNI, A512, A2}},
-                {"act,avx512,neon", {A2}}};
+                {"stream,norms,close,fused", {DOT, NEON, VNNI, A512, A2}},
+                {"cudnn,avx512,neon", {A2}}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ki_isa isa = KI_ISA_COUNT;
         CHECK_OK(ki_isa_choose(&isa, good[i].disabled, err));
@@ -65,7 +65,7 @@ static void choose(void) {
     }
     static const char *const bad[] = {"avx",   "avx5122",         "AVX2",   "avx2;avx512",
                                       " avx2", "avx512,nonsense", "scalar", "neond",
-                                      "ahea",  "fused2"};
+                                      "strea", "fused2"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ki_isa isa;
         kivi_error err = {0};
@@ -78,8 +78,8 @@ static void choose(void) {
     } parts[] = {{NULL, 0},
                  {"avx2", 0},
                  {"fused", KI_PART_FUSED},
-                 {"ahead,avx2,norms", KI_PART_AHEAD | KI_PART_NORMS},
-                 {",act,,close", KI_PART_ACT | KI_PART_CLOSE},
+                 {"stream,avx2,norms", KI_PART_STREAM | KI_PART_NORMS},
+                 {",cudnn,,close", KI_PART_CUDNN | KI_PART_CLOSE},
                  {"ranking", KI_PART_RANKING}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         CHECK(ki_parts_disabled(parts[i].disabled) == parts[i].parts, "'%s' leaves out %u",

@@ -1,6 +1,6 @@
 /* check-dense: the CUDA kernels beside the cache. Tokens drawn on the device against the CPU's
- * (engine/draw.c), one by one; products of few rows against float64, and that no row's bits depend
- * on the others. Needs a GPU. check-dense [--seed=N] [--test=PREFIX] */
+ * (engine/draw.c), one by one; products of few rows against float64, that no row's bits depend on
+ * the others, and what they read a second. Needs a GPU. check-dense [--seed=N] [--test=PREFIX] */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -8,7 +8,7 @@
 #include "harness.cuh"
 
 #include "draw_cuda.h"
-#include "skinny.h"
+#include "stream.h"
 
 extern "C" {
 #include "engine.h"
@@ -198,7 +198,7 @@ static void time_draws() {
 
 /* ---- products ---- */
 
-typedef kivi_status (*product_fn)(const ki_gemv_call *, void *, kivi_error *);
+enum { MOST = KI_STREAM_ROWS, BESIDE = 16 }; /* BESIDE: floats behind a row of out */
 
 struct product_case {
     uint32_t n, k;
@@ -224,24 +224,28 @@ struct product_case {
         w_values.resize(bits.size());
         for (size_t i = 0; i < bits.size(); i++) bits[i] = bits_of(r.normal(), &w_values[i]);
         w.make(bits.size()), w.put(bits.data(), bits.size());
-        bits.resize((size_t)64 * k), x_values.resize(bits.size());
+        bits.resize((size_t)MOST * k), x_values.resize(bits.size());
         for (size_t i = 0; i < bits.size(); i++) bits[i] = bits_of(r.normal(), &x_values[i]);
         x.make(bits.size()), x.put(bits.data(), bits.size());
-        out.make((size_t)64 * (n + 16));
+        out.make((size_t)MOST * (n + BESIDE));
+    }
+    ki_stream_call call(uint32_t first_row, uint32_t m) {
+        ki_stream_call c = {};
+        c.out = out.data, c.out_stride = n + BESIDE, c.weight = w.data;
+        c.x = x.data + (size_t)first_row * k, c.n = n, c.k = k, c.m = m, c.type = type;
+        return c;
     }
     /* [m][n] of rows from first_row on; add: to what begin says everywhere. */
-    std::vector<float> get(product_fn f, uint32_t first_row, uint32_t m, bool add, float begin) {
-        std::vector<float> got((size_t)64 * (n + 16), begin);
+    std::vector<float> get(ki_stream_call c, float begin) {
+        std::vector<float> got((size_t)MOST * (n + BESIDE), begin);
         out.put(got.data(), got.size());
-        ki_gemv_call c = {out.data, n + 16, w.data, x.data + (size_t)first_row * k, n, k,
-                          m,        type,   add};
-        CHECK_OK(f(&c, NULL, err));
+        CHECK_OK(ki_stream_run(&c, NULL, err));
         MUST(cudaDeviceSynchronize());
         MUST(cudaMemcpy(got.data(), out.data, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
-        for (uint32_t row = 0; row < 64; row++)
-            for (uint32_t i = row < m ? n : 0; i < n + 16; i++)
-                CHECK(got[(size_t)row * (n + 16) + i] == begin, "written beside: row %u, %u", row,
-                      i);
+        for (uint32_t row = 0; row < MOST; row++)
+            for (uint32_t i = row < c.m ? n : 0; i < n + BESIDE; i++)
+                CHECK(got[(size_t)row * (n + BESIDE) + i] == begin, "written beside: row %u, %u",
+                      row, i);
         return got;
     }
 };
@@ -259,46 +263,217 @@ static void compare_product(const product_case &p, const std::vector<float> &got
                            (double)p.x_values[(size_t)row * p.k + c];
                 sum += t, size += fabs(t);
             }
-            double v = got[(size_t)row * (p.n + 16) + i];
+            double v = got[(size_t)row * (p.n + BESIDE) + i];
             CHECK(fabs(v - sum) <= factor * size, "row %u of %u, output %u: %.9g, expected %.9g",
                   row, m, i, v, sum);
         }
 }
 
-static void run_products(product_fn f, uint32_t most, uint32_t n, uint32_t k, ki_cuda_type type) {
+/* A gate and its up in one: the bits of the product and the activation one by one. */
+static void compare_gated(product_case &p, uint32_t m) {
+    device_array<uint16_t> apart, fused;
+    device_array<float> rows;
+    size_t n_out = (size_t)m * p.n / 2;
+    apart.make(n_out), fused.make(n_out), rows.make(2 * n_out);
+    for (ki_cuda_act act : {KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL}) {
+        ki_stream_call c = p.call(0, m);
+        c.out = rows.data, c.out_stride = p.n;
+        CHECK_OK(ki_stream_run(&c, NULL, err));
+        ki_cuda_activate(apart.data, rows.data, act, m, p.n / 2, p.type, NULL);
+        c.out = NULL, c.act_out = fused.data, c.act = act;
+        CHECK_OK(ki_stream_run(&c, NULL, err));
+        CHECK(apart.get(0, n_out) == fused.get(0, n_out), "%u rows, activation %d: other bits", m,
+              act);
+    }
+}
+
+/* Rows that it normalizes by itself: the bits of the norm and the product one by one. */
+static void compare_normed(product_case &p, uint32_t m, rng &r) {
+    device_array<float> raw, weight;
+    std::vector<float> in((size_t)m * p.k), w(p.k);
+    for (float &v : in) v = 3 * r.normal();
+    for (float &v : w) v = r.normal();
+    raw.make(in.size()), raw.put(in.data(), in.size());
+    weight.make(w.size()), weight.put(w.data(), w.size());
+    ki_stream_call c = p.call(0, m);
+    c.norm = {weight.data, NULL, 1e-5f};
+    if (!ki_stream_takes_norm(&c.norm, m, p.k)) return;
+    ki_cuda_norm_rows(p.x.data, raw.data, &c.norm, m, p.k, p.type, true, NULL);
+    std::vector<float> apart = p.get(c, 7);
+    c.raw = raw.data, c.x = NULL;
+    CHECK(apart == p.get(c, 7), "%u rows, normalized: other bits", m);
+}
+
+static void run_products(uint32_t n, uint32_t k, ki_cuda_type type) {
     rng r = case_rng();
     product_case p;
     p.make(n, k, type, r);
-    std::vector<float> all = p.get(f, 0, most, false, 0.25f), added = p.get(f, 0, most, true, 3);
-    compare_product(p, all, most, 0);
-    compare_product(p, added, most, 3);
+    ki_stream_call c = p.call(0, MOST);
+    std::vector<float> all = p.get(c, 0.25f);
+    compare_product(p, all, MOST, 0);
+    c.add = true;
+    compare_product(p, p.get(c, 3), MOST, 3);
     static const uint32_t counts[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64};
     for (uint32_t m : counts) {
-        if (m > most) continue;
-        uint32_t first = below(r, most - m + 1);
-        std::vector<float> some = p.get(f, first, m, false, 7);
+        uint32_t first = below(r, MOST - m + 1);
+        std::vector<float> some = p.get(p.call(first, m), 7);
         for (uint32_t row = 0; row < m; row++)
-            CHECK(!memcmp(&some[(size_t)row * (n + 16)], &all[(size_t)(first + row) * (n + 16)],
-                          n * sizeof(float)),
+            CHECK(!memcmp(&some[(size_t)row * (n + BESIDE)],
+                          &all[(size_t)(first + row) * (n + BESIDE)], n * sizeof(float)),
                   "row %u has other bits as row %u of %u", first + row, row, m);
+        if (n % 2 == 0) compare_gated(p, m);
     }
+    for (uint32_t m = 1; m <= 4; m++) compare_normed(p, m, r);
     end_case();
 }
 
 static void check_products() {
     static const struct {
         uint32_t n, k;
-    } shapes[] = {{1, 8},      {33, 72},    {100, 64},    {288, 128},  {960, 576},
-                  {576, 1536}, {1000, 520}, {4096, 4096}, {512, 11008}};
+    } shapes[] = {{1, 8},       {2, 8},       {33, 72},     {100, 64},    {288, 128},
+                  {960, 576},   {576, 1536},  {1000, 520},  {2050, 1032}, {4096, 4096},
+                  {4100, 4096}, {512, 11008}, {5000, 8192}, {8200, 200},  {12288, 1024},
+                  {22016, 136}, {49152, 72}};
     for (int bf16 = 0; bf16 < 2; bf16++)
-        for (const auto &s : shapes) {
-            ki_cuda_type type = bf16 ? KI_CUDA_BF16 : KI_CUDA_F16;
-            const char *name = bf16 ? "bf16" : "f16";
-            if (open_case(text("products/skinny-%s-%ux%u", name, s.n, s.k)))
-                run_products(ki_skinny_run, KI_SKINNY_ROWS, s.n, s.k, type);
-            if (open_case(text("products/gemv-%s-%ux%u", name, s.n, s.k)))
-                run_products(ki_gemv_run, KI_GEMV_ROWS, s.n, s.k, type);
+        for (const auto &s : shapes)
+            if (open_case(text("products/%s-%ux%u", bf16 ? "bf16" : "f16", s.n, s.k)))
+                run_products(s.n, s.k, bf16 ? KI_CUDA_BF16 : KI_CUDA_F16);
+}
+
+/* ---- products one after the other, as a step has them ---- */
+
+static __global__ void read_all(const uint4 *from, size_t n, uint32_t *to) {
+    uint32_t sum = 0;
+    for (size_t at = (size_t)blockIdx.x * 8 * blockDim.x; at < n;
+         at += (size_t)gridDim.x * 8 * blockDim.x) {
+        uint4 x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = __ldcs(from + at + i * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum ^= x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
+    }
+    if (sum == 0x9e3779b9u) *to = sum;
+}
+static __global__ void fill_halves(uint32_t *to, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        to[i] = ((uint32_t)i * 2654435761u & 0x83ff83ffu) | 0x28002800u;
+}
+
+/* Least microseconds of a graph of what f queues. */
+template <class F> static double time_graph(F f) {
+    cudaStream_t s;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t from, to;
+    float least = 1e30f, ms;
+    MUST(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    MUST(cudaEventCreate(&from));
+    MUST(cudaEventCreate(&to));
+    MUST(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    f(s);
+    MUST(cudaStreamEndCapture(s, &graph));
+    MUST(cudaGraphInstantiate(&exec, graph, 0));
+    for (int i = 0; i < 8; i++) {
+        MUST(cudaEventRecord(from, s));
+        MUST(cudaGraphLaunch(exec, s));
+        MUST(cudaEventRecord(to, s));
+        MUST(cudaStreamSynchronize(s));
+        MUST(cudaEventElapsedTime(&ms, from, to));
+        least = std::min(least, ms);
+    }
+    cudaGraphExecDestroy(exec), cudaGraphDestroy(graph);
+    cudaEventDestroy(from), cudaEventDestroy(to), cudaStreamDestroy(s);
+    return least * 1e3;
+}
+
+/* The products of Llama-2-7B, N of each in a row or of all four, behind each other in a graph: what
+ * they read a second, and the share of a stream that only reads. Rows are always the same. */
+struct product_chain {
+    enum { N = 8 };
+    struct shape {
+        const char *name;
+        uint32_t n, k;
+        bool normed, gated, add;
+    } shapes[4] = {{"qkv", 12288, 4096, true, false, false},
+                   {"o", 4096, 4096, false, false, true},
+                   {"gate-up", 22016, 4096, true, true, false},
+                   {"down", 4096, 11008, false, false, true}};
+    device_array<uint16_t> weights, x, act;
+    device_array<float> out, raw, norm_weight;
+    double read_gbs = 0;
+
+    size_t floats_of(int i) const { return (size_t)shapes[i].n * shapes[i].k; }
+    void make() {
+        size_t all = 0;
+        for (int i = 0; i < 4; i++) all += N * floats_of(i);
+        weights.make(all), x.make((size_t)MOST * 11008), act.make((size_t)MOST * 11008);
+        out.make((size_t)MOST * 22016), raw.make((size_t)MOST * 4096), norm_weight.make(4096);
+        fill_halves<<<1024, 256>>>((uint32_t *)weights.data, all / 2);
+        fill_halves<<<64, 256>>>((uint32_t *)x.data, x.n / 2);
+        MUST(cudaMemset(raw.data, 0, raw.n * 4));
+        MUST(cudaMemset(norm_weight.data, 0, norm_weight.n * 4));
+        MUST(cudaMemset(out.data, 0, out.n * 4));
+        size_t words = all / 8 / 65536 * 65536;
+        for (uint32_t blocks : {132u, 528u, 2112u}) {
+            double us = time_graph([&](cudaStream_t s) {
+                read_all<<<blocks, 1024, 0, s>>>((const uint4 *)weights.data, words,
+                                                 (uint32_t *)out.data);
+            });
+            read_gbs = std::max(read_gbs, words * 16.0 / us * 1e-3);
         }
+    }
+    void queue(int i, uint32_t turn, uint32_t m, bool norms, cudaStream_t s) {
+        const shape &y = shapes[i];
+        ki_stream_call c = {};
+        size_t at = turn * floats_of(i);
+        for (int j = 0; j < i; j++) at += N * floats_of(j);
+        c.weight = weights.data + at, c.x = x.data, c.n = y.n, c.k = y.k, c.m = m;
+        c.out = out.data, c.out_stride = y.n, c.add = y.add, c.type = KI_CUDA_F16;
+        if (y.gated) c.act_out = act.data;
+        c.norm = {norm_weight.data, NULL, 1e-5f};
+        if (norms && y.normed) {
+            if (ki_stream_takes_norm(&c.norm, m, y.k)) c.raw = raw.data;
+            else ki_cuda_norm_rows(x.data, raw.data, &c.norm, m, y.k, c.type, true, s);
+        }
+        CHECK_OK(ki_stream_run(&c, s, err));
+    }
+    std::string report(double bytes, double us, int n) const {
+        double gbs = bytes / us * 1e-3;
+        return text("%7.1f us %5.0f GB/s %5.1f%%", us / n, gbs, 100 * gbs / read_gbs);
+    }
+    void run(uint32_t m) {
+        std::string note;
+        double all = 0;
+        for (int i = 0; i < 4; i++) {
+            double bytes = 2.0 * N * (double)floats_of(i);
+            all += bytes;
+            double us = time_graph([&](cudaStream_t s) {
+                for (uint32_t t = 0; t < N; t++) queue(i, t, m, false, s);
+            });
+            note += std::string(shapes[i].name) + " " + report(bytes, us, N) + " | ";
+        }
+        for (int norms = 0; norms < 2; norms++) {
+            double us = time_graph([&](cudaStream_t s) {
+                for (uint32_t t = 0; t < N; t++)
+                    for (int i = 0; i < 4; i++) queue(i, t, m, norms, s);
+            });
+            note += (norms ? " | with norms " : "all ") + report(all, us, N);
+        }
+        end_case(note);
+    }
+};
+
+static void time_products() {
+    product_chain chain;
+    for (uint32_t m : {1u, 2u, 4u, 8u, 16u, 32u, 64u}) {
+        if (!open_case(text("time/products-%u", m))) continue;
+        if (!chain.read_gbs) {
+            chain.make();
+            printf("# a stream that only reads: %.0f GB/s\n", chain.read_gbs);
+        }
+        chain.run(m);
+    }
 }
 
 int main(int argc, char **argv) {
@@ -321,6 +496,7 @@ int main(int argc, char **argv) {
     check_draws();
     check_products();
     time_draws();
+    time_products();
     printf("%u passed, %u failed, 0 skipped\n", run.n_passed, run.n_failed);
     return run.n_failed != 0;
 }

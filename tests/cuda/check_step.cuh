@@ -1,8 +1,10 @@
-/* check_step.cuh: what a decode step does beside attention: pages closed at its end, products of
- * few rows, norms. Cases of check-cuda. */
+/* check_step.cuh: what a decode step does beside attention: pages closed at its end, norms. Cases
+ * of check-cuda. */
 #ifndef KI_CUDA_CHECK_STEP_CUH
 #define KI_CUDA_CHECK_STEP_CUH
-#include "gemv.h"
+#include "kv_cuda.h" /* ki_fail is C's */
+
+#include "dense_cuda.h"
 #include "harness.cuh"
 #include "world.cuh"
 
@@ -215,79 +217,6 @@ static void check_values(const world_options &base) {
     }
 }
 
-/* ---- products of few rows ---- */
-
-struct product_case {
-    uint32_t n, k, m;
-    ki_cuda_type type;
-};
-
-static float of_type(uint16_t bits, ki_cuda_type type) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &wide, 4);
-    return type == KI_CUDA_BF16 ? x : ki_f16_to_f32(bits);
-}
-static std::vector<uint16_t> random_matrix(size_t n, ki_cuda_type type, rng &r) {
-    std::vector<uint16_t> out(n);
-    for (uint16_t &x : out) {
-        float v = (float)((double)(r.u64() >> 40) / (1 << 23) - 1);
-        uint32_t bits;
-        memcpy(&bits, &v, 4);
-        x = type == KI_CUDA_BF16 ? (uint16_t)(bits >> 16) : ki_f32_to_f16(v);
-    }
-    return out;
-}
-
-/* Against float64: k products and sums in float32, each 2^-24 of what is summed; the order adds no
- * more than log2 k of them to a number. With weights asked for ahead, and added to what is there:
- * the same bits. A gate and its up: the bits of the product and the activation one by one. */
-static void run_product(const product_case &c) {
-    rng r = case_rng();
-    std::vector<uint16_t> w = random_matrix((size_t)c.n * c.k, c.type, r);
-    std::vector<uint16_t> x = random_matrix((size_t)c.m * c.k, c.type, r);
-    device_array<uint16_t> weight, rows, act, fused;
-    device_array<float> out;
-    size_t n_out = (size_t)c.m * c.n;
-    weight.make(w.size()), rows.make(x.size()), out.make(n_out);
-    act.make(n_out / 2), fused.make(n_out / 2);
-    weight.put(w.data(), w.size()), rows.put(x.data(), x.size());
-    ki_gemv_call call = {};
-    call.out = out.data, call.out_stride = c.n, call.weight = weight.data, call.x = rows.data;
-    call.n = c.n, call.k = c.k, call.m = c.m, call.type = c.type;
-    CHECK_OK(ki_gemv_run(&call, NULL, err));
-    std::vector<float> got = out.get(0, n_out);
-    for (uint32_t m = 0; m < c.m && !check_failed(); m++)
-        for (uint32_t n = 0; n < c.n && !check_failed(); n++) {
-            double want = 0, size = 0;
-            for (uint32_t k = 0; k < c.k; k++) {
-                double p = (double)of_type(w[(size_t)n * c.k + k], c.type) *
-                           of_type(x[(size_t)m * c.k + k], c.type);
-                want += p, size += fabs(p);
-            }
-            double error = fabs(got[(size_t)m * c.n + n] - want);
-            CHECK(error <= size * 0x1p-24 * (c.k / 32 + 8), "row %u output %u: %g, expected %g", m,
-                  n, got[(size_t)m * c.n + n], want);
-        }
-    call.ahead_bytes = KI_GEMV_AHEAD_BYTES;
-    CHECK_OK(ki_gemv_run(&call, NULL, err));
-    std::vector<float> ahead = out.get(0, n_out);
-    CHECK(!memcmp(got.data(), ahead.data(), n_out * 4), "ahead: other bits");
-    call.add = true;
-    CHECK_OK(ki_gemv_run(&call, NULL, err));
-    std::vector<float> twice = out.get(0, n_out);
-    for (size_t i = 0; i < n_out; i++) CHECK(twice[i] == got[i] + got[i], "added: %zu", i);
-    out.put(got.data(), n_out);
-    for (ki_cuda_act how : {KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL}) {
-        const ki_cuda_ahead ahead = {weight.data, c.n, c.k * 2, c.k * 2};
-        ki_cuda_activate(act.data, out.data, how, c.m, c.n / 2, c.type, &ahead, NULL);
-        call.add = false, call.act_out = fused.data, call.act = how, call.out = NULL;
-        CHECK_OK(ki_gemv_run(&call, NULL, err));
-        CHECK(act.get(0, n_out / 2) == fused.get(0, n_out / 2), "activation %d: other bits", how);
-    }
-    end_case();
-}
-
 /* ---- norms ---- */
 
 static void run_norm(uint32_t n, bool has_bias) {
@@ -303,10 +232,7 @@ static void run_norm(uint32_t n, bool has_bias) {
     for (int held = 0; held < 2 && !check_failed(); held++) {
         sum.put(in.data(), in.size());
         MUST(cudaMemset(h.data, 0xff, in.size() * 4));
-        /* rows of x in the place of weights: what is asked for is there */
-        const ki_cuda_ahead ahead = {x.data, n_rows, n * 4, n * 4 / 16 * 16};
-        ki_cuda_norm_rows(h.data, x.data, &norm, n_rows, n, KI_CUDA_F32, held,
-                          n % 4 ? NULL : &ahead, NULL);
+        ki_cuda_norm_rows(h.data, x.data, &norm, n_rows, n, KI_CUDA_F32, held, NULL);
         ki_cuda_add_norm(sum.data, x.data, &norm, n_rows, n, held, NULL);
         std::vector<float> got = h.get(0, in.size()), added = sum.get(0, in.size());
         for (uint32_t row = 0; row < n_rows && !check_failed(); row++) {
@@ -329,16 +255,8 @@ static void run_norm(uint32_t n, bool has_bias) {
 }
 
 static void check_step(const world_options &base) {
-    static const product_case products[] = {
-        {1000, 4096, 1, KI_CUDA_F16}, {1002, 4096, 2, KI_CUDA_F16},  {1002, 1536, 3, KI_CUDA_BF16},
-        {514, 11008, 4, KI_CUDA_F16}, {514, 11008, 1, KI_CUDA_BF16}, {2, 8, 1, KI_CUDA_F16},
-        {38, 200, 3, KI_CUDA_F16},    {30, 1032, 4, KI_CUDA_BF16}};
     check_late(base);
     check_values(base);
-    for (const product_case &c : products)
-        if (open_case(
-                text("product/%ux%u-m%u%s", c.n, c.k, c.m, c.type == KI_CUDA_BF16 ? "-bf16" : "")))
-            run_product(c);
     for (uint32_t n : {64u, 576u, 4096u, 4100u, 8192u, 8200u, 30u})
         for (int has_bias = 0; has_bias < 2; has_bias++)
             if (open_case(text("norm/%u%s", n, has_bias ? "-bias" : ""))) run_norm(n, has_bias);

@@ -1,0 +1,457 @@
+#include "stream.h"
+
+#include "act.cuh"
+#include "kv_launch.h"
+#include "norm.cuh"
+#include "pdl.cuh"
+#include "stream_ring.cuh"
+
+/* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
+enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
+/* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. */
+enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024 };
+enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
+/* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher
+ * then, and each block reads fewer columns of x. */
+enum { CLUSTER = 4, NORM_ROWS = 4 };
+
+/* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
+typedef struct plan {
+    uint32_t tiles;               /* of a thread block */
+    uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
+    uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
+    uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
+    uint32_t n_blocks, cluster;
+} plan;
+
+static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
+
+/* A thread block's place, and the addresses of its shared memory: [stages][parts][weights][rows of
+ * x], then rows of x that are held. */
+typedef struct place {
+    uint32_t first; /* output; of gate and up: pair */
+    uint32_t rank, first_part;
+    uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
+} place;
+
+/* ---- the warp that fills the ring ---- */
+
+/* Chunk i of each part to stage `to`. */
+static __device__ __forceinline__ void bring_weights(const ki_stream_call &c, const plan &p,
+                                                     const place &at, const ki_boxes &w, uint32_t i,
+                                                     uint32_t to) {
+    uint32_t full = at.full + 8 * to, where = at.ring + to * p.stage_bytes;
+    uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
+    ki_begin_stage(full, p.stage_bytes);
+    for (uint32_t q = 0; q < p.here; q++) {
+        ki_bring(where, w, at.first, col, full);
+        if (c.act_out) ki_bring(where + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
+        where += p.part_bytes, col += p.chunks * CHUNK;
+    }
+}
+
+static __device__ __forceinline__ void bring_rows(const plan &p, const place &at, const ki_boxes &x,
+                                                  uint32_t i, uint32_t to) {
+    uint32_t full = at.full + 8 * to;
+    uint32_t where = at.ring + to * p.stage_bytes + outputs_of(p) * BOX_BYTES;
+    uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
+    for (uint32_t q = 0; q < p.here && !p.held_bytes; q++) {
+        ki_bring(where, x, 0, col, full);
+        where += p.part_bytes, col += p.chunks * CHUNK;
+    }
+    ki_end_stage(full);
+}
+
+/* Weights before the kernel before this one has ended, rows of x after that. All wait for this one
+ * thread: divisions in its loop cost a tenth of the time. */
+static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
+                                            const ki_boxes &w, const ki_boxes &x) {
+    for (uint32_t i = 0; i < p.n_stages; i++) bring_weights(c, p, at, w, i, i);
+    ki_pdl_wait();
+    for (uint32_t i = 0; i < p.n_stages; i++) bring_rows(p, at, x, i, i);
+    for (uint32_t i = p.n_stages, to = 0, parity = 0; i < p.chunks; i++) {
+        ki_bar_wait(at.empty + 8 * to, parity);
+        bring_weights(c, p, at, w, i, to);
+        bring_rows(p, at, x, i, to);
+        if (++to == p.n_stages) to = 0, parity ^= 1;
+    }
+}
+
+/* ---- rows of x that the thread block makes ---- */
+
+/* The work of KI_NORM_THREADS threads by MULTIPLIERS: a warp does that of every eighth warp. */
+enum { SHARE = KI_NORM_THREADS / MULTIPLIERS };
+
+static __device__ __forceinline__ void wait_for_multipliers() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+static __device__ __forceinline__ void put4(__half *to, float4 y) {
+    __half2 low = __floats2half2_rn(y.x, y.y), high = __floats2half2_rn(y.z, y.w);
+    *(uint2 *)to = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+}
+static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
+    __nv_bfloat162 low = __floats2bfloat162_rn(y.x, y.y), high = __floats2bfloat162_rn(y.z, y.w);
+    *(uint2 *)to = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+}
+
+/* held[m][k] = norm(raw), zeros up to the end of the last part; ROWS >= m, and FOURS float4 of a
+ * row for each of KI_NORM_THREADS. */
+template <class T, int ROWS, int FOURS>
+static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
+                                                 uint8_t *held) {
+    __shared__ float sums[ROWS][32];
+    const float4 zero = {0, 0, 0, 0};
+    float4 w[SHARE][FOURS], v[ROWS][SHARE][FOURS];
+    uint32_t n_fours = c.k / 4, end = (p.held_bytes - 16) / 8; /* four elements are 8 bytes */
+#pragma unroll
+    for (int s = 0; s < SHARE; s++)
+#pragma unroll
+        for (int f = 0; f < FOURS; f++) {
+            uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+            w[s][f] = i < n_fours ? ((const float4 *)c.norm.weight)[i] : zero;
+        }
+    ki_pdl_wait();
+#pragma unroll
+    for (int m = 0; m < ROWS; m++)
+#pragma unroll
+        for (int s = 0; s < SHARE; s++)
+#pragma unroll
+            for (int f = 0; f < FOURS; f++) {
+                uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+                bool in = i < n_fours && m < (int)c.m;
+                v[m][s][f] = in ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
+            }
+#pragma unroll
+    for (int m = 0; m < ROWS; m++)
+#pragma unroll
+        for (int s = 0; s < SHARE; s++) {
+            float sum = 0;
+#pragma unroll
+            for (int f = 0; f < FOURS; f++) sum = ki_add_squares(sum, v[m][s][f]);
+            sum = ki_warp_sum(sum);
+            if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * s] = sum;
+        }
+    wait_for_multipliers();
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) {
+        float scale = ki_norm_scale(ki_warp_sum(sums[m][threadIdx.x % 32]), c.k, c.norm.eps);
+        T *to = (T *)(held + m * p.held_bytes);
+#pragma unroll
+        for (int s = 0; s < SHARE; s++)
+#pragma unroll
+            for (int f = 0; f < FOURS; f++) {
+                uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
+                if (i >= end || m >= (int)c.m) continue;
+                float4 y = ki_times_weight(v[m][s][f], scale, w[s][f], zero);
+                put4(to + 4 * i, y);
+            }
+    }
+    wait_for_multipliers();
+}
+
+/* ---- the warps that multiply ---- */
+
+/* A warp's tiles of one part: tile group, and groups further. */
+typedef struct share {
+    uint32_t part, group, n_groups;
+} share;
+
+static __device__ __forceinline__ share share_of(const plan &p) {
+    uint32_t warp = threadIdx.x / 32, n_groups = WARPS / p.here;
+    return {warp / n_groups, warp % n_groups, n_groups};
+}
+
+/* What a step of 16 columns multiplies: lane l reads row l % 16 of a tile (of gate and up: l % 8 of
+ * either), piece l / 16; of eight rows of x row l % 8, pieces in turn. */
+template <int COLS, int TILES, int ROWS> struct step {
+    uint32_t a[TILES][4], b[COLS][2];
+
+    /* from: a stage's part; x: where its rows are. */
+    __device__ __forceinline__ void load(const uint32_t (&w_at)[TILES], uint32_t from, uint32_t x,
+                                         int k) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) ki_read4(a[i], (from + w_at[i]) ^ (32 * k));
+        if constexpr (ROWS) {
+            ki_read2(b[0], x + 32 * k); /* no swizzle there */
+        } else if constexpr (COLS == 1) {
+            ki_read2(b[0], x ^ (32 * k));
+        } else {
+#pragma unroll
+            for (int j = 0; j < COLS; j += 2)
+                ki_read4(b[j][0], b[j][1], b[j + 1][0], b[j + 1][1],
+                         (x + j * 8 * BOX_BYTES) ^ (32 * k));
+        }
+    }
+    template <class T>
+    __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4], T type) const {
+#pragma unroll
+        for (int j = 0; j < COLS; j++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++) ki_multiply(acc[i][j], a[i], b[j][0], b[j][1], type);
+    }
+};
+
+/* acc += what all stages hold. A step is loaded while the one before it is multiplied. */
+template <class T, int COLS, int TILES, int ROWS>
+static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
+                                                const ki_stream_call &c, const plan &p,
+                                                const place &at) {
+    enum { STEPS = CHUNK / 16 };
+    const share s = share_of(p);
+    uint32_t lane = threadIdx.x % 32, low = lane & 7, up = lane >> 3 & 1;
+    uint32_t w_at[TILES], x_at;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint32_t tile = min(s.group + i * s.n_groups, p.tiles - 1);
+        uint32_t row = c.act_out ? up * p.tiles * 8 + tile * 8 + low : tile * TILE + up * 8 + low;
+        w_at[i] = row * BOX_BYTES + ((lane >> 4) ^ low) * 16;
+    }
+    if (ROWS)
+        x_at = at.held + min(low, c.m - 1) * p.held_bytes + up * 16 +
+               (at.first_part + s.part) * p.chunks * BOX_BYTES;
+    else
+        x_at = outputs_of(p) * BOX_BYTES + ((lane >> 4) * 8 % (COLS * 8) + low) * BOX_BYTES +
+               (up ^ low) * 16;
+    step<COLS, TILES, ROWS> steps[2];
+    uint32_t stage = 0, parity = 0, from = at.ring + s.part * p.part_bytes;
+    ki_bar_wait(at.full, 0);
+    steps[0].load(w_at, from, ROWS ? x_at : from + x_at, 0);
+    for (uint32_t n = 0; n < p.chunks; n++) {
+#pragma unroll
+        for (int k = 0; k < STEPS; k++) {
+            if (k < STEPS - 1) {
+                steps[(k + 1) % 2].load(w_at, from, ROWS ? x_at : from + x_at, k + 1);
+            } else {
+                __syncwarp();
+                if (lane == 0) ki_bar_arrive(at.empty + 8 * stage);
+                from += p.stage_bytes, x_at += ROWS ? BOX_BYTES : 0;
+                if (++stage == p.n_stages)
+                    stage = 0, parity ^= 1, from -= p.n_stages * p.stage_bytes;
+                if (n + 1 < p.chunks) {
+                    ki_bar_wait(at.full + 8 * stage, parity);
+                    steps[0].load(w_at, from, ROWS ? x_at : from + x_at, 0);
+                }
+            }
+            steps[k % 2].multiply(acc, T());
+        }
+    }
+}
+
+/* ---- the end of a thread block ---- */
+
+/* Sums stand where the ring was: [part][m][pitch], so that neither way meets a bank twice. */
+static __device__ __forceinline__ uint32_t pitch_of(const plan &p) { return outputs_of(p) + 4; }
+
+template <int COLS, int TILES>
+static __device__ __forceinline__ void put_sums(const float (&acc)[TILES][COLS][4], float *sums,
+                                                bool gated, const plan &p) {
+    const share s = share_of(p);
+    uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, pitch = pitch_of(p);
+    float *to = sums + s.part * COLS * 8 * pitch;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint32_t tile = s.group + i * s.n_groups;
+        uint32_t at = gated ? tile * 8 + g : tile * TILE + g, next = gated ? p.tiles * 8 : 8;
+        if (tile >= p.tiles) continue;
+#pragma unroll
+        for (int j = 0; j < COLS; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                to[(8 * j + 2 * t + e % 2) * pitch + at + e / 2 * next] = acc[i][j][e];
+    }
+}
+
+/* The parts' sums in their order, from the thread blocks that have them. */
+static __device__ __forceinline__ float total(const plan &p, uint32_t at, uint32_t part_bytes) {
+    float sum = 0;
+    for (uint32_t q = 0, rank = 0, slot = 0; q < p.parts; q++) {
+        float v = ki_read_of(at + slot * part_bytes, rank);
+        sum = q ? sum + v : v;
+        if (++slot == p.here) slot = 0, rank++;
+    }
+    return sum;
+}
+
+template <int COLS>
+static __device__ __forceinline__ void finish(const ki_stream_call &c, const plan &p,
+                                              const place &at) {
+    uint32_t n_here = c.act_out ? p.tiles * 8 : outputs_of(p), pitch = pitch_of(p);
+    uint32_t n_all = c.act_out ? c.n / 2 : c.n, part_bytes = COLS * 8 * pitch * 4;
+    for (uint32_t o = threadIdx.x + at.rank * THREADS; o < n_here * c.m; o += THREADS * p.cluster) {
+        uint32_t m = o / n_here, i = o % n_here, from = at.ring + (m * pitch + i) * 4;
+        if (at.first + i >= n_all) continue;
+        float v = total(p, from, part_bytes);
+        if (c.act_out) {
+            float y = ki_gated(c.act, v, total(p, from + n_here * 4, part_bytes));
+            ki_store(c.act_out, (size_t)m * n_all + at.first + i, y, c.type);
+        } else {
+            float *to = c.out + m * c.out_stride + at.first + i;
+            *to = c.add ? *to + v : v;
+        }
+    }
+}
+
+static __device__ __forceinline__ void sync_all(const plan &p) {
+    if (p.cluster > 1) ki_cluster_sync();
+    else __syncthreads();
+}
+
+/* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are a norm made
+ * here, 0: x is read. */
+template <class T, int COLS, int TILES, int ROWS>
+static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
+    stream(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap rows,
+           const __grid_constant__ ki_stream_call c, const __grid_constant__ plan p) {
+    extern __shared__ uint8_t memory[];
+    __shared__ uint64_t bars[2][MOST_STAGES];
+    uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
+    place at;
+    at.rank = blockIdx.x % p.cluster;
+    at.first = blockIdx.x / p.cluster * p.tiles * (c.act_out ? TILE / 2 : TILE);
+    at.first_part = at.rank * p.here;
+    at.ring = base + skip, at.held = at.ring + p.ring_bytes;
+    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]);
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < p.n_stages; i++) {
+            ki_bar_init(at.full + 8 * i, KI_FILLERS);
+            ki_bar_init(at.empty + 8 * i, WARPS);
+        }
+        ki_bar_fence();
+    }
+    __syncthreads();
+    ki_pdl_launch();
+    float acc[TILES][COLS][4] = {};
+    if (threadIdx.x >= MULTIPLIERS) {
+        const ki_boxes w = {&weights, (const uint8_t *)c.weight,           c.n,
+                            c.k,      outputs_of(p) / (c.act_out ? 2 : 1), ki_leave_first()};
+        const ki_boxes x = {&rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
+        if (threadIdx.x - MULTIPLIERS < KI_FILLERS) fill(c, p, at, w, x);
+    } else {
+        if constexpr (ROWS > 0)
+            hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, memory + skip + p.ring_bytes);
+        ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
+        multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
+    }
+    ki_pdl_wait();   /* before what others wrote is added to, or written over */
+    __syncthreads(); /* the ring was read */
+    if (threadIdx.x < MULTIPLIERS)
+        put_sums<COLS, TILES>(acc, (float *)(memory + skip), c.act_out != NULL, p);
+    sync_all(p);
+    finish<COLS>(c, p, at);
+    if (p.cluster > 1) ki_cluster_sync(); /* a block stays until its sums were read */
+}
+
+/* ---- launches ---- */
+
+static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk,
+                    uint32_t most_bytes) {
+    plan p = {};
+    uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
+    p.parts = c.n <= 2048 ? 8 : c.n <= 8192 ? 4 : 1;
+    p.chunks = over(over(c.k, CHUNK), p.parts);
+    p.cluster = bulk && p.parts > 1 ? CLUSTER : 1;
+    p.here = p.parts / p.cluster;
+    uint32_t share = MOST_TILES * (WARPS / p.here) / p.cluster; /* most tiles of a block */
+    uint32_t rounds = over(n_tiles, n_sms * share);
+    p.tiles = over(n_tiles, n_sms * rounds) * p.cluster;
+    p.n_blocks = over(n_tiles, p.tiles) * p.cluster;
+    p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
+    p.stage_bytes = p.here * p.part_bytes;
+    p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
+    uint32_t held = c.m * p.held_bytes, fit = (RING_BYTES - held) / p.stage_bytes;
+    uint32_t most = (most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
+    p.n_stages = min(p.chunks, min(max(2u, min(fit, (uint32_t)MOST_STAGES)), max(1u, most)));
+    p.ring_bytes = max(p.n_stages * p.stage_bytes,
+                       over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
+    p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
+    return p;
+}
+
+/* [n_rows][n_cols] of 16 bits in boxes of box_rows; the function is the driver's. */
+static cudaError_t make_map(CUtensorMap *map, const void *data, uint32_t n_rows, uint32_t n_cols,
+                            uint32_t box_rows) {
+    typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                  const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t sizes[] = {n_cols, n_rows}, strides[] = {(cuuint64_t)n_cols * 2};
+    const cuuint32_t box[] = {CHUNK, box_rows}, steps[] = {1, 1};
+    cudaDriverEntryPointQueryResult found;
+    void *f = NULL;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e != cudaSuccess) return e;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+    CUresult r =
+        ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes, strides, box,
+                       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class T, int COLS, int TILES, int ROWS>
+static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, void *stream_) {
+    auto kernel = stream<T, COLS, TILES, ROWS>;
+    CUtensorMap weights = {}, rows = {};
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)p.shared_bytes);
+    if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
+    if (bulk && e == cudaSuccess)
+        e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
+    if (bulk && e == cudaSuccess && !c.raw) e = make_map(&rows, c.x, c.m, c.k, COLS * 8);
+    if (e != cudaSuccess) return e;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2] = {};
+    config.gridDim = p.n_blocks;
+    config.blockDim = THREADS;
+    config.dynamicSmemBytes = p.shared_bytes;
+    config.stream = (cudaStream_t)stream_;
+    config.attrs = attributes;
+    config.numAttrs = p.cluster > 1 ? 2 : 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = p.cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    return cudaLaunchKernelEx(&config, kernel, weights, rows, c, p);
+}
+
+template <class T, int COLS, int ROWS>
+static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
+    cudaFuncAttributes about;
+    int device = 0, n_sms = 0, most_bytes = 0;
+    cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, ROWS>);
+    if (e == cudaSuccess) e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e != cudaSuccess) return e;
+    bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
+    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, (uint32_t)most_bytes);
+    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, stream_)
+                                    : launch<T, COLS, 1, ROWS>(c, p, bulk, stream_);
+}
+
+template <class T> static cudaError_t dispatch(const ki_stream_call &c, void *stream_) {
+    if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(c, stream_);
+    if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(c, stream_);
+    if (c.m <= 8) return plan_and_launch<T, 1, 0>(c, stream_);
+    if (c.m <= 16) return plan_and_launch<T, 2, 0>(c, stream_);
+    if (c.m <= 32) return plan_and_launch<T, 4, 0>(c, stream_);
+    return plan_and_launch<T, 8, 0>(c, stream_);
+}
+
+extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k) {
+    return m <= NORM_ROWS && !norm->bias && (uintptr_t)norm->weight % sizeof(float4) == 0 &&
+           k % 8 == 0 && k <= 4 * KI_NORM_THREADS * (m == 1 ? KI_NORM_MOST_FOURS : 1);
+}
+
+extern "C" kivi_status ki_stream_run(const ki_stream_call *c, void *stream_, kivi_error *err) {
+    return ki_cuda_check(c->type == KI_CUDA_F16 ? dispatch<__half>(*c, stream_)
+                                                : dispatch<__nv_bfloat16>(*c, stream_),
+                         "product of few rows", err);
+}

@@ -1,0 +1,51 @@
+/* stream.h: products of up to 64 rows, for which time is what reading the weights once takes.
+ *
+ * Shapes. weight [n][k] and rows x [m][k] of `type`; out [m][n] float32. A thread block makes 16 to
+ * 256 outputs of all rows: one producer warp brings weights and rows into a ring of stages in
+ * shared memory, 64 columns a stage (tensor copies on sm_90, cp.async before), eight warps multiply
+ * them with mma.m16n8k16, weights as the tall operand. Weights depend on nothing: the ring is
+ * filled before the kernel before this one has ended (programmatic dependent launch), and leaves
+ * room for the ring of the one behind it, so that memory is never idle between two products.
+ *
+ * Order of sums. Columns are cut into 1, 4 or 8 parts, by n alone; each part is one float32 chain
+ * over steps of 16 columns, in their order; the parts are added in theirs. It depends on neither m
+ * nor a row's place nor the device's size: a row has the same bits in every batch of up to 64. */
+#ifndef KI_STREAM_H
+#define KI_STREAM_H
+#include "kv_cuda.h" /* ki_fail is C's */
+
+#include "dense_cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { KI_STREAM_ROWS = 64 };
+
+/* out[m][n] (+)= sum over k of x[m][k] weight[n][k]; m 1 to 64, k a multiple of 8; type F16 or
+ * BF16; weight and x 16-byte aligned. With act_out instead of out: gate and up are the first and
+ * the second half of the n rows, and act_out[m][n / 2] of `type` is act(gate) up, the bits that
+ * ki_cuda_activate makes of out. */
+typedef struct ki_stream_call {
+    float *out;
+    size_t out_stride;
+    const void *weight, *x;
+    uint32_t n, k, m;
+    ki_cuda_type type;
+    bool add;
+    void *act_out;   /* NULL: out */
+    ki_cuda_act act; /* SILU_MUL or GELU_MUL */
+    /* Instead of x, where ki_stream_takes_norm: x is norm(raw), raw [m][k] float32, the bits that
+     * ki_cuda_norm_rows makes of it. */
+    const float *raw;
+    ki_cuda_norm norm;
+} ki_stream_call;
+
+kivi_status ki_stream_run(const ki_stream_call *call, void *stream, kivi_error *err);
+/* Of few rows each thread block normalizes them by itself: one kernel less in the way. */
+bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
