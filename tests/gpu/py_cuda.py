@@ -117,7 +117,7 @@ CPU_CASES = [
     ('f16', 'llama-gqa', 300, ['--kv', 'f16', '--prompt', 200]),
     ('paper', 'llama-gqa', 300, ['--residual', 32, '--prompt', 200]),
     ('paper-chunks', 'llama-gqa', 300, ['--residual', 32, '--prompt', 200, '--prompt-chunk', 48]),
-    ('paper-r128', 'llama-gqa', 330, ['--prompt', 150]),
+    ('paper-r128', 'llama-gqa', 330, ['--kv', 'kivi2', '--prompt', 150]),
     ('stream', 'llama-gqa', 300, ['--residual', 32, '--rule', 'stream', '--prompt', 200]),
     ('stream-chunks', 'llama-gqa', 300, ['--residual', 32, '--rule', 'stream', '--prompt', 200, '--prompt-chunk', 7]),
     ('span', 'llama-gqa', 300, ['--residual', 32, '--rule', 'span:128', '--prompt', 250]),
@@ -133,7 +133,7 @@ CPU_CASES = [
     ('window', 'mistral-swa', 330, ['--residual', 32, '--prompt', 200]),
     ('window-chunks', 'mistral-swa', 330, ['--residual', 32, '--prompt', 200, '--prompt-chunk', 33]),
     ('gemma', 'gemma3', 330, ['--residual', 32, '--prompt', 200]),
-    ('dynamic', 'dynamic', 330, ['--ctx', 512, '--prompt', 150]),
+    ('dynamic', 'dynamic', 330, ['--kv', 'kivi2', '--ctx', 512, '--prompt', 150]),
     ('falcon', 'falcon-gqa', 300, ['--residual', 32, '--prompt', 200]),
 ]
 
@@ -281,7 +281,7 @@ def command():
         assert lengths == [(b, 128 << i) for b in batches for i in range(11)], lengths
         shares = [r['read_share'] for r in rows if r['what'] == 'decode']
         assert all(0 < s < 3 for s in shares), shares  # small ones are in the L2 cache
-        table = good(*args, '--measure', 'append', '--no-pdl').out
+        table = good(*args, '--measure', 'append', '--no-pdl').text
         assert table.count('| append ') == 6 and 'plain launches' in table, table
     with case('command/bf16'):
         full = logits(model, load('llama-gqa/tokens.json')[:60], '--device', 'cpu', '--kv', 'f16')
