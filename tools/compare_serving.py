@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""compare_serving.py: `kivi serve` and `llama_cpp.server` on one model file and one machine, with the same requests.
+"""compare_serving.py: `kivi serve`, `llama_cpp.server` and llama.cpp's own batched decode on one model file and one
+machine, with the same requests.
 
   compare_serving.py MODEL.gguf PYTHON [--at-once 16] [--prompt 1024] [--answer 128] [--threads 2] [--kv kivi2]
 
 PYTHON is an interpreter that can `import llama_cpp.server` (pip install "llama-cpp-python[server]"). Each server gets
 the same texts at the same time, none of which ends early; what counts is generated tokens a second from the first
-request to the last answer. Prints a line for each and the ratio."""
+request to the last answer. llama.cpp's own batched decode is its library without a server (compare_llama.py): each
+prompt in batches of 512 rows, then steps of a row of each sequence. Prints a line for each and the ratios."""
 import argparse
 import http.client
 import json
@@ -19,6 +21,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, 'tests'))
+from compare_llama import PROMPT_ROWS, Llama  # noqa: E402
 from serve_client import Server  # noqa: E402
 
 KIVI = os.path.join(ROOT, os.environ.get('KIVI_BIN') or 'build/kivi')
@@ -75,7 +78,31 @@ def answers(port):
         return False
 
 
+def llama_job(job):
+    """In the interpreter that has llama_cpp: seconds for all prompts and answers."""
+    llama, depth = Llama(job), job['depth']
+    llama.decode([(0, pos, pos == 7) for pos in range(8)])  # warm
+    llama.api.llama_memory_clear(llama.memory, False)
+    begun = time.monotonic()
+    for seq in range(job['batch']):
+        for first in range(0, depth, PROMPT_ROWS):
+            end = min(first + PROMPT_ROWS, depth)
+            llama.decode([(seq, pos, pos == depth - 1) for pos in range(first, end)])
+    llama.steps(job['steps'])
+    print(time.monotonic() - begun)
+
+
+def batched(o):
+    job = {'model': os.path.abspath(o.model), 'kind': 'f16', 'depth': o.prompt, 'batch': o.at_once,
+           'threads': o.threads, 'steps': o.answer}
+    done = subprocess.run([o.python, os.path.abspath(__file__), '--llama-job', json.dumps(job)], check=True,
+                          stdout=subprocess.PIPE, text=True)
+    return float(done.stdout), o.at_once * o.prompt, o.at_once * o.answer
+
+
 def main():
+    if sys.argv[1:2] == ['--llama-job']:
+        return llama_job(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('model')
     parser.add_argument('python')
@@ -107,7 +134,8 @@ def main():
     finally:
         process.kill()
         process.wait()
-    print(f'kivi / llama_cpp.server: {ours / theirs:.2f}')
+    alone = say('llama.cpp, batched decode, f16', batched(o))
+    print(f'kivi / llama_cpp.server: {ours / theirs:.2f}; kivi / batched decode: {ours / alone:.2f}')
     return 0
 
 
