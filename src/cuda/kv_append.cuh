@@ -25,12 +25,6 @@ struct append_args {
  * 32 tokens. */
 enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, MAX_DIM = 256 };
 
-KI_DEV float load_element(const void *x, ki_cuda_type type, uint64_t at) {
-    if (type == KI_CUDA_F32) return ((const float *)x)[at];
-    if (type == KI_CUDA_F16) return __half2float(((const __half *)x)[at]);
-    return __bfloat162float(((const __nv_bfloat16 *)x)[at]);
-}
-
 struct row_check {
     bool is_bad;
     uint32_t n_saturated;

@@ -32,7 +32,7 @@
  * A step with prompt rows is, for each layer,
  *     ki_cuda_prompt_append   rope, float16 rows of the step, codes of what falls behind the line
  *     ki_cuda_prompt_attend   reads codes, the window as it was before the step, and the step's
- * rows (kv_prompt.h)
+ *                             rows (kv_prompt.h)
  *     ki_cuda_prompt_window   the step's newest rows into the window
  * (in this order: the window's old rows are read before they are overwritten). Sequences with one
  * generated row can be in the same step. Under the rule `paper` a prompt that is fed in several

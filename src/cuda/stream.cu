@@ -393,11 +393,13 @@ static cudaError_t make_map(CUtensorMap *map, const void *data, uint32_t n_rows,
 }
 
 template <class T, int COLS, int TILES, int ROWS>
-static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, void *stream_) {
+static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, uint32_t most_bytes,
+                          void *stream_) {
     auto kernel = stream<T, COLS, TILES, ROWS>;
     CUtensorMap weights = {}, rows = {};
+    /* The same for all launches: another engine's thread may be between this line and its own. */
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)p.shared_bytes);
+                                         (int)(most_bytes - BARRIER_BYTES));
     if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
     if (bulk && e == cudaSuccess)
         e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
@@ -431,9 +433,10 @@ static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
         e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e != cudaSuccess) return e;
     bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
-    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, (uint32_t)most_bytes);
-    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, stream_)
-                                    : launch<T, COLS, 1, ROWS>(c, p, bulk, stream_);
+    uint32_t most = (uint32_t)most_bytes;
+    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, most);
+    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, most, stream_)
+                                    : launch<T, COLS, 1, ROWS>(c, p, bulk, most, stream_);
 }
 
 template <class T> static cudaError_t dispatch(const ki_stream_call &c, void *stream_) {
