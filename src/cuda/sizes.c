@@ -81,7 +81,9 @@ static size_t scratch_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                          const ki_backend_sizes *s) {
     const uint64_t most_bytes = 512ull << 20;
     if (b->without & KI_PART_FUSED || s->n_rows < 2) return 0;
-    return align((size_t)ki_prompt_scratch_bytes(layout, s->max_tokens, s->max_items, most_bytes));
+    /* sequences of a pass that have two rows or more; in the batch-invariant mode one */
+    uint32_t n_seqs = b->invariant ? 1 : KI_MIN(s->max_items, s->n_rows / 2);
+    return align((size_t)ki_prompt_scratch_bytes(layout, s->max_tokens, n_seqs, most_bytes));
 }
 
 static size_t plans_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,

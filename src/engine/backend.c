@@ -193,7 +193,8 @@ kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32
     if (all <= room) return KIVI_OK;
     return KI_FAIL(err, NOMEM,
                    "device memory: weights %.0f, pages %.0f, windows %.0f and workspace %.0f MiB "
-                   "exceed %.0f MiB%s; fewer sessions or a shorter context would need less",
+                   "exceed %.0f MiB%s; fewer sessions, a shorter context or fewer rows a step need "
+                   "less",
                    (double)weights / mib, (double)pages / mib, (double)cache.kv_residual / mib,
                    (double)rest / mib, (double)room / mib,
                    b->limit_bytes && b->limit_bytes <= b->free_bytes ? " (the limit that was set)"
