@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """py_serve.py: `kivi serve`, `kivi batch` and `kivi bench serve` from outside, on a tiny random model: endpoints,
 parameters, errors, streams, clients that leave or do not read, draining, malformed input."""
+import contextlib
 import ctypes
+import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -688,6 +691,55 @@ def stalls():
         s.until(lambda: pages(s) == 0, 'the pages are free', 10)
 
 
+@contextlib.contextmanager
+def unread_server():
+    """A server, the end of a pipe that its log goes to, and an open connection; read up to its start, no further."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen([KIVI, 'serve', MODEL, '--port', '0', *COMMON], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    try:
+        seen = b''
+        while b'listening at' not in seen or b'serving' not in seen:
+            more = os.read(reader, 65536)
+            assert more, seen
+            seen += more
+        port = int(re.search(rb'listening at http://127.0.0.1:(\d+)', seen)[1])
+        yield process, reader, http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+
+
+def fill_log(link, n_bytes):
+    line = len(b'{"time":"2026-01-01T00:00:00.000Z","level":"info","message":"request","client":"127.0.0.1"')
+    for _ in range(n_bytes // line + 100):
+        link.request('GET', '/health')
+        assert link.getresponse().read() == b'{"status":"ok"}'
+    link.close()
+
+
+def slow_log():
+    with case('a log that nobody reads: answers go on, lines are dropped and counted'), \
+            unread_server() as (process, reader, link):
+        fill_log(link, 5 << 18)  # more than the pipe and 1 MiB
+        rest = bytearray()
+        while b'dropped' not in rest:
+            more = os.read(reader, 65536)
+            assert more, rest[-300:]
+            rest += more
+        told = next(x for x in bytes(rest).split(b'\n') if b'dropped' in x)
+        assert int(re.search(rb'(\d+) lines of the log were dropped', told)[1]) > 0, told
+        assert json.loads(told)['level'] == 'warning', told
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    with case('nor does it keep the server from ending'), unread_server() as (process, _, link):
+        fill_log(link, 1 << 18)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
 def keys():
     path = write('keys.txt', '# our keys\nfirst-key\n\nsecond-key \n')
     with case('API keys'), Server(KIVI, MODEL, *COMMON, '--api-key', 'third', '--api-key-file', path) as s:
@@ -820,6 +872,7 @@ slow_readers()
 drains()
 limits()
 stalls()
+slow_log()
 keys()
 batches()
 finish()

@@ -229,6 +229,7 @@ static int run(server *s, const options *o) {
     sigaddset(&k.signals, SIGTERM);
     sigaddset(&k.signals, SIGINT);
     pthread_sigmask(SIG_BLOCK, &k.signals, NULL); /* before any thread is made: they inherit it */
+    if (!log_start(s)) return out_of_memory("the log");
     if (!http_start(s)) {
         fputs("kivi: error: the HTTP server could not be started (are certificate and key a "
               "pair?)\n",
@@ -259,6 +260,7 @@ int command_serve(const options *o) {
     if (!code) fit_descriptors(s);
     if (!code) code = open_listener(s, o);
     if (!code) code = run(s, o);
+    log_stop(s);
     model_unload(s);
     keys_deinit(&s->keys);
     metrics_deinit(&s->counts);

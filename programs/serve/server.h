@@ -78,6 +78,7 @@ struct server {
     metrics counts;
     struct MHD_Daemon *daemon;
     shared_flag loaded, draining, stalled;
+    struct log_writer *log_writer; /* NULL: lines are written at once */
     shared_count n_connections;
     int64_t created_s;
     pthread_mutex_t lock;   /* of the lists */
@@ -96,7 +97,11 @@ struct server {
 uint64_t now_us(void);
 params_context server_context(const server *s);
 
-/* ---- log.c: one line an event to standard error ---- */
+/* ---- log.c: one line an event to standard error ----
+ * Between start and stop a thread of its own writes them, and a reader that stops delays nobody:
+ * what does not fit into 1 MiB is dropped and counted. stop waits two seconds for the rest. */
+bool log_start(server *s);
+void log_stop(server *s);
 typedef struct request_log {
     char id[48];
     const char *method, *path;
