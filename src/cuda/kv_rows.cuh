@@ -43,12 +43,14 @@ KI_DEV void store_four(void *out, ki_cuda_type type, uint64_t at, float4 x) {
     *(uint2 *)((uint16_t *)out + at) = two;
 }
 
-/* Turns a row [D] in shared memory (plus.h), there and back alike. All threads of the block call
- * it, in step with whoever wrote the row. */
-KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
+/* Turns a row [D] in shared memory (plus.h), there and back alike, by n_threads threads that
+ * in_step keeps together. All of them call it, in step with whoever wrote the row. */
+template <class InStep>
+KI_DEV void turn_row_by(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads,
+                        InStep in_step) {
     uint32_t block = head_dim & (0u - head_dim);
     for (uint32_t h = 1; h < block; h *= 2) {
-        __syncthreads();
+        in_step();
         for (uint32_t k = thread; k < head_dim / 2; k += n_threads) {
             uint32_t i = k / h * 2 * h + k % h;
             float x = row[i], y = row[i + h];
@@ -56,28 +58,18 @@ KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_
             row[i + h] = __fsub_rn(x, y);
         }
     }
-    __syncthreads();
+    in_step();
     float f = __frsqrt_rn((float)block);
     for (uint32_t i = thread; i < head_dim; i += n_threads) row[i] = __fmul_rn(row[i], f);
-    __syncthreads();
+    in_step();
 }
 
-/* The same by one warp. */
+/* By a thread block, and by one warp. */
+KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
+    turn_row_by(row, head_dim, thread, n_threads, [] { __syncthreads(); });
+}
 KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
-    uint32_t block = head_dim & (0u - head_dim);
-    for (uint32_t h = 1; h < block; h *= 2) {
-        __syncwarp();
-        for (uint32_t k = lane; k < head_dim / 2; k += 32) {
-            uint32_t i = k / h * 2 * h + k % h;
-            float x = row[i], y = row[i + h];
-            row[i] = __fadd_rn(x, y);
-            row[i + h] = __fsub_rn(x, y);
-        }
-    }
-    __syncwarp();
-    float f = __frsqrt_rn((float)block);
-    for (uint32_t i = lane; i < head_dim; i += 32) row[i] = __fmul_rn(row[i], f);
-    __syncwarp();
+    turn_row_by(row, head_dim, lane, 32, [] { __syncwarp(); });
 }
 
 #endif
