@@ -146,9 +146,10 @@ $(BUILD)/libkivi-cuda-kernels.a: $(CUDA_OBJ) $(SDPA_OBJ)
 $(BUILD)/check-cuda: $(BUILD)/tests/cuda/check_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # The same beside the cache: tokens drawn against engine/draw.c, products of few rows.
-DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/dense.cu cuda/stream.cu engine/draw)
+DENSE_OBJ := $(patsubst %,$(BUILD)/src/%.o,cuda/draw.cu cuda/dense.cu cuda/stream.cu cuda/stream_wide.cu \
+               cuda/gemm engine/draw)
 $(BUILD)/check-dense: $(BUILD)/tests/cuda/check_dense.cu.o $(DENSE_OBJ) $(CORE_OBJ)
-	$(NVCC) -cudart static $^ -o $@ -lpthread -lm
+	$(NVCC) -cudart static $^ -o $@ -L$(CUDA_HOME)/lib64 -lcublasLt -lpthread -lm
 $(BUILD)/tune-cuda: $(BUILD)/tests/cuda/tune_cuda.cu.o $(CORE_OBJ) $(CUDA_OBJ) $(SDPA_OBJ)
 	$(NVCC) -cudart static $^ -o $@ -lpthread -lm -ldl
 # cuDNN's plans without a device (tests/py_sdpa.py): the driver in their way is one of our own.

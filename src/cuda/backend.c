@@ -70,7 +70,7 @@ static void plan(kivi_memory *out, const ki_backend *backend, const ki_config *c
     }
     out->weights = s.vector_floats * sizeof(float);
     out->activations = s.arena_bytes;
-    out->workspace = s.gemm_bytes + 2 * s.plan_bytes + s.scratch_bytes;
+    out->workspace = s.gemm_bytes + s.stream_bytes + 2 * s.plan_bytes + s.scratch_bytes;
 }
 
 /* ---- which kernels ---- */

@@ -106,6 +106,7 @@ typedef struct ki_cuda_buffers { /* device memory; rows as padded for products *
     uint16_t *q16, *k_rows, *v_rows;    /* f16 */
     uint8_t *upload, *result, *plan[2]; /* plan[1]: of the layers with a sliding window */
     uint8_t *scratch;                   /* old rows of prompts (kv_prompt.h) */
+    uint8_t *sums;                      /* of products (stream.h) */
 } ki_cuda_buffers;
 
 /* Of a pass, as launches see it. A step is one, or in the batch-invariant mode several: its logits
@@ -162,7 +163,7 @@ typedef struct ki_cuda_sizes {
     uint32_t n_rows, n_logits, n_slots; /* as padded */
     ki_cuda_upload upload;
     ki_cuda_result result;
-    size_t offsets[16], arena_bytes, vector_floats, gemm_bytes, plan_bytes;
+    size_t offsets[16], arena_bytes, vector_floats, gemm_bytes, stream_bytes, plan_bytes;
     size_t scratch_bytes;
 } ki_cuda_sizes;
 bool ki_cuda_sizes_of(ki_cuda_sizes *out, const ki_cuda_backend *b, const ki_config *config,
@@ -183,7 +184,7 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
-                         kivi_error *err);
+                             kivi_error *err);
 /* The sequences of a pass with prompts (host memory) and the scratch, for kv_prompt.h. */
 ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */

@@ -174,12 +174,68 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
+/* The same bits of a norm without a mean by a quarter of the threads: beside the blocks of two
+ * products a multiprocessor has no registers for more, and the second one would have to wait. */
+enum { RMS_THREADS = 256, RMS_SHARE = ROW_THREADS / RMS_THREADS };
+
+template <int FOURS>
+static __global__ void __launch_bounds__(RMS_THREADS)
+    rms_held(void *h, const float *from, ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
+    __shared__ float sums[WARPS];
+    const float4 zero = {0, 0, 0, 0};
+    float4 v[RMS_SHARE][FOURS], w[RMS_SHARE][FOURS];
+    ki_pdl_launch();
+    const float4 *x = (const float4 *)from + (size_t)blockIdx.x * (n / 4);
+#pragma unroll
+    for (int s = 0; s < RMS_SHARE; s++)
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            uint32_t i = threadIdx.x + RMS_THREADS * s + ROW_THREADS * k;
+            w[s][k] = i < n / 4 ? ((const float4 *)norm.weight)[i] : zero;
+        }
+    ki_pdl_wait();
+#pragma unroll
+    for (int s = 0; s < RMS_SHARE; s++)
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            uint32_t i = threadIdx.x + RMS_THREADS * s + ROW_THREADS * k;
+            v[s][k] = i < n / 4 ? x[i] : zero;
+        }
+#pragma unroll
+    for (int s = 0; s < RMS_SHARE; s++) {
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) sum = ki_add_squares(sum, v[s][k]);
+        sum = ki_warp_sum(sum);
+        if (threadIdx.x % 32 == 0) sums[(threadIdx.x + RMS_THREADS * s) / 32] = sum;
+    }
+    __syncthreads();
+    float scale = ki_norm_scale(ki_warp_sum(sums[threadIdx.x % 32]), n, norm.eps);
+#pragma unroll
+    for (int s = 0; s < RMS_SHARE; s++)
+#pragma unroll
+        for (int k = 0; k < FOURS; k++) {
+            uint32_t i = threadIdx.x + RMS_THREADS * s + ROW_THREADS * k;
+            if (i >= n / 4) continue;
+            float4 y = ki_times_weight(v[s][k], scale, w[s][k], zero);
+            size_t at = (size_t)blockIdx.x * n + 4 * i;
+            ki_store(h, at, y.x, type), ki_store(h, at + 1, y.y, type);
+            ki_store(h, at + 2, y.z, type), ki_store(h, at + 3, y.w, type);
+        }
+}
+
 /* False: the row is too long, or its float4 would not be aligned. */
 static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
                         uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
     uintptr_t ends =
         (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight | (uintptr_t)norm->bias;
     if (n % 4 || n > KI_NORM_MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
+    if (h && !norm->bias) {
+        auto rms = n <= 4 * ROW_THREADS ? rms_held<1> : rms_held<KI_NORM_MOST_FOURS>;
+        ki_share_multiprocessors(rms);
+        ki_launch(rms, n_rows, RMS_THREADS, 0, true, stream, h, from, *norm, n, type);
+        return true;
+    }
     auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<KI_NORM_MOST_FOURS>;
     ki_share_multiprocessors(kernel);
     ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type);

@@ -31,6 +31,7 @@ static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, 
                           .k = shape.k,
                           .m = m,
                           .type = b->type,
+                          .workspace = b->buffers.sums,
                           .add = add};
     if (is_few(b, s, m)) return ki_stream_run(&few, b->memory.stream, err);
     if (s->decode && b->fixed_rows) m = b->fixed_rows; /* buffers have so many rows */
@@ -227,6 +228,7 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
                            .k = k,
                            .m = m,
                            .type = b->type,
+                           .workspace = b->buffers.sums,
                            .act_out = p->act_out,
                            .act = p->act};
     if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {

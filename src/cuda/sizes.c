@@ -30,11 +30,12 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
     return (s->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
-/* Of more than 16 rows cuBLASLt's are faster (SPEED.md); their bits change with the rows. */
+/* Below compute capability 9.0 cuBLASLt's are faster above 16 rows; their bits change with the rows.
+ */
 uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b) {
     enum { FASTEST_ROWS = 16 };
     if (b->type == KI_CUDA_F32 || b->without & KI_PART_STREAM) return 0;
-    return b->invariant ? KI_STREAM_ROWS : FASTEST_ROWS;
+    return b->invariant || b->compute_major >= 9 ? KI_STREAM_ROWS : FASTEST_ROWS;
 }
 
 /* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
@@ -135,6 +136,7 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
     o->arena_bytes = at;
     o->vector_floats = vectors_of(c);
     o->gemm_bytes = KI_GEMM_WORKSPACE_BYTES;
+    o->stream_bytes = KI_STREAM_WORKSPACE_BYTES;
     o->plan_bytes = plans_of(b, layout, o, s->max_tokens);
     o->scratch_bytes = scratch_of(b, layout, s);
     return true;

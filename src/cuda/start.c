@@ -66,7 +66,8 @@ static void place_buffers(ki_cuda_backend *b, const ki_cuda_sizes *s) {
         uint8_t *p = base + s->offsets[i];
         memcpy(out[i], &p, sizeof p);
     }
-    b->buffers.plan[0] = b->workspace + s->gemm_bytes;
+    b->buffers.sums = b->workspace + s->gemm_bytes;
+    b->buffers.plan[0] = b->buffers.sums + s->stream_bytes;
     b->buffers.plan[1] = b->buffers.plan[0] + s->plan_bytes;
     b->buffers.scratch = b->buffers.plan[1] + s->plan_bytes;
     b->scratch_bytes = s->scratch_bytes;
@@ -113,7 +114,7 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
         return KI_FAIL(err, NOMEM, "cuda: %u rows a step overflow", b->sizes.n_rows);
     KI_TRY(take(&b->arena, b, KI_TAG_activations, s.arena_bytes, err));
     KI_TRY(take(&b->workspace, b, KI_TAG_workspace,
-                s.gemm_bytes + 2 * s.plan_bytes + s.scratch_bytes, err));
+                s.gemm_bytes + s.stream_bytes + 2 * s.plan_bytes + s.scratch_bytes, err));
     KI_TRY(take(&b->vectors, b, KI_TAG_weights, s.vector_floats * sizeof(float), err));
     KI_TRY(take_host(b, &s, err));
     place_buffers(b, &s);
@@ -242,6 +243,9 @@ kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
     KI_TRY(
         ki_cuda_check(cudaMemsetAsync(b->buffers.upload, 0, b->upload_at.n_bytes, b->memory.stream),
                       "upload", err));
+    KI_TRY(ki_cuda_check(
+        cudaMemsetAsync(b->buffers.sums, 0, KI_STREAM_COUNTER_BYTES, b->memory.stream),
+        "counters of products", err));
     KI_TRY(ki_cuda_run_pass(b, &one, err));
     KI_TRY(ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "first pass", err));
     uint32_t last = ki_cuda_bucket(b->sizes.max_items);

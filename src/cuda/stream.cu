@@ -5,6 +5,7 @@
 #include "norm.cuh"
 #include "pdl.cuh"
 #include "stream_ring.cuh"
+#include "stream_wide.h"
 
 /* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
 enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
@@ -350,7 +351,7 @@ static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool
                     uint32_t most_bytes) {
     plan p = {};
     uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
-    p.parts = c.n <= 2048 ? 8 : c.n <= 8192 ? 4 : 1;
+    p.parts = ki_stream_parts(c.n);
     p.chunks = over(over(c.k, CHUNK), p.parts);
     p.cluster = bulk && p.parts > 1 ? CLUSTER : 1;
     p.here = p.parts / p.cluster;
@@ -370,28 +371,6 @@ static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool
     return p;
 }
 
-/* [n_rows][n_cols] of 16 bits in boxes of box_rows; the function is the driver's. */
-static cudaError_t make_map(CUtensorMap *map, const void *data, uint32_t n_rows, uint32_t n_cols,
-                            uint32_t box_rows) {
-    typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                                  const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    const cuuint64_t sizes[] = {n_cols, n_rows}, strides[] = {(cuuint64_t)n_cols * 2};
-    const cuuint32_t box[] = {CHUNK, box_rows}, steps[] = {1, 1};
-    cudaDriverEntryPointQueryResult found;
-    void *f = NULL;
-    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
-                                                     cudaEnableDefault, &found);
-    if (e != cudaSuccess) return e;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
-    CUresult r =
-        ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes, strides, box,
-                       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <class T, int COLS, int TILES, int ROWS>
 static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, uint32_t most_bytes,
                           void *stream_) {
@@ -402,8 +381,8 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, uin
                                          (int)(most_bytes - BARRIER_BYTES));
     if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
     if (bulk && e == cudaSuccess)
-        e = make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
-    if (bulk && e == cudaSuccess && !c.raw) e = make_map(&rows, c.x, c.m, c.k, COLS * 8);
+        e = ki_make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
+    if (bulk && e == cudaSuccess && !c.raw) e = ki_make_map(&rows, c.x, c.m, c.k, COLS * 8);
     if (e != cudaSuccess) return e;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
@@ -433,6 +412,7 @@ static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
         e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e != cudaSuccess) return e;
     bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
+    if (bulk && !c.raw) return ki_stream_wide(c, (uint32_t)n_sms, stream_);
     uint32_t most = (uint32_t)most_bytes;
     plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, most);
     return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, most, stream_)

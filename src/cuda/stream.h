@@ -1,6 +1,7 @@
 /* stream.h: products of up to 64 rows, for which time is what reading the weights once takes.
  *
- * Shapes. weight [n][k] and rows x [m][k] of `type`; out [m][n] float32. A thread block makes 16 to
+ * Shapes. weight [n][k] and rows x [m][k] of `type`; out [m][n] float32. On sm_90a most of them are
+ * stream_wide.h's. What is left, and all on sm_80, is stream.cu's: a thread block makes 16 to
  * 256 outputs of all rows: one producer warp brings weights and rows into a ring of stages in
  * shared memory, 64 columns a stage (tensor copies on sm_90, cp.async before), eight warps multiply
  * them with mma.m16n8k16, weights as the tall operand. Weights depend on nothing: the ring is
@@ -22,6 +23,10 @@ extern "C" {
 
 enum { KI_STREAM_ROWS = 64 };
 
+/* Device memory of the products of one CUDA stream: counters, 0 before the first one (each leaves
+ * them so), then sums. */
+enum { KI_STREAM_COUNTER_BYTES = 4096, KI_STREAM_WORKSPACE_BYTES = 12 << 20 };
+
 /* out[m][n] (+)= sum over k of x[m][k] weight[n][k]; m 1 to 64, k a multiple of 8; type F16 or
  * BF16; weight and x 16-byte aligned. With act_out instead of out: gate and up are the first and
  * the second half of the n rows, and act_out[m][n / 2] of `type` is act(gate) up, the bits that
@@ -33,6 +38,7 @@ typedef struct ki_stream_call {
     uint32_t n, k, m;
     ki_cuda_type type;
     bool add;
+    void *workspace; /* KI_STREAM_WORKSPACE_BYTES */
     void *act_out;   /* NULL: out */
     ki_cuda_act act; /* SILU_MUL or GELU_MUL */
     /* Instead of x, where ki_stream_takes_norm: x is norm(raw), raw [m][k] float32, the bits that

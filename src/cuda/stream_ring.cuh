@@ -6,11 +6,15 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 static __device__ __forceinline__ uint32_t ki_shared(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
+
+/* Parts that the columns are cut into (stream.h). */
+static inline uint32_t ki_stream_parts(uint32_t n) { return n <= 2048 ? 8 : n <= 8192 ? 4 : 1; }
 
 /* ---- barriers ---- */
 
@@ -68,6 +72,28 @@ static __device__ __forceinline__ uint64_t ki_leave_last(void) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
+}
+
+/* Host: [n_rows][n_cols] of 16 bits in boxes of box_rows; the function is the driver's. */
+static inline cudaError_t ki_make_map(CUtensorMap *map, const void *data, uint32_t n_rows,
+                                      uint32_t n_cols, uint32_t box_rows) {
+    typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                  const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t sizes[] = {n_cols, n_rows}, strides[] = {(cuuint64_t)n_cols * 2};
+    const cuuint32_t box[] = {64, box_rows}, steps[] = {1, 1};
+    cudaDriverEntryPointQueryResult found;
+    void *f = NULL;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e != cudaSuccess) return e;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+    CUresult r =
+        ((encode_fn)f)(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)data, sizes, strides, box,
+                       steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 /* Before the copies of a stage. */

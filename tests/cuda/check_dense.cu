@@ -12,6 +12,7 @@
 
 extern "C" {
 #include "engine.h"
+#include "gemm.h"
 }
 
 #include <cuda_bf16.h>
@@ -203,6 +204,7 @@ enum { MOST = KI_STREAM_ROWS, BESIDE = 16 }; /* BESIDE: floats behind a row of o
 struct product_case {
     uint32_t n, k;
     ki_cuda_type type;
+    device_array<uint8_t> workspace;
     device_array<uint16_t> w, x;
     device_array<float> out;
     std::vector<float> w_values, x_values;
@@ -228,11 +230,14 @@ struct product_case {
         for (size_t i = 0; i < bits.size(); i++) bits[i] = bits_of(r.normal(), &x_values[i]);
         x.make(bits.size()), x.put(bits.data(), bits.size());
         out.make((size_t)MOST * (n + BESIDE));
+        workspace.make(KI_STREAM_WORKSPACE_BYTES);
+        MUST(cudaMemset(workspace.data, 0, KI_STREAM_COUNTER_BYTES));
     }
     ki_stream_call call(uint32_t first_row, uint32_t m) {
         ki_stream_call c = {};
         c.out = out.data, c.out_stride = n + BESIDE, c.weight = w.data;
         c.x = x.data + (size_t)first_row * k, c.n = n, c.k = k, c.m = m, c.type = type;
+        c.workspace = workspace.data;
         return c;
     }
     /* [m][n] of rows from first_row on; add: to what begin says everywhere. */
@@ -311,6 +316,7 @@ static void run_products(uint32_t n, uint32_t k, ki_cuda_type type) {
     ki_stream_call c = p.call(0, MOST);
     std::vector<float> all = p.get(c, 0.25f);
     compare_product(p, all, MOST, 0);
+    CHECK(all == p.get(c, 0.25f), "other bits the second time");
     c.add = true;
     compare_product(p, p.get(c, 3), MOST, 3);
     static const uint32_t counts[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64};
@@ -324,6 +330,8 @@ static void run_products(uint32_t n, uint32_t k, ki_cuda_type type) {
         if (n % 2 == 0) compare_gated(p, m);
     }
     for (uint32_t m = 1; m <= 4; m++) compare_normed(p, m, r);
+    for (uint8_t b : p.workspace.get(0, KI_STREAM_COUNTER_BYTES))
+        CHECK(b == 0, "a counter is not 0 afterwards");
     end_case();
 }
 
@@ -333,7 +341,7 @@ static void check_products() {
     } shapes[] = {{1, 8},       {2, 8},       {33, 72},     {100, 64},    {288, 128},
                   {960, 576},   {576, 1536},  {1000, 520},  {2050, 1032}, {4096, 4096},
                   {4100, 4096}, {512, 11008}, {5000, 8192}, {8200, 200},  {12288, 1024},
-                  {22016, 136}, {49152, 72}};
+                  {22016, 136}, {49152, 72},  {6144, 512},  {28672, 264}};
     for (int bf16 = 0; bf16 < 2; bf16++)
         for (const auto &s : shapes)
             if (open_case(text("products/%s-%ux%u", bf16 ? "bf16" : "f16", s.n, s.k)))
@@ -387,33 +395,47 @@ template <class F> static double time_graph(F f) {
     return least * 1e3;
 }
 
-/* The products of Llama-2-7B, N of each in a row or of all four, behind each other in a graph: what
- * they read a second, and the share of a stream that only reads. Rows are always the same. */
+/* The products of Llama-2-7B, N of each in a row or of the four of a layer, behind each other in a
+ * graph: what they read a second, and the share of a stream that only reads; beside cuBLASLt's of
+ * the same rows, with the activation behind it. Rows are always the same. */
 struct product_chain {
-    enum { N = 8 };
+    enum { N = 8, SHAPES = 5, OF_LAYER = 4 };
     struct shape {
         const char *name;
         uint32_t n, k;
         bool normed, gated, add;
-    } shapes[4] = {{"qkv", 12288, 4096, true, false, false},
-                   {"o", 4096, 4096, false, false, true},
-                   {"gate-up", 22016, 4096, true, true, false},
-                   {"down", 4096, 11008, false, false, true}};
+    } shapes[SHAPES] = {{"qkv", 12288, 4096, true, false, false},
+                        {"o", 4096, 4096, false, false, true},
+                        {"gate-up", 22016, 4096, true, true, false},
+                        {"down", 4096, 11008, false, false, true},
+                        {"output", 32000, 4096, false, false, false}};
     device_array<uint16_t> weights, x, act;
     device_array<float> out, raw, norm_weight;
+    device_array<uint8_t> workspace, sums;
+    ki_mem mem;
+    ki_gemm *gemm = NULL;
     double read_gbs = 0;
 
     size_t floats_of(int i) const { return (size_t)shapes[i].n * shapes[i].k; }
+    ki_gemm_shape gemm_shape(int i) const { return {shapes[i].n, shapes[i].k, shapes[i].n}; }
     void make() {
         size_t all = 0;
-        for (int i = 0; i < 4; i++) all += N * floats_of(i);
+        for (int i = 0; i < SHAPES; i++) all += N * floats_of(i);
         weights.make(all), x.make((size_t)MOST * 11008), act.make((size_t)MOST * 11008);
-        out.make((size_t)MOST * 22016), raw.make((size_t)MOST * 4096), norm_weight.make(4096);
+        out.make((size_t)MOST * 32000), raw.make((size_t)MOST * 4096), norm_weight.make(4096);
         fill_halves<<<1024, 256>>>((uint32_t *)weights.data, all / 2);
         fill_halves<<<64, 256>>>((uint32_t *)x.data, x.n / 2);
         MUST(cudaMemset(raw.data, 0, raw.n * 4));
         MUST(cudaMemset(norm_weight.data, 0, norm_weight.n * 4));
         MUST(cudaMemset(out.data, 0, out.n * 4));
+        workspace.make(KI_GEMM_WORKSPACE_BYTES), sums.make(KI_STREAM_WORKSPACE_BYTES);
+        MUST(cudaMemset(sums.data, 0, KI_STREAM_COUNTER_BYTES));
+        ki_mem_init(&mem);
+        CHECK_OK(ki_gemm_create(&gemm, &mem, workspace.data, KI_GEMM_F16, NULL, err));
+        for (int i = 0; i < SHAPES && !check_failed(); i++) {
+            ki_gemm_shape s = gemm_shape(i);
+            CHECK_OK(ki_gemm_prepare(gemm, &s, MOST, err));
+        }
         size_t words = all / 8 / 65536 * 65536;
         for (uint32_t blocks : {132u, 528u, 2112u}) {
             double us = time_graph([&](cudaStream_t s) {
@@ -423,16 +445,25 @@ struct product_chain {
             read_gbs = std::max(read_gbs, words * 16.0 / us * 1e-3);
         }
     }
-    void queue(int i, uint32_t turn, uint32_t m, bool norms, cudaStream_t s) {
+    enum way { PLAIN, NORMS, CUBLAS };
+    void queue(int i, uint32_t turn, uint32_t m, way how, cudaStream_t s) {
         const shape &y = shapes[i];
         ki_stream_call c = {};
         size_t at = turn * floats_of(i);
         for (int j = 0; j < i; j++) at += N * floats_of(j);
         c.weight = weights.data + at, c.x = x.data, c.n = y.n, c.k = y.k, c.m = m;
         c.out = out.data, c.out_stride = y.n, c.add = y.add, c.type = KI_CUDA_F16;
+        c.workspace = sums.data;
+        if (how == CUBLAS) {
+            ki_gemm_shape g = gemm_shape(i);
+            CHECK_OK(ki_gemm_run(gemm, c.out, c.weight, c.x, &g, m, y.add, s, err));
+            if (y.gated)
+                ki_cuda_activate(act.data, out.data, KI_CUDA_SILU_MUL, m, y.n / 2, c.type, s);
+            return;
+        }
         if (y.gated) c.act_out = act.data;
         c.norm = {norm_weight.data, NULL, 1e-5f};
-        if (norms && y.normed) {
+        if (how == NORMS && y.normed) {
             if (ki_stream_takes_norm(&c.norm, m, y.k)) c.raw = raw.data;
             else ki_cuda_norm_rows(x.data, raw.data, &c.norm, m, y.k, c.type, true, s);
         }
@@ -442,23 +473,24 @@ struct product_chain {
         double gbs = bytes / us * 1e-3;
         return text("%7.1f us %5.0f GB/s %5.1f%%", us / n, gbs, 100 * gbs / read_gbs);
     }
-    void run(uint32_t m) {
+    void run(uint32_t m, way how) {
         std::string note;
         double all = 0;
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < SHAPES; i++) {
             double bytes = 2.0 * N * (double)floats_of(i);
-            all += bytes;
+            all += i < OF_LAYER ? bytes : 0;
             double us = time_graph([&](cudaStream_t s) {
-                for (uint32_t t = 0; t < N; t++) queue(i, t, m, false, s);
+                for (uint32_t t = 0; t < N; t++) queue(i, t, m, how, s);
             });
             note += std::string(shapes[i].name) + " " + report(bytes, us, N) + " | ";
         }
-        for (int norms = 0; norms < 2; norms++) {
+        for (way w : {how, NORMS}) {
+            if (w == NORMS && how == CUBLAS) continue;
             double us = time_graph([&](cudaStream_t s) {
                 for (uint32_t t = 0; t < N; t++)
-                    for (int i = 0; i < 4; i++) queue(i, t, m, norms, s);
+                    for (int i = 0; i < OF_LAYER; i++) queue(i, t, m, w, s);
             });
-            note += (norms ? " | with norms " : "all ") + report(all, us, N);
+            note += (w == NORMS ? " | with norms " : "all ") + report(all, us, N);
         }
         end_case(note);
     }
@@ -466,14 +498,17 @@ struct product_chain {
 
 static void time_products() {
     product_chain chain;
-    for (uint32_t m : {1u, 2u, 4u, 8u, 16u, 32u, 64u}) {
-        if (!open_case(text("time/products-%u", m))) continue;
-        if (!chain.read_gbs) {
-            chain.make();
-            printf("# a stream that only reads: %.0f GB/s\n", chain.read_gbs);
+    for (uint32_t m : {1u, 2u, 4u, 8u, 16u, 32u, 64u})
+        for (bool cublas : {false, true}) {
+            if (!open_case(text("time/%s-%u", cublas ? "products-cublaslt" : "products", m)))
+                continue;
+            if (!chain.read_gbs) {
+                chain.make();
+                printf("# a stream that only reads: %.0f GB/s\n", chain.read_gbs);
+            }
+            chain.run(m, cublas ? product_chain::CUBLAS : product_chain::PLAIN);
         }
-        chain.run(m);
-    }
+    ki_gemm_destroy(&chain.gemm);
 }
 
 int main(int argc, char **argv) {
