@@ -30,8 +30,7 @@ static uint32_t table_stride(const ki_backend_sizes *s) {
     return (s->max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS;
 }
 
-/* Below compute capability 9.0 cuBLASLt's are faster above 16 rows; their bits change with the rows.
- */
+/* Below compute capability 9.0 cuBLASLt's are faster above 16 rows; their bits change with them. */
 uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b) {
     enum { FASTEST_ROWS = 16 };
     if (b->type == KI_CUDA_F32 || b->without & KI_PART_STREAM) return 0;

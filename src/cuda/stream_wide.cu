@@ -11,8 +11,8 @@ enum { CHUNK = 64, TILE = 64, ROW_BYTES = 2 * CHUNK, ALIGNMENT = 1024 };
 /* BLOCK_BYTES: of two blocks on a multiprocessor. */
 enum { BLOCKS = 2, BLOCK_BYTES = 110 << 10, MOST_STAGES = 16, LEAST_STAGES = 3, MOST_TILES = 2 };
 
-/* What a launch decides. A block has `rows` outputs, or pairs of a gate and its up, of a part of the
- * columns; in a box their place is `room`, a multiple of 8. A stage has PIECES chunks of columns:
+/* What a launch decides. A block has `rows` outputs, or pairs of a gate and its up, of a part of
+ * the columns; in a box their place is `room`, a multiple of 8. A stage has PIECES chunks:
  * [room for weights, the ups behind the gates][N rows of x] each. */
 typedef struct plan {
     uint32_t rows, room, all_room;
@@ -25,7 +25,10 @@ typedef struct place {
     uint32_t ring, full, empty; /* shared addresses; of barriers: 8 bytes each */
 } place;
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "wgmma is sm_90a's: CUDA_ARCHS=90a, not 90"
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 /* ---- stages in turn ---- */
 
@@ -219,7 +222,7 @@ static __global__ void __launch_bounds__(128 * GROUPS + 32, BLOCKS)
     stream_wide(const __grid_constant__ CUtensorMap weights,
                 const __grid_constant__ CUtensorMap rows, const __grid_constant__ ki_stream_call c,
                 const __grid_constant__ plan p) {
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     enum { MULTIPLIERS = 128 * GROUPS };
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t bars[2][MOST_STAGES];

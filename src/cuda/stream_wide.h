@@ -4,7 +4,7 @@
  * One thread brings boxes of 64 columns, of weights and of x, into a ring in shared memory; one or
  * two warpgroups multiply straight from there (wgmma.cuh), weights as the tall operand.
  *
- * Two blocks are on each multiprocessor, and all of a launch at once: when one ends, one of the next
+ * Two blocks are on each multiprocessor, all of a launch at once: when one ends, one of the next
  * product takes its place and fills its ring while others still work. (One block of each of two
  * products beside each other: the second ring is full long before it is needed, and where a kernel
  * between them is in the way some multiprocessors get two blocks, others none. One block alone:

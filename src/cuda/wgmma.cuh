@@ -11,8 +11,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-/* What stands at a shared address, as the instruction is told: rows of 128 bytes, swizzled; the next
- * eight 1,024 bytes on. */
+/* What stands at a shared address, as the instruction is told: rows of 128 bytes, swizzled; the
+ * next eight 1,024 bytes on. */
 static __device__ __forceinline__ uint64_t ki_wgmma_rows(uint32_t at) {
     return at >> 4 | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
 }
