@@ -293,7 +293,8 @@ def print_scaling(o):
     for threads, speeds in rows:
         print(f'| {threads} | ' + ' | '.join(f'{v:.1f}' for v in speeds) + ' |')
     print(f'\nDecoding, tokens/s. {o.machine["cpu"]}, {o.machine["cores"]} cores; {os.path.basename(o.model)}; '
-          f'{o.kivi}; {PACKAGE} {VERSION}; median of {o.reps} x {o.steps} steps; load {o.machine["load"]:.2f} at the start.')
+          f'{o.kivi}; {PACKAGE} {VERSION}; median of {o.reps} x {o.steps} steps; load {o.machine["load"]:.2f} at the '
+          'start.')
 
 
 def print_json(o, found):
