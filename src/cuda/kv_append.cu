@@ -241,8 +241,8 @@ static __global__ void __launch_bounds__(CLOSE_THREADS, 2)
     append_args a = args;
     const quant_shared m = carve(shared, a.l.head_dim, close_width(&args.l));
     uint32_t lane = threadIdx.x % 32, each = n_layers * a.l.n_kv_heads, n_before = 0;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     for (uint32_t base = 0; base < n_seqs; base += 32) {
         uint32_t slot = base + lane;
         bool moves = slot < n_seqs && a.seqs[slot].n_rows == 1 && moves_key_line(a.l, a.seqs[slot]);
@@ -270,8 +270,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
     uint32_t side = rest % 2, slot = rest / 2;
     uint32_t to_n = side ? a.to_v : a.to_k, from_n = side ? a.from_v : a.from_k;
     uint32_t last = a.first_block + a.n_blocks - 1;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (!to_n || last - b >= to_n || last - b >= from_n) return;
     uint64_t to_at = (uint64_t)slot * (a.to_k + a.to_v) + (side ? a.to_k : 0) + b % to_n;
     uint64_t from_at = (uint64_t)slot * (a.from_k + a.from_v) + (side ? a.from_k : 0) + b % from_n;

@@ -154,12 +154,12 @@ static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const me
     uint32_t index = IS_WIDE ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp;
     uint32_t slot = index / a.n_heads, head = index % a.n_heads, n = 0;
     uint64_t first = 0, row = 0;
-    let_next_begin(); /* it waits for this kernel, and so for the one before */
+    ki_pdl_launch(); /* it waits for this kernel, and so for the one before */
     if (index < a.n_rows) {
         n = a.slots[slot].n_splits, first = a.slots[slot].first_item;
         if (n > 1) row = a.items[first].row;
     }
-    wait_for_previous();
+    ki_pdl_wait();
     bool is_here = n > 1; /* else there is nothing to do, or it was written already */
     merge_state state = {};
     if (is_here)

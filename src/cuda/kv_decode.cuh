@@ -630,8 +630,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
     if (index >= *a.n_items) {
-        wait_for_previous();
-        let_next_begin();
+        ki_pdl_wait();
+        ki_pdl_launch();
         return;
     }
     const ki_plan_item item = a.items[index];
@@ -649,14 +649,14 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     pipe.init(lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
      * waiting; but where a side has 16 bits the last one may hold this step's own row. */
-    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) wait_for_previous();
+    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) ki_pdl_wait();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
         if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);
         else pipe.issue_nothing();
     }
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
 
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;

@@ -11,7 +11,7 @@ static inline kivi_status ki_cuda_check(cudaError_t e, const char *what, kivi_er
     return KI_FAIL(err, DEVICE, "cuda: %s: %s", what, cudaGetErrorString(e));
 }
 
-/* pdl: the kernel may begin while the one before it ends; it waits by itself (kv_mma.cuh). */
+/* pdl: the kernel may begin while the one before it ends; it waits by itself (pdl.cuh). */
 template <class... P, class... A>
 static cudaError_t ki_launch(void (*kernel)(P...), uint32_t n_blocks, uint32_t n_threads,
                              uint32_t shared_bytes, bool pdl, void *stream, A... args) {

@@ -80,8 +80,8 @@ static __global__ void __launch_bounds__(ROWS_WARPS * 32)
     __shared__ __align__(16) float turned[ROWS_WARPS][MAX_DIM];
     uint32_t warp = threadIdx.x / 32, k = blockIdx.x * ROWS_WARPS + warp;
     uint32_t row = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (row < n_rows) make_row(a, row, head, turned[warp]);
 }
 
@@ -274,8 +274,8 @@ static __global__ void __launch_bounds__(CLOSE_THREADS)
     uint16_t *raw = (uint16_t *)shared;
     uint8_t *codes = shared + codes_at(&l);
     uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     const ki_cuda_seq s = a.seqs[k / l.n_kv_heads];
     block_job job = {&s, k % l.n_kv_heads, 0, 0, 0, part < key_parts};
     uint32_t bits = job.keys ? l.k_bits : l.v_bits;
@@ -305,8 +305,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     extern __shared__ __align__(16) uint8_t shared[];
     uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts, side = k % 2;
     uint16_t *raw = (uint16_t *)shared;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     const ki_cuda_seq s = a.seqs[k / 2 / a.l.n_kv_heads];
     block_job job = {&s, k / 2 % a.l.n_kv_heads, 0, 0, 0, side == 0};
     uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
