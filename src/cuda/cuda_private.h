@@ -139,6 +139,7 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
+    ki_stream *few;      /* NULL: products of few rows are gemm's, too */
     uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: stream.h makes them */
     ki_batch_item **chosen; /* [max_items]: of a pass */
     ki_sdpa *sdpa;          /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
@@ -183,7 +184,7 @@ kivi_status ki_cuda_exchange(ki_cuda_backend *b, kivi_seq *host, kivi_seq *there
                              kivi_error *err); /* exchange.c */
 void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch);
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
-                         kivi_error *err);
+                             kivi_error *err);
 /* The sequences of a pass with prompts (host memory) and the scratch, for kv_prompt.h. */
 ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */

@@ -157,6 +157,7 @@ static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
                              .stream = b->memory.stream,
                              .log = b->log,
                              .log_user = b->log_user};
+    if (ki_cuda_stream_rows(b)) KI_TRY(ki_stream_create(&b->few, b->host, err));
     if (!(b->without & KI_PART_RANKING) || b->invariant) return prepare_shapes(b, NULL, err);
     KI_TRY(take(&timing.scratch, b, KI_TAG_workspace, timing.n_bytes, err));
     kivi_status status = prepare_shapes(b, &timing, err);
@@ -258,6 +259,7 @@ void ki_cuda_stop(ki_cuda_backend *b) {
         if (b->graphs[i]) cudaGraphExecDestroy(b->graphs[i]);
     memset(b->graphs, 0, sizeof b->graphs);
     ki_gemm_destroy(&b->gemm);
+    ki_stream_destroy(&b->few);
     ki_sdpa_destroy(&b->sdpa);
     d->free(d->context, b->arena);
     d->free(d->context, b->workspace);
