@@ -42,7 +42,7 @@ CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c p
             start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
-            src/cuda/kv_layout.c src/cuda/kv_prompt_plan.c
+            src/cuda/kv_layout.c src/cuda/kv_prompt_plan.c src/cuda/kv_shared.c
 PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)

@@ -126,6 +126,7 @@ typedef struct ki_cuda_backend {
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
     uint32_t n_sms, compute_major;
+    uint32_t shared_bytes; /* what a thread block can have */
     ki_cuda_type type; /* of weights, and of the rows that products read */
     uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
     bool invariant;    /* neighbours change nothing (forward.c) */

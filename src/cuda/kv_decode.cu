@@ -199,19 +199,6 @@ static const decode_kernel *table_of(uint32_t head_dim) {
     }
 }
 
-static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
-    return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
-           (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
-           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs &&
-           (k->heads == 8 || k->heads >= l->head_group);
-}
-
-static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
-    const decode_kernel *k = table_of(l->head_dim);
-    while (k && k->head_dim && !fits(k, l)) k++;
-    return k && k->head_dim ? k : NULL;
-}
-
 kivi_status ki_cuda_decode_prepare(kivi_error *err) {
     static const uint32_t dims[] = {64, 80, 96, 128, 256};
     for (uint32_t d : dims)
@@ -280,15 +267,16 @@ static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w
 
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
-    const decode_kernel *kernel = kernel_of(l);
-    if (!kernel)
+    const decode_kernel *table = table_of(l->head_dim);
+    ki_decode_choice choice;
+    if (!table || !ki_decode_choose(&choice, l, c->cache->shared_bytes))
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);
-    return ki_cuda_decode_attend_by(c, kernel, stream, err);
+    return ki_cuda_decode_attend_by(c, table + choice.index, choice.warps, stream, err);
 }
 
 kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_kernel *kernel,
-                                     void *stream, kivi_error *err) {
+                                     uint32_t warps, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     workspace w = workspace_of(c);
     decode_args a = {};
@@ -311,7 +299,7 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
-    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),
+    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, warps, c->pdl, (cudaStream_t)stream),
                          "decode attention", err));
     return w.max_splits == 1 ? KIVI_OK : launch_merge(c, w, stream, err);
 }

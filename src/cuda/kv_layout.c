@@ -116,7 +116,7 @@ kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g
         return KI_FAIL(err, ARG, "cuda: %u heads over %u KV heads, expected a multiple", g->n_heads,
                        g->n_kv_heads);
     if (kv->plus && !plus)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
+        return KI_FAIL(err, ARG, "cuda: parts %u of a + kind, expected none", kv->plus);
     if (plus) KI_TRY(check_plus(out, err));
     else {
         ki_layout cpu; /* the same refusals as the CPU's */
@@ -228,8 +228,7 @@ static void exchange_plane(const exchange *x, const plane *p) {
             uint8_t *half = sub + (size_t)there.word * 4 + there.bit / 8;
             if (p->bits == 16 && x->to_host) memcpy(host_f16(x, t, c, p->keys), half, 2);
             else if (p->bits == 16) memcpy(half, host_f16(x, t, c, p->keys), 2);
-            else
-                move_bits(x, sub, there, x->host + p->host_at, host_code_at(p, t, c, d), p->bits);
+            else move_bits(x, sub, there, x->host + p->host_at, host_code_at(p, t, c, d), p->bits);
         }
     }
 }
@@ -241,8 +240,8 @@ static void exchange_wide(const exchange *x) {
         uint8_t *sub =
             x->device + x->l->head_bytes + (size_t)(t / 32) * x->l->sub_bytes + x->l->wide_at;
         for (uint32_t w = 0; w < n_wide; w++)
-            move_bits(x, sub, ki_order_key(t % 32, w, wide_steps(d), 2),
-                      x->host + x->cpu.k_wide_at, host_wide_at(t, w, d), 2);
+            move_bits(x, sub, ki_order_key(t % 32, w, wide_steps(d), 2), x->host + x->cpu.k_wide_at,
+                      host_wide_at(t, w, d), 2);
     }
     uint8_t *there = x->device + x->l->list_at, *here = x->host + x->cpu.k_list_at;
     memcpy(x->to_host ? here : there, x->to_host ? there : here, n_wide);

@@ -14,6 +14,7 @@
 #include "kv_launch.h"
 #include "kv_prompt.h"
 #include "kv_rows.cuh"
+#include "kv_shared.h"
 
 struct prompt_args {
     ki_cuda_layout l;
@@ -31,10 +32,9 @@ struct prompt_args {
 
 enum { TILE = 64, GROUP_WARPS = 4, GROUP_THREADS = GROUP_WARPS * 32, MAX_GROUPS = 2 };
 
-/* Halves of a row of a tile: 16 bytes more than D, so that eight rows lie in different banks. SETS:
- * of 16 rows that a warp has. */
 template <int D> struct tile_shape {
-    static constexpr int STRIDE = D + 8, HALVES = TILE * STRIDE, SETS = D <= 128 ? 2 : 1;
+    static constexpr int STRIDE = D + 8, HALVES = KI_TILE_HALVES(D), SETS = KI_TILE_SETS(D);
+    static_assert(HALVES == TILE * STRIDE, "a tile");
     static constexpr uint32_t ROWS = SETS * TILE;
 };
 
@@ -468,49 +468,30 @@ static __global__ void __launch_bounds__(MAX_GROUPS *GROUP_THREADS, 1)
 
 /* ---- host calls ---- */
 
-/* Queries, and of each group two tiles of keys and of values, or one of either, or of one group one
- * in all: as much as the device has room for. */
-struct prompt_config {
-    uint32_t n_groups, shared_bytes;
-    bool is_piped, is_single;
-};
+static_assert(sizeof(block_view) + sizeof(tile_source) <= KI_PROMPT_STATIC_BYTES, "shared memory");
 
-/* Not less than what the kernel has beside that. */
-enum { STATIC_BYTES = 1024 };
-static_assert(sizeof(block_view) + sizeof(tile_source) <= STATIC_BYTES, "shared memory");
-
-template <int D> static prompt_config config_of(void) {
-    int device = 0, limit = 0;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    prompt_config c = {};
-    for (uint32_t k = 0; k < 5; k++) {
-        c.n_groups = k < 2 ? 2 : 1, c.is_piped = k % 2 == 0 && k < 4, c.is_single = k == 4;
-        uint32_t n_tiles = c.n_groups * (c.is_piped ? 4 : c.is_single ? 1 : 2);
-        c.shared_bytes = (tile_shape<D>::SETS + n_tiles) * tile_shape<D>::HALVES * 2;
-        if (c.shared_bytes + STATIC_BYTES <= (uint32_t)limit) break;
-    }
-    return c;
-}
-
-template <int D> static cudaError_t prompt_prepare(void) {
+template <int D> static cudaError_t prompt_prepare(uint32_t most_bytes) {
+    ki_prompt_config config;
+    if (!ki_prompt_config_of(&config, D, most_bytes)) return cudaErrorInvalidValue;
     return cudaFuncSetAttribute(ki_prompt_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)config_of<D>().shared_bytes);
+                                (int)config.shared_bytes);
 }
 
 template <int D>
-static cudaError_t prompt_launch(prompt_args a, uint32_t max_rows, bool pdl, void *stream) {
-    prompt_config config = config_of<D>();
+static cudaError_t prompt_launch(prompt_args a, const ki_cuda_attend_call *c, void *stream) {
+    ki_prompt_config config;
+    if (!ki_prompt_config_of(&config, D, c->cache->shared_bytes)) return cudaErrorInvalidValue;
     a.is_piped = config.is_piped, a.is_single = config.is_single;
-    a.n_tiles = (max_rows + tile_shape<D>::ROWS - 1) / tile_shape<D>::ROWS;
+    a.n_tiles = (c->max_rows + tile_shape<D>::ROWS - 1) / tile_shape<D>::ROWS;
     uint32_t n = a.part.n_seqs * a.part.n_heads * a.l.head_group * a.n_tiles;
     return ki_launch(ki_prompt_kernel<D>, n, config.n_groups * GROUP_THREADS, config.shared_bytes,
-                     pdl, stream, a);
+                     c->pdl, stream, a);
 }
 
-kivi_status ki_cuda_prompt_prepare(kivi_error *err) {
-    cudaError_t all[] = {prompt_prepare<64>(), prompt_prepare<80>(), prompt_prepare<96>(),
-                         prompt_prepare<128>(), prompt_prepare<256>()};
+kivi_status ki_cuda_prompt_prepare(uint32_t most_bytes, kivi_error *err) {
+    cudaError_t all[] = {prompt_prepare<64>(most_bytes), prompt_prepare<80>(most_bytes),
+                         prompt_prepare<96>(most_bytes), prompt_prepare<128>(most_bytes),
+                         prompt_prepare<256>(most_bytes)};
     for (cudaError_t e : all) KI_TRY(ki_cuda_check(e, "shared memory of prompt attention", err));
     return KIVI_OK;
 }
@@ -529,11 +510,11 @@ kivi_status ki_cuda_prompt_attend(const ki_cuda_attend_call *c, const ki_prompt_
     a.factor = c->scale * 1.44269504088896340736f;
     cudaError_t e = cudaErrorInvalidValue;
     switch (a.l.head_dim) {
-    case 64: e = prompt_launch<64>(a, c->max_rows, c->pdl, stream); break;
-    case 80: e = prompt_launch<80>(a, c->max_rows, c->pdl, stream); break;
-    case 96: e = prompt_launch<96>(a, c->max_rows, c->pdl, stream); break;
-    case 128: e = prompt_launch<128>(a, c->max_rows, c->pdl, stream); break;
-    case 256: e = prompt_launch<256>(a, c->max_rows, c->pdl, stream); break;
+    case 64: e = prompt_launch<64>(a, c, stream); break;
+    case 80: e = prompt_launch<80>(a, c, stream); break;
+    case 96: e = prompt_launch<96>(a, c, stream); break;
+    case 128: e = prompt_launch<128>(a, c, stream); break;
+    case 256: e = prompt_launch<256>(a, c, stream); break;
     }
     return ki_cuda_check(e, "prompt attention", err);
 }

@@ -123,7 +123,8 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
         .tables = (const uint32_t *)(void *)(b->buffers.upload + s.upload.tables),
         .table_stride = (b->sizes.max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
         .seqs = (const ki_cuda_seq *)(void *)(b->buffers.upload + s.upload.seqs),
-        .counters = (ki_cuda_counters *)(void *)(b->buffers.result + s.result.counters)};
+        .counters = (ki_cuda_counters *)(void *)(b->buffers.result + s.result.counters),
+        .shared_bytes = b->shared_bytes};
     return KIVI_OK;
 }
 
