@@ -103,34 +103,27 @@ static const ki_cuda_kernels closing = {.name = "fused",
                                         .attend = ki_cuda_decode_attend,
                                         .prompt_attend = ki_cuda_prompt_attend};
 
-/* Why the fused kernels do not serve a kind: they are built for some head sizes, for groups of 32
- * tokens and more, and lines between codes and window on blocks of 32, and for the shared memory
- * that they ask for (kv_shared.h). */
-static kivi_status check_fused(const ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
-    kivi_cache_geometry g = geometry_of(l);
-    ki_cuda_layout own;
-    if (b->without & KI_PART_FUSED) return KI_FAIL(err, UNSUPPORTED, "they were left out");
-    KI_TRY(ki_cuda_layout_init(&own, &g, l->kv.plus != 0, err));
-    if (l->kv.group < KI_SUB_TOKENS || l->kv.residual_tokens % KI_SUB_TOKENS)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: group %u, residual %u, expected multiples of %d",
-                       l->kv.group, l->kv.residual_tokens, KI_SUB_TOKENS);
-    return ki_cuda_kernels_fit(&own, b->shared_bytes, err);
+bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *l, kivi_error *why) {
+    if (!(b->without & KI_PART_FUSED)) return !ki_cuda_kernels_fit(l, b->shared_bytes, why);
+    (void)KI_FAIL(why, UNSUPPORTED, "cuda: the fused kernels were left out");
+    return false;
 }
 
 /* The fused kernels wherever they serve; else the plain ones, and the log says why. */
-static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
+static kivi_status choose_kernels(ki_cuda_backend *b, kivi_error *err) {
     static const char *const types[] = {"float32", "float16", "bfloat16"};
     kivi_error why = {0};
     uint32_t shared_bytes;
     char line[400];
     b->kernels = &plain;
-    if (check_fused(b, l, &why) == KIVI_OK) {
+    if (ki_cuda_is_fused(b, &b->layout, &why)) {
         KI_TRY(ki_cuda_kernels_init(&shared_bytes, err));
         b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
     }
     if (!b->log) return KIVI_OK;
     snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s%s%s",
-             b->kernels->name, l->head_dim, types[b->type], why.text[0] ? "; " : "", why.text);
+             b->kernels->name, b->layout.head_dim, types[b->type], why.text[0] ? "; " : "",
+             why.text);
     b->log(b->log_user, line);
     return KIVI_OK;
 }
@@ -146,7 +139,7 @@ static kivi_status start(ki_backend *backend, const ki_model *model, kivi_cache 
     b->cache = cache;
     b->sizes = *sizes;
     KI_TRY(layout_of(&b->layout, &cache->layout, err));
-    KI_TRY(choose_kernels(b, &cache->layout, err));
+    KI_TRY(choose_kernels(b, err));
     return ki_cuda_start(b, err);
 }
 

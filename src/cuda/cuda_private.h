@@ -176,8 +176,12 @@ uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout
 /* Products of up to so many rows are stream.h's; 0: none are. */
 uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b);
 /* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
- * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
-bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
+ * the fused ones leave prompts out for it, steps of that many rows can have one that is long
+ * enough, and rows are in 16 bit. */
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_cuda_layout *layout,
+                        const ki_backend_sizes *sizes);
+/* Whether the fused kernels serve a layout here; else the plain ones do, which need no workspace. */
+bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *layout, kivi_error *why);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);

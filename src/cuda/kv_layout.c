@@ -3,6 +3,7 @@
 
 #include "cache.h"
 #include "kv_plan.h"
+#include "kv_shared.h"
 
 static uint32_t align16(uint32_t n) { return (n + 15) / 16 * 16; }
 
@@ -56,10 +57,6 @@ static uint32_t ring_blocks(uint32_t rows, uint32_t unit) {
     return (lead + rows + KI_SUB_TOKENS - 1) / KI_SUB_TOKENS;
 }
 
-static bool head_dim_is_built(uint32_t d) {
-    return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
-}
-
 static void place_rings(ki_cuda_layout *l) {
     uint32_t r = l->residual_tokens, back = l->rewind_tokens;
     /* keys: [floor(p/R) R, p], R rows; values: [p - R, p] */
@@ -91,7 +88,7 @@ static kivi_status check_plus(const ki_cuda_layout *l, kivi_error *err) {
 
 kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *g, bool plus,
                                 kivi_error *err) {
-    if (!head_dim_is_built(g->head_dim))
+    if (!ki_cuda_is_built(g->head_dim))
         return KI_FAIL(err, UNSUPPORTED, "cuda: head size %u, expected 64, 80, 96, 128 or 256",
                        g->head_dim);
     return ki_cuda_layout_any(out, g, plus, err);

@@ -66,9 +66,21 @@ static kivi_status fit(const char *what, uint32_t bytes, const ki_cuda_layout *l
                    what, l->head_dim, l->k_bits, l->v_bits, bytes, most_bytes);
 }
 
+bool ki_cuda_is_built(uint32_t d) { return d == 64 || d == 80 || d == 96 || d == 128 || d == 256; }
+
+static kivi_status check_layout(const ki_cuda_layout *l, kivi_error *err) {
+    if (!ki_cuda_is_built(l->head_dim))
+        return KI_FAIL(err, UNSUPPORTED, "cuda: head size %u, expected 64, 80, 96, 128 or 256",
+                       l->head_dim);
+    if (l->k_group >= KI_SUB_TOKENS && l->residual_tokens % KI_SUB_TOKENS == 0) return KIVI_OK;
+    return KI_FAIL(err, UNSUPPORTED, "cuda: group %u, residual %u, expected multiples of %d",
+                   l->k_group, l->residual_tokens, KI_SUB_TOKENS);
+}
+
 kivi_status ki_cuda_kernels_fit(const ki_cuda_layout *l, uint32_t most_bytes, kivi_error *err) {
     ki_decode_choice decode = {0};
     ki_prompt_config prompt;
+    KI_TRY(check_layout(l, err));
     bool is_there = ki_decode_choose(&decode, l, most_bytes);
     if (!is_there && !decode.warps)
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode attention for head size %u, %u/%u bits",

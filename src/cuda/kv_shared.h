@@ -121,8 +121,10 @@ extern "C" {
 /* The first shape of the list that is for this layout and fits; false: none does. */
 bool ki_decode_choose(ki_decode_choice *out, const ki_cuda_layout *layout, uint32_t most_bytes);
 
-/* Whether all kernels of the cache start for this layout where a thread block has most_bytes:
- * UNSUPPORTED, with the kernel's name and what it wants. */
+/* Whether the fused kernels serve this layout where a thread block has most_bytes: they are built
+ * for some head sizes, for groups of 32 tokens and more, and for lines between codes and window on
+ * blocks of 32. UNSUPPORTED says what is not so, or which kernel wants how much. */
+bool ki_cuda_is_built(uint32_t head_dim);
 kivi_status ki_cuda_kernels_fit(const ki_cuda_layout *layout, uint32_t most_bytes, kivi_error *err);
 
 #ifdef __cplusplus

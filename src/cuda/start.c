@@ -188,8 +188,7 @@ static kivi_status prepare_sdpa(ki_cuda_backend *b, kivi_error *err) {
                          .max_rows = KI_MIN(b->sizes.n_rows, (uint32_t)KI_SDPA_MAX_ROWS),
                          .compute_major = b->compute_major,
                          .workspace_bytes = KI_GEMM_WORKSPACE_BYTES};
-    bool own = b->kernels->prompt_attend != NULL; /* leaves marked ones out */
-    if (!own || !ki_cuda_wants_sdpa(b, &b->sizes)) return KIVI_OK;
+    if (!ki_cuda_wants_sdpa(b, &b->layout, &b->sizes)) return KIVI_OK;
     bool has[2];
     ki_cuda_kinds_of(has, c);
     if (has[0]) o.windows[o.n_windows++] = 0;

@@ -244,12 +244,16 @@ static void check_old(rng *r, const ki_cuda_layout *l, const ki_cuda_seq *s, uin
     }
 }
 
-/* Every sequence and head is in one part, in order, and no two share rows of the scratch. */
+static bool is_idle(const ki_cuda_seq *s) { return !s->n_rows || s->flags & KI_CUDA_ELSEWHERE; }
+
+/* Every sequence and head is in one part, in order, those with nothing to do in none, and no two
+ * share rows of the scratch. */
 static void check_parts_of(const ki_prompt_step *step) {
     const ki_cuda_layout *l = step->layout;
     ki_prompt_part part = {0};
     uint32_t seq = 0, head = 0;
     while (ki_prompt_next(&part, step) && !check_failed()) {
+        while (head == 0 && seq < step->n_seqs && is_idle(&step->seqs[seq])) seq++;
         uint64_t n_bytes = (uint64_t)part.head_tokens * part.n_heads * l->head_dim * 4;
         uint32_t end = 0;
         CHECK(part.first_seq == seq && part.first_head == head, "part at %u, %u, not %u, %u",
@@ -258,7 +262,8 @@ static void check_parts_of(const ki_prompt_step *step) {
         CHECK(n_bytes <= step->scratch_bytes, "%llu bytes of %llu", (unsigned long long)n_bytes,
               (unsigned long long)step->scratch_bytes);
         for (uint32_t i = seq; i < seq + part.n_seqs; i++) {
-            if (!step->seqs[i].n_rows) continue;
+            CHECK(!is_idle(&step->seqs[i]), "sequence %u has nothing to do", i);
+            if (check_failed()) return;
             ki_prompt_old o = ki_prompt_old_of(l, &step->seqs[i], step->window);
             CHECK(step->seqs[i].scratch_at == end, "sequence %u at %u, not %u", i,
                   step->seqs[i].scratch_at, end);
@@ -269,6 +274,7 @@ static void check_parts_of(const ki_prompt_step *step) {
         head += part.n_heads;
         if (head == l->n_kv_heads) head = 0, seq += part.n_seqs;
     }
+    while (seq < step->n_seqs && is_idle(&step->seqs[seq])) seq++;
     CHECK(seq == step->n_seqs && head == 0, "parts end at %u, %u", seq, head);
 }
 
@@ -297,6 +303,7 @@ static void check_parts(void) {
             s->n_rows = rng_below(&r, 5) ? 1 + rng_below(&r, 700) : 0;
             s->run_start = rng_below(&r, 2) ? rng_below(&r, s->n_tokens + 1) : 0;
             s->flags = rng_below(&r, 4) ? KI_CUDA_PROMPT : 0;
+            if (rng_below(&r, 4) == 0) s->flags |= KI_CUDA_ELSEWHERE;
             longest = KI_MAX(longest, s->n_tokens + s->n_rows);
             check_old(&r, &l, s, window);
         }
