@@ -174,11 +174,10 @@ static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const me
                 merge_into(state, parts[w][lane].m, parts[w][lane].sum, parts[w][lane].acc);
     }
     if (is_here) put_merged(rows[warp], state, a.head_dim, lane);
-    if (a.is_turned) /* an idle warp's row is whatever it is, and stays here */
-        for (int w = 0; w < (IS_WIDE ? 1 : MERGE_WARPS); w++)
-            turn_row(rows[w], a.head_dim, threadIdx.x, MERGE_THREADS);
-    __syncwarp();
+    if (IS_WIDE && a.is_turned) turn_row(rows[0], a.head_dim, threadIdx.x, MERGE_THREADS);
     if (!is_here) return;
+    if (!IS_WIDE && a.is_turned) turn_row_by_warp(rows[warp], a.head_dim, lane);
+    __syncwarp();
     for (uint32_t c = lane; c < a.head_dim; c += 32)
         store_out(a.out, a.out_type, row * a.out_stride + head * a.head_dim + c, rows[warp][c]);
 }

@@ -595,12 +595,13 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
     }
     if (!turned || (item.splits >> 16) > 1) return;
-    for (uint32_t h = 0; h < n_heads; h++) {
-        turn_row(states + h * STRIDE + 2, S::D, threadIdx.x, N);
-        for (uint32_t c = threadIdx.x; c < S::D; c += N)
-            store_out(a.out, a.out_type,
-                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c,
-                      states[h * STRIDE + 2 + c]);
+    /* All heads at once: barriers cost more than what is between them. */
+    turn_rows(states + 2, S::HEADS == 1 ? 1 : n_heads, STRIDE, S::D, threadIdx.x, N);
+    for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
+        uint32_t h = k / S::D, c = k % S::D;
+        store_out(a.out, a.out_type,
+                  (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c,
+                  states[h * STRIDE + 2 + c]);
     }
 }
 

@@ -44,7 +44,7 @@ static void check_plain() {
                     run_case(o, {sinks ? 300 : 377, sinks ? 77 : -1, -140});
             }
     world_options o = base_options();
-    o.plain = true, o.head_dim = 48, o.group = 16, o.sinks = 4;
+    o.plain = true, o.head_dim = 48, o.group = 16, o.sinks = 4, o.rule = KIVI_RULE_STREAM;
     if (open_case("plain/d48-kivi2")) run_case(o, {300, 77, -140});
 }
 
