@@ -596,7 +596,7 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
     }
     if (!turned || (item.splits >> 16) > 1) return;
     /* All heads at once: barriers cost more than what is between them. */
-    turn_rows(states + 2, S::HEADS == 1 ? 1 : n_heads, STRIDE, S::D, threadIdx.x, N);
+    turn_rows(states + 2, n_heads, STRIDE, S::D, threadIdx.x, N);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         store_out(a.out, a.out_type,
