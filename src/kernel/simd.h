@@ -118,6 +118,7 @@ KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
 }
 #define KI_DOT16 1
 KI_INLINE vi vi_dot16(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+KI_INLINE vi vi_sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
 #endif
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -371,6 +372,9 @@ KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
               _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)));
     __asm__("" : "+x"(acc.lo), "+x"(acc.hi));
     return acc;
+}
+KI_INLINE vi vi_sub16(vi a, vi b) {
+    return VI2(_mm256_sub_epi16(a.lo, b.lo), _mm256_sub_epi16(a.hi, b.hi));
 }
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(a.lo, a.hi);
@@ -634,15 +638,24 @@ KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
     return (void)part, vi_add(acc, vi_shl(a, 7));
 }
 #endif
-/* Where bytes of 8 bits times bytes overflow 16 bit: vi_dot16(acc, a, b) adds the two products of
- * signed 16-bit numbers of each lane; activations meet it as 16-bit numbers, in order 0 2 1 3. */
+/* Without sums of byte products in 32 bit (KI_DOT16), numbers of 16 bits are multiplied where there
+ * are rows enough: vi_dot16(acc, a, b) adds the two products of signed 16-bit numbers of each lane,
+ * vi_sub16 takes them apart from one another; sixteen numbers are stored in order 0 2 1 3 of each
+ * four, in which the even and the odd bytes of a lane meet them. */
 #ifdef KI_DOT16
-KI_INLINE void store_pairs16(int16_t *out, const int8_t *high, const int8_t *low) {
-    __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)high));
-    __m256i l = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)low));
-    __m256i x = _mm256_add_epi16(_mm256_slli_epi16(h, 7), l);
-    x = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8);
-    _mm256_storeu_si256((__m256i *)out, x);
+KI_INLINE void vi_store_pairs16(int16_t *p, vi a) {
+#if defined(__AVX512F__)
+    __m256i w = _mm512_cvtepi32_epi16(a);
+#else
+    __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+#endif
+    w = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(w, 0xd8), 0xd8);
+    _mm256_storeu_si256((__m256i *)p, w);
+}
+KI_INLINE vi vi_set_pair16(const int16_t *two) {
+    int32_t w;
+    memcpy(&w, two, 4);
+    return vi_set(w);
 }
 #endif
 KI_INLINE vp vp_set_bytes(const int8_t *four) {
