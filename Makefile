@@ -42,7 +42,7 @@ CUDA_C := $(addprefix src/cuda/,backend.c exchange.c forward.c gemm.c memory.c p
             start.c weights.c)
 LIB_SRC := $(filter-out $(OTHER_ISAS) $(CUDA_C),$(wildcard src/*/*.c))
 CORE_SRC := $(filter-out $(OTHER_ISAS),$(wildcard src/base/*.c src/device/*.c src/kernel/*.c src/cache/*.c)) \
-            src/cuda/kv_layout.c src/cuda/kv_prompt_plan.c
+            src/cuda/kv_layout.c src/cuda/kv_prompt_plan.c src/cuda/kv_shared.c
 PROG_SRC := $(wildcard programs/*.c programs/serve/*.c)
 LIB_OBJ := $(LIB_SRC:%.c=$(BUILD)/%.o)
 CORE_OBJ := $(CORE_SRC:%.c=$(BUILD)/%.o)
@@ -115,7 +115,8 @@ CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
 # The kernels of the cache take minutes: only their own headers count for them.
 KV_HEADERS := $(filter-out $(addprefix %/kv_,append.h append.cuh bench.h bench.cuh prompt.h quant.cuh), \
-              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) \
+              src/cuda/pdl.cuh src/cuda/ptx.cuh include/kivi.h include/kivi_cache.h
 CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)

@@ -412,7 +412,6 @@ static int run_depth(bench *b, uint32_t depth) {
 static void size_engine(kivi_engine_options *eo, void *user) {
     const bench *b = user;
     eo->ctx_tokens = b->ctx_tokens;
-    if (b->o->prompt_chunk) eo->step_rows = b->o->prompt_chunk;
     eo->max_sessions = b->max_batch * (b->max_depth ? 2 : 1);
 }
 

@@ -146,7 +146,7 @@ static int answer(chat *c) {
 /* In steps short enough that Ctrl-C is heard soon; how a prompt is cut changes nothing. */
 static int feed_steps(chat *c, const int32_t *ids, size_t n_ids) {
     uint32_t rows = kivi_engine_info_get(c->engine)->step_rows;
-    if (rows > FEED_ROWS) rows = FEED_ROWS;
+    if (rows > FEED_ROWS && !c->o->prompt_chunk) rows = FEED_ROWS;
     if (kivi_session_begin_prompt(c->session, n_ids, &c->err)) return fail_with(&c->err);
     for (size_t done = 0; done < n_ids && !interrupted;) {
         size_t n = n_ids - done < rows ? n_ids - done : rows;

@@ -97,6 +97,7 @@ int open_engine(kivi_engine **engine, const options *o, const char *kv,
     eo.model_path = path;
     eo.n_threads = o->threads;
     eo.ctx_tokens = o->ctx;
+    eo.step_rows = o->prompt_chunk;
     eo.device = o->device;
     eo.compute_type = o->compute;
     eo.batch_invariant = o->batch_invariant;

@@ -101,9 +101,8 @@ static int feed(job *j, const options *o, const int32_t *tokens, size_t n_tokens
 }
 
 static void keep_all(kivi_engine_options *eo, void *user) {
-    const options *o = user;
+    (void)user;
     eo->all_logits = true;
-    if (o->prompt_chunk) eo->step_rows = o->prompt_chunk;
 }
 
 int command_logits(const options *o) {

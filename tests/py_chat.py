@@ -44,6 +44,8 @@ def check_pipe(folder):
     case('what was said is remembered', 'Berlin' in both.stdout and both.stdout.startswith(one.stdout), both.stdout)
     prompts = numbers(both.stderr, 'prompts')
     case('only the new turn is evaluated', 40 < prompts < 70, both.stderr)
+    cut = talk([france, germany, '/stats'], '-n', '24', '--prompt-chunk', '3')
+    case('--prompt-chunk changes no answer', cut.stdout == both.stdout, cut.stdout + cut.stderr)
     again = talk([france, '/reset', france, '/stats'], '-n', '24')
     case('/reset forgets', again.stdout == one.stdout * 2, again.stdout)
     path = os.path.join(folder, 'talk.seq')

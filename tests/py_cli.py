@@ -95,6 +95,7 @@ def usage():
         ('gpu-memory-of-a-cpu', 2, 'gpu_memory', ['info', GQA, '--device', 'cpu', '--gpu-memory', '64']),
         ('gpu-memory-0', 2, '--gpu-memory', ['info', GQA, '--gpu-memory', '0']),
         ('prompt-chunk-0', 2, '--prompt-chunk', [*logits_args(), '--prompt-chunk', '0']),
+        ('run-prompt-chunk-0', 2, '--prompt-chunk', ['run', GQA, '--prompt-chunk', '0']),
         ('prompt-over-tokens', 2, '151', [*logits_args(), '--prompt', '151']),
         ('rope-freq', 2, 'f8', [*logits_args(), '--rope-freq', 'f8']),
     )
@@ -457,6 +458,13 @@ def run_text():
         for tag in ('weights', 'kv_codes', 'kv_scales', 'kv_residual', 'activations'):
             assert stats['bytes'][tag] == plan['bytes'][tag], f'{tag}: {stats} but info says {plan}'
         assert stats['peak_rss_bytes'] > stats['bytes']['kv_codes'], stats
+    with case('run/prompt-chunk'):
+        whole = run('-p', 'The capital of France is', '--stats', 'json')
+        for chunk in (1, 3):
+            cut = run('-p', 'The capital of France is', '--stats', 'json', '--prompt-chunk', chunk)
+            assert cut.out == whole.out, f'steps of {chunk} rows give another text: {cut}'
+            sizes = [check_stats(x.stats())['bytes']['activations'] for x in (cut, whole)]
+            assert sizes[0] < sizes[1] / 8, f'buffers of {chunk} rows, and of 512: {sizes}'
     with case('run/greedy-twice'):
         assert run('-p', 'Once upon a time').out == run('-p', 'Once upon a time').out
     with case('run/seed'):

@@ -4,6 +4,8 @@
   tools/compare_llama.py                 all of it: about an hour and a half on two idle cores
   tools/compare_llama.py --quick         depths 0 and 2,048, batch 1, once: minutes
   tools/compare_llama.py -o json         every sample, for plots and for later
+  tools/compare_llama.py --scaling 1,2,4,8,16 --depths 0,7680 --reps 1
+                                         one token at a time by threads, in another table
 
 The protocol is the same on both sides. A run is a process of its own, so that memory does not pile
 up: it loads the model, fills each sequence to a depth with the same random ids in batches of 512
@@ -90,7 +92,7 @@ class Llama:
         params.n_ctx = tokens * self.batch
         params.n_seq_max = self.batch
         params.n_batch = params.n_ubatch = PROMPT_ROWS
-        params.n_threads = params.n_threads_batch = job['threads']
+        params.n_threads, params.n_threads_batch = job['threads'], job['prompt_threads']
         params.type_k = params.type_v = getattr(self.api, LLAMA_TYPES[job['kind']])
         params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = False
@@ -169,7 +171,7 @@ def run(command, what):
 
 def run_llama(o, kind, depth, batch):
     job = {'model': o.model, 'kind': kind, 'depth': depth, 'batch': batch, 'threads': o.threads,
-           'steps': o.steps}
+           'prompt_threads': max(o.scaling or [o.threads]), 'steps': o.steps}
     command = [o.python, os.path.abspath(__file__), '--llama-job', json.dumps(job)]
     found = run(command, f'llama.cpp {kind}')
     o.features = found.pop('features')
@@ -186,7 +188,7 @@ def bench(o, kind, *options):
 def run_kivi(o, kind, depth, batch):
     found = bench(o, kind, '-p', '0', '-n', str(o.steps), '-d', str(depth), '-b', str(batch))
     result = {'decode': batch * 1e9 / found['median_step_ns']}
-    if depth and batch == 1:
+    if depth and batch == 1 and not o.scaling:
         result['prompt'] = bench(o, kind, '-p', str(depth), '-n', '0', '-d', '0')['avg_ts']
     return result
 
@@ -280,6 +282,21 @@ def print_md(o, found):
           f'load {o.machine["load"]:.2f} at the start.')
 
 
+def print_scaling(o):
+    """Decoding by number of threads; llama.cpp fills its cache with the most of them, which is not timed."""
+    o.batches, rows = [1], []
+    for o.threads in o.scaling:
+        found = measure(o)
+        rows.append((o.threads, [middle(found['decode', d, 1])[name] for name in o.names for d in o.depths]))
+    head = ['threads', *(f'{name.replace(":", " ")} at {d:,}' for name in o.names for d in o.depths)]
+    print('| ' + ' | '.join(head) + ' |\n|' + '---:|' * len(head))
+    for threads, speeds in rows:
+        print(f'| {threads} | ' + ' | '.join(f'{v:.1f}' for v in speeds) + ' |')
+    print(f'\nDecoding, tokens/s. {o.machine["cpu"]}, {o.machine["cores"]} cores; {os.path.basename(o.model)}; '
+          f'{o.kivi}; {PACKAGE} {VERSION}; median of {o.reps} x {o.steps} steps; load {o.machine["load"]:.2f} at the '
+          'start.')
+
+
 def print_json(o, found):
     tests = []
     for (what, depth, batch), cell in found.items():
@@ -368,6 +385,7 @@ def parse():
                                 epilog='Leave the machine idle; see the top of this file.')
     p.add_argument('--model', default='smollm2', help='a GGUF file, or smollm2 (default)')
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--scaling', type=numbers, metavar='T,T,..', help='decoding by these numbers of threads instead')
     p.add_argument('--quick', action='store_true', help='depths 0,2048, batch 1, once, 8 steps')
     p.add_argument('--kinds', default=KINDS, help=f'default {KINDS}')
     p.add_argument('--depths', type=numbers, help='default 0,2048,7680')
@@ -382,7 +400,9 @@ def parse():
     o.batches = o.batches or ([1] if o.quick else [1, 8])
     o.reps = o.reps or (1 if o.quick else 3)
     o.steps = QUICK_STEPS if o.quick else STEPS
-    if o.threads < 1 or o.reps < 1 or min(o.batches) < 1:
+    if o.scaling and o.output == 'json':
+        p.error('--scaling has a table only')
+    if min([o.threads, o.reps, *o.batches, *(o.scaling or [])]) < 1:
         p.error('threads, repetitions and batches start at 1')
     return o
 
@@ -407,6 +427,8 @@ def main():
     if o.machine['load'] > IDLE_LOAD:
         say(f"the machine is not idle (load {o.machine['load']:.2f}): figures will be disturbed, "
             'llama.cpp\'s most of all, whose threads spin')
+    if o.scaling:
+        return print_scaling(o)
     (print_json if o.output == 'json' else print_md)(o, measure(o))
 
 

@@ -94,7 +94,7 @@ def llama_job(job):
 
 def batched(o):
     job = {'model': os.path.abspath(o.model), 'kind': 'f16', 'depth': o.prompt, 'batch': o.at_once,
-           'threads': o.threads, 'steps': o.answer}
+           'threads': o.threads, 'prompt_threads': o.threads, 'steps': o.answer}
     done = subprocess.run([o.python, os.path.abspath(__file__), '--llama-job', json.dumps(job)], check=True,
                           stdout=subprocess.PIPE, text=True)
     return float(done.stdout), o.at_once * o.prompt, o.at_once * o.answer

@@ -206,6 +206,37 @@ uint32_t ki_layout_pages(const ki_layout *l, uint32_t n_tokens, uint32_t step_ro
     return (uint32_t)(l->window ? KI_MIN(all, live) : all);
 }
 
+/* As many blocks as `rows` neighbours can lie in, of those that n_tokens have. */
+static uint32_t larger_ring(const ki_layout *l, uint64_t rows, uint32_t n_tokens, uint32_t ring) {
+    uint64_t unit = l->block_tokens, all = (n_tokens + unit - 1) / unit;
+    uint64_t blocks = (rows + 2 * unit - 2) / unit;
+    return KI_MAX((uint32_t)KI_MIN(blocks, all), ring);
+}
+
+/* Rows from the line of the step's first one, R - 1 keys and R values before it, or the beginning of
+ * its span, or (`paper`) of the whole prompt, and as many more as one may step back. */
+void ki_layout_prompt_blocks(uint32_t *k, uint32_t *v, const ki_layout *l, uint32_t n_rows,
+                             uint32_t n_tokens) {
+    const kivi_kv_options *kv = &l->kv;
+    uint64_t r = kv->residual_tokens, back = kv->rewind_tokens;
+    uint64_t span = kv->rule == KIVI_RULE_SPAN ? kv->span_tokens : 1;
+    uint64_t rows = kv->rule == KIVI_RULE_PAPER ? n_tokens : KI_MIN(n_rows, n_tokens);
+    *k = kv->k_bits == 16
+             ? 0
+             : larger_ring(l, KI_MAX(r + back, span) - 1 + rows, n_tokens, l->k_ring_blocks);
+    *v = kv->v_bits == 16
+             ? 0
+             : larger_ring(l, KI_MAX(r + back, span - 1) + rows, n_tokens, l->v_ring_blocks);
+}
+
+uint64_t ki_layout_prompt_bytes(const ki_layout *l, uint32_t n_rows, uint32_t n_tokens) {
+    uint32_t k, v;
+    ki_layout_prompt_blocks(&k, &v, l, n_rows, n_tokens);
+    if (k == l->k_ring_blocks && v == l->v_ring_blocks) return 0;
+    uint64_t blocks = (uint64_t)k + v, heads = (uint64_t)l->n_layers * l->n_kv_heads;
+    return heads * blocks * l->block_tokens * l->head_dim * 2;
+}
+
 bool ki_layout_plan(kivi_memory *out, const ki_layout *l, uint64_t n_pages, uint64_t n_sequences) {
     size_t heads = (size_t)l->n_layers * l->n_kv_heads,
            block_bytes = (size_t)l->block_tokens * l->head_dim * 2;

@@ -2,6 +2,7 @@
  * runs on it and what that takes, and the calls of a running engine. */
 #include "cuda_private.h"
 #include "kv_bench.h"
+#include "kv_shared.h"
 
 #include <stdio.h>
 
@@ -21,16 +22,19 @@ static kivi_status check_parts(const ki_layout *l, kivi_error *err) {
                    l->kv.plus, parts);
 }
 
+static kivi_cache_geometry geometry_of(const ki_layout *l) {
+    return (kivi_cache_geometry){.n_layers = l->n_layers,
+                                 .n_heads = l->n_heads,
+                                 .n_kv_heads = l->n_kv_heads,
+                                 .head_dim = l->head_dim,
+                                 .window_tokens = l->window,
+                                 .kv = l->kv};
+}
+
 static kivi_status layout_of(ki_cuda_layout *out, const ki_layout *l, kivi_error *err) {
-    kivi_cache_geometry g = {.n_layers = l->n_layers,
-                             .n_heads = l->n_heads,
-                             .n_kv_heads = l->n_kv_heads,
-                             .head_dim = l->head_dim,
-                             .window_tokens = l->window,
-                             .kv = l->kv};
+    kivi_cache_geometry g = geometry_of(l);
     KI_TRY(check_parts(l, err));
-    if (l->kv.plus) return ki_cuda_layout_init(out, &g, true, err); /* the fused kernels' alone */
-    return ki_cuda_layout_any(out, &g, false, err);
+    return ki_cuda_layout_any(out, &g, l->kv.plus != 0, err);
 }
 
 /* The policy needs sizes and the length of a block; planes are the kernels' own business. */
@@ -99,27 +103,28 @@ static const ki_cuda_kernels closing = {.name = "fused",
                                         .attend = ki_cuda_decode_attend,
                                         .prompt_attend = ki_cuda_prompt_attend};
 
-/* The fused kernels wherever they are built for the head size, unless they are left out: groups of
- * 32 tokens and more, and lines between codes and window on blocks of 32. */
-static bool is_fused_kind(const ki_layout *l) {
-    return l->kv.group >= KI_SUB_TOKENS && l->kv.residual_tokens % KI_SUB_TOKENS == 0;
+bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *l, kivi_error *why) {
+    if (!(b->without & KI_PART_FUSED)) return !ki_cuda_kernels_fit(l, b->shared_bytes, why);
+    (void)KI_FAIL(why, UNSUPPORTED, "cuda: the fused kernels were left out");
+    return false;
 }
 
-static kivi_status choose_kernels(ki_cuda_backend *b, const ki_layout *l, kivi_error *err) {
-    kivi_cache_geometry g = {.n_layers = l->n_layers,
-                             .n_heads = l->n_heads,
-                             .n_kv_heads = l->n_kv_heads,
-                             .head_dim = l->head_dim,
-                             .kv = l->kv};
-    ki_cuda_layout own;
-    bool plus = l->kv.plus != 0;
+/* The fused kernels wherever they serve; else the plain ones, and the log says why. */
+static kivi_status choose_kernels(ki_cuda_backend *b, kivi_error *err) {
+    static const char *const types[] = {"float32", "float16", "bfloat16"};
+    kivi_error why = {0};
+    uint32_t shared_bytes;
+    char line[400];
     b->kernels = &plain;
-    if (b->without & KI_PART_FUSED && plus)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
-    if ((b->without & KI_PART_FUSED) || !is_fused_kind(l)) return KIVI_OK;
-    if (ki_cuda_layout_init(&own, &g, plus, NULL) != KIVI_OK) return KIVI_OK;
-    KI_TRY(ki_cuda_kernels_init(err));
-    b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
+    if (ki_cuda_is_fused(b, &b->layout, &why)) {
+        KI_TRY(ki_cuda_kernels_init(&shared_bytes, err));
+        b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
+    }
+    if (!b->log) return KIVI_OK;
+    snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s%s%s",
+             b->kernels->name, b->layout.head_dim, types[b->type], why.text[0] ? "; " : "",
+             why.text);
+    b->log(b->log_user, line);
     return KIVI_OK;
 }
 
@@ -134,14 +139,7 @@ static kivi_status start(ki_backend *backend, const ki_model *model, kivi_cache 
     b->cache = cache;
     b->sizes = *sizes;
     KI_TRY(layout_of(&b->layout, &cache->layout, err));
-    KI_TRY(choose_kernels(b, &cache->layout, err));
-    if (b->log) {
-        static const char *const types[] = {"float32", "float16", "bfloat16"};
-        char line[160];
-        snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s",
-                 b->kernels->name, b->layout.head_dim, types[b->type]);
-        b->log(b->log_user, line);
-    }
+    KI_TRY(choose_kernels(b, err));
     return ki_cuda_start(b, err);
 }
 
@@ -234,6 +232,7 @@ static kivi_status open(ki_backend **out, const ki_backend_options *o, kivi_erro
                            .number = (int)o->device,
                            .n_sms = (uint32_t)found.multiProcessorCount,
                            .compute_major = (uint32_t)found.major,
+                           .shared_bytes = (uint32_t)found.sharedMemPerBlockOptin,
                            .type = (ki_cuda_type)o->compute, /* both begin F32, F16, BF16 */
                            .without = o->without,
                            .invariant = o->invariant,

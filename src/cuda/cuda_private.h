@@ -127,6 +127,7 @@ typedef struct ki_cuda_backend {
     void (*frequencies)(float *out, const ki_rope *rope, uint32_t head_dim, uint32_t length);
     int number;
     uint32_t n_sms, compute_major;
+    uint32_t shared_bytes; /* what a thread block can have */
     ki_cuda_type type; /* of weights, and of the rows that products read */
     uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
     bool invariant;    /* neighbours change nothing (forward.c) */
@@ -140,6 +141,7 @@ typedef struct ki_cuda_backend {
     ki_cuda_cache kv;
     const ki_cuda_kernels *kernels;
     ki_gemm *gemm;
+    ki_stream *few;      /* NULL: products of few rows are gemm's, too */
     uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: stream.h makes them */
     ki_batch_item **chosen; /* [max_items]: of a pass */
     ki_sdpa *sdpa;          /* NULL: prompts are kv_prompt.cu's; works in the products' workspace */
@@ -175,8 +177,12 @@ uint32_t ki_cuda_split_of(const ki_cuda_backend *b, const ki_cuda_layout *layout
 /* Products of up to so many rows are stream.h's; 0: none are. */
 uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b);
 /* Whether cuDNN is to be asked for the attention of prompts: its kernels are faster on this device,
- * steps of that many rows can have one that is long enough, and rows are in 16 bit. */
-bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *sizes);
+ * the fused ones leave prompts out for it, steps of that many rows can have one that is long
+ * enough, and rows are in 16 bit. */
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_cuda_layout *layout,
+                        const ki_backend_sizes *sizes);
+/* Whether the fused kernels serve a layout here; else the plain ones do, which need no workspace. */
+bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *layout, kivi_error *why);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);
 void ki_cuda_stop(ki_cuda_backend *b);

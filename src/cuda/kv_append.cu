@@ -24,35 +24,30 @@ KI_DEV void stage_rows(uint16_t *raw, const append_args &a, const range_job &job
         raw[k] = *exact_element(block, k / d, k % d, d / 16, keys);
 }
 
-/* Shared memory of one thread block, by the head size: raw has 32 rows of `width`, which is the
- * head size, or as many blocks of 32 as there are threads for; codes the same and 64 numbered wide
- * channels a token; behind it what plus kinds need. */
+/* Shared memory of one thread block, as ki_close_bytes counts it; of + kinds nothing but all of a
+ * page's rows, what closing it needs and codes. */
 struct quant_shared {
-    float *scratch, *low, *high;
-    uint16_t *scale, *zero, *k16, *v16, *raw;
-    uint8_t *codes, *more;
+    uint16_t *raw;
+    float *low, *high;
+    uint16_t *scale, *zero;
+    plus_close *plus;
+    uint8_t *codes;
 };
 
-KI_BOTH uint32_t quant_width(uint32_t d, uint32_t n_threads) {
-    return d > n_threads ? d : n_threads;
-}
-KI_BOTH uint32_t quant_bytes(uint32_t d, uint32_t width) {
-    return 20 * d + KI_SUB_TOKENS * (2 * width + width + 64);
-}
-/* A + page is closed whole, from rows behind the rest. */
-KI_BOTH uint32_t close_width(const ki_cuda_layout *l) {
-    return quant_width(l->head_dim, l->is_plus ? APPEND_THREADS : CLOSE_THREADS);
-}
-
-KI_DEV quant_shared carve(uint8_t *base, uint32_t d, uint32_t width) {
-    quant_shared m;
+KI_DEV quant_shared carve(uint8_t *base, const ki_cuda_layout &l) {
+    quant_shared m = {};
+    uint32_t d = l.head_dim;
     m.raw = (uint16_t *)base;
-    m.scratch = (float *)(m.raw + KI_SUB_TOKENS * width);
-    m.low = m.scratch + d, m.high = m.low + d;
+    if (l.is_plus) {
+        m.plus = (plus_close *)(m.raw + KI_PAGE_TOKENS * d);
+        m.codes = (uint8_t *)(m.plus + 1);
+        return m;
+    }
+    m.low = (float *)(m.raw + KI_SUB_TOKENS * CLOSE_THREADS);
+    m.high = m.low + d;
     m.scale = (uint16_t *)(m.high + d);
-    m.zero = m.scale + d, m.k16 = m.zero + d, m.v16 = m.k16 + d;
-    m.codes = (uint8_t *)(m.v16 + d);
-    m.more = base + quant_bytes(d, width);
+    m.zero = m.scale + d;
+    m.codes = (uint8_t *)(m.zero + d);
     return m;
 }
 
@@ -122,15 +117,13 @@ KI_DEV void close_key_group(const quant_shared &m, const append_args &a, const r
 }
 
 KI_DEV void close_plus_keys(const append_args &a, const range_job &job, const quant_shared &m) {
-    plus_close &p = *(plus_close *)m.more;
-    uint16_t *raw = (uint16_t *)(m.more + sizeof(plus_close));
     uint32_t d = a.l.head_dim, base = job.index * KI_PAGE_TOKENS;
     for (uint32_t b = 0; b < KI_SUBS; b++)
-        stage_rows(raw + b * KI_SUB_TOKENS * d, a, job, base + b * 32, base + b * 32,
+        stage_rows(m.raw + b * KI_SUB_TOKENS * d, a, job, base + b * 32, base + b * 32,
                    base + b * 32 + 32, true);
     __syncthreads();
     uint32_t sinks = a.l.sink_tokens > base ? a.l.sink_tokens - base : 0;
-    if (sinks < KI_PAGE_TOKENS) close_plus_page(job.page, a.l, raw, m.codes, p, sinks);
+    if (sinks < KI_PAGE_TOKENS) close_plus_page(job.page, a.l, m.raw, m.codes, *m.plus, sinks);
 }
 
 KI_DEV void quantize_keys(const quant_shared &m, const append_args &a, const range_job &job) {
@@ -239,10 +232,10 @@ static __global__ void __launch_bounds__(CLOSE_THREADS, 2)
     ki_close_kernel(const __grid_constant__ append_args args, uint32_t n_seqs, uint32_t n_layers) {
     extern __shared__ __align__(16) uint8_t shared[];
     append_args a = args;
-    const quant_shared m = carve(shared, a.l.head_dim, close_width(&args.l));
+    const quant_shared m = carve(shared, args.l);
     uint32_t lane = threadIdx.x % 32, each = n_layers * a.l.n_kv_heads, n_before = 0;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     for (uint32_t base = 0; base < n_seqs; base += 32) {
         uint32_t slot = base + lane;
         bool moves = slot < n_seqs && a.seqs[slot].n_rows == 1 && moves_key_line(a.l, a.seqs[slot]);
@@ -270,8 +263,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
     uint32_t side = rest % 2, slot = rest / 2;
     uint32_t to_n = side ? a.to_v : a.to_k, from_n = side ? a.from_v : a.from_k;
     uint32_t last = a.first_block + a.n_blocks - 1;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (!to_n || last - b >= to_n || last - b >= from_n) return;
     uint64_t to_at = (uint64_t)slot * (a.to_k + a.to_v) + (side ? a.to_k : 0) + b % to_n;
     uint64_t from_at = (uint64_t)slot * (a.from_k + a.from_v) + (side ? a.from_k : 0) + b % from_n;
@@ -282,20 +275,10 @@ static __global__ void __launch_bounds__(APPEND_THREADS) ki_ring_kernel(const ri
 
 /* ---- host calls ---- */
 
-static uint32_t plus_bytes(const ki_cuda_layout *l) {
-    return l->is_plus ? sizeof(plus_close) + KI_PAGE_TOKENS * l->head_dim * 2 : 0;
-}
-static uint32_t shared_bytes(const ki_cuda_layout *l) {
-    return quant_bytes(l->head_dim, quant_width(l->head_dim, APPEND_THREADS)) + plus_bytes(l);
-}
-static uint32_t close_bytes(const ki_cuda_layout *l) {
-    return quant_bytes(l->head_dim, close_width(l)) + plus_bytes(l);
-}
-
 kivi_status ki_cuda_append_prepare(kivi_error *err) {
     ki_cuda_layout most = {};
     most.head_dim = MAX_DIM, most.is_plus = 1;
-    int bytes = (int)shared_bytes(&most);
+    int bytes = (int)ki_close_bytes(&most);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     return ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
                          "shared memory of closing", err);
@@ -308,8 +291,8 @@ kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, 
     uint64_t most = (uint64_t)c->cache->n_seqs * n_layers * l->n_kv_heads;
     if (l->k_bits == 16) return KIVI_OK;
     uint32_t n_blocks = most < CLOSE_BLOCKS ? (uint32_t)most : (uint32_t)CLOSE_BLOCKS;
-    return ki_cuda_check(ki_launch(ki_close_kernel, n_blocks, CLOSE_THREADS, close_bytes(l), c->pdl,
-                                   stream, a, c->cache->n_seqs, n_layers),
+    return ki_cuda_check(ki_launch(ki_close_kernel, n_blocks, CLOSE_THREADS, ki_close_bytes(l),
+                                   c->pdl, stream, a, c->cache->n_seqs, n_layers),
                          "closing pages", err);
 }
 

@@ -21,9 +21,7 @@ struct append_args {
     ki_cuda_type type;
 };
 
-/* CLOSE_THREADS: five candidates of the 96 narrow channels of a + page all at once; four blocks of
- * 32 tokens. */
-enum { APPEND_THREADS = 128, CLOSE_THREADS = 512, MAX_DIM = 256 };
+enum { APPEND_THREADS = KI_APPEND_THREADS, CLOSE_THREADS = KI_CLOSE_THREADS, MAX_DIM = 256 };
 
 struct row_check {
     bool is_bad;

@@ -199,8 +199,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     if (is_here) s = a.seqs[slot];
     is_here = is_here && s.n_rows == 1;
     if (is_here && is_kv) place = place_row(a, s, head);
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (!is_here) return;
     if (is_kv) append_kv<D, WIDE>(a, place, s.first_row, head, lane);
     else rotate_query<D, WIDE>(a, s.first_row, head - a.l.n_kv_heads, lane);
@@ -446,8 +446,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         else quantize_row<D>(v, l, sub, t, lane);
         put_codes<D>(v, l, sub, t, lane);
     }
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
 }
 
 /* ---- host calls ---- */

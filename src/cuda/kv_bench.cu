@@ -376,7 +376,8 @@ kivi_status ki_cuda_bench_attention(const kivi_bench_options *options, const cha
                                     kivi_error *err) {
     report r = {options, device, err, 0, 0};
     int number = 0, n_sms = 0;
-    KI_TRY(ki_cuda_kernels_init(err));
+    uint32_t shared_bytes;
+    KI_TRY(ki_cuda_kernels_init(&shared_bytes, err));
     KI_TRY(ki_cuda_check(cudaGetDevice(&number), "device", err));
     KI_TRY(ki_cuda_check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, number),
                          "device", err));

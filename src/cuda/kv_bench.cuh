@@ -203,7 +203,7 @@ inline kivi_status bench_batch::ki_make_set(const bench_kind &kind, uint32_t set
                                     cudaMemcpyHostToDevice),
                          "sequences", err));
     caches[set] = {l,           pool, tables + (uint64_t)set * set_pages, table_stride, device_seqs,
-                   shape.batch, NULL};
+                   shape.batch, NULL, ki_most_shared_bytes()};
     return KIVI_OK;
 }
 

@@ -132,6 +132,7 @@ typedef struct ki_cuda_cache {
     const ki_cuda_seq *seqs; /* [n_seqs] */
     uint32_t n_seqs;
     ki_cuda_counters *counters;
+    uint32_t shared_bytes; /* what a thread block can have (kv_shared.h); for the fused kernels */
 } ki_cuda_cache;
 
 typedef enum ki_cuda_type { KI_CUDA_F32, KI_CUDA_F16, KI_CUDA_BF16 } ki_cuda_type;
@@ -139,8 +140,9 @@ typedef enum ki_cuda_type { KI_CUDA_F32, KI_CUDA_F16, KI_CUDA_BF16 } ki_cuda_typ
 /* ---- device ---- */
 
 /* Once for each device, before the first launch and outside of graph capture: refuses what is below
- * sm_80 (UNSUPPORTED) and raises the shared-memory limits. The device is the calling thread's. */
-kivi_status ki_cuda_kernels_init(kivi_error *err);
+ * sm_80 (UNSUPPORTED), raises the shared-memory limits, and says what a thread block can have. The
+ * device is the calling thread's. */
+kivi_status ki_cuda_kernels_init(uint32_t *shared_bytes, kivi_error *err);
 
 /* ---- quantize and append ---- */
 

@@ -154,12 +154,12 @@ static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const me
     uint32_t index = IS_WIDE ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp;
     uint32_t slot = index / a.n_heads, head = index % a.n_heads, n = 0;
     uint64_t first = 0, row = 0;
-    let_next_begin(); /* it waits for this kernel, and so for the one before */
+    ki_pdl_launch(); /* it waits for this kernel, and so for the one before */
     if (index < a.n_rows) {
         n = a.slots[slot].n_splits, first = a.slots[slot].first_item;
         if (n > 1) row = a.items[first].row;
     }
-    wait_for_previous();
+    ki_pdl_wait();
     bool is_here = n > 1; /* else there is nothing to do, or it was written already */
     merge_state state = {};
     if (is_here)
@@ -174,11 +174,10 @@ static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const me
                 merge_into(state, parts[w][lane].m, parts[w][lane].sum, parts[w][lane].acc);
     }
     if (is_here) put_merged(rows[warp], state, a.head_dim, lane);
-    if (a.is_turned) /* an idle warp's row is whatever it is, and stays here */
-        for (int w = 0; w < (IS_WIDE ? 1 : MERGE_WARPS); w++)
-            turn_row(rows[w], a.head_dim, threadIdx.x, MERGE_THREADS);
-    __syncwarp();
+    if (IS_WIDE && a.is_turned) turn_row(rows[0], a.head_dim, threadIdx.x, MERGE_THREADS);
     if (!is_here) return;
+    if (!IS_WIDE && a.is_turned) turn_row_by_warp(rows[warp], a.head_dim, lane);
+    __syncwarp();
     for (uint32_t c = lane; c < a.head_dim; c += 32)
         store_out(a.out, a.out_type, row * a.out_stride + head * a.head_dim + c, rows[warp][c]);
 }
@@ -197,19 +196,6 @@ static const decode_kernel *table_of(uint32_t head_dim) {
     case 256: return ki_decode_table_256;
     default: return NULL;
     }
-}
-
-static bool fits(const decode_kernel *k, const ki_cuda_layout *l) {
-    return (!k->k_bits || k->k_bits == l->k_bits) && (!k->v_bits || k->v_bits == l->v_bits) &&
-           (!k->k_group || k->k_group == l->k_group) && (!k->v_group || k->v_group == l->v_group) &&
-           k->is_plus == l->is_plus && k->unit_subs == l->unit_subs &&
-           (k->heads == 8 || k->heads >= l->head_group);
-}
-
-static const decode_kernel *kernel_of(const ki_cuda_layout *l) {
-    const decode_kernel *k = table_of(l->head_dim);
-    while (k && k->head_dim && !fits(k, l)) k++;
-    return k && k->head_dim ? k : NULL;
 }
 
 kivi_status ki_cuda_decode_prepare(kivi_error *err) {
@@ -280,15 +266,16 @@ static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w
 
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
-    const decode_kernel *kernel = kernel_of(l);
-    if (!kernel)
+    const decode_kernel *table = table_of(l->head_dim);
+    ki_decode_choice choice;
+    if (!table || !ki_decode_choose(&choice, l, c->cache->shared_bytes))
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);
-    return ki_cuda_decode_attend_by(c, kernel, stream, err);
+    return ki_cuda_decode_attend_by(c, table + choice.index, choice.warps, stream, err);
 }
 
 kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_kernel *kernel,
-                                     void *stream, kivi_error *err) {
+                                     uint32_t warps, void *stream, kivi_error *err) {
     const ki_cuda_layout *l = &c->cache->layout;
     workspace w = workspace_of(c);
     decode_args a = {};
@@ -311,7 +298,7 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
-    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, c->pdl, (cudaStream_t)stream),
+    KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, warps, c->pdl, (cudaStream_t)stream),
                          "decode attention", err));
     return w.max_splits == 1 ? KIVI_OK : launch_merge(c, w, stream, err);
 }

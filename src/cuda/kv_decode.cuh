@@ -8,7 +8,9 @@
  * in order. No atomics: bits repeat. */
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
+#include "kv_launch.h"
 #include "kv_rows.cuh"
+#include "kv_shared.h"
 #include "kv_tile.cuh"
 
 struct decode_args {
@@ -36,6 +38,7 @@ struct decode_shape {
     static constexpr int D = D_, NJ = D_ / 16, KB = KB_, VB = VB_, KG = KG_, VG = VG_;
     static constexpr int NB = NB_;
     static constexpr int WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
+    static constexpr bool IS_FLEXIBLE = KI_DECODE_IS_FLEXIBLE(KB_, VG_); /* WARPS or fewer */
     static constexpr bool PLUS = PLUS_;
     static constexpr int HEADS = HEADS_, COPIES = 8 / HEADS_;
     static_assert(HEADS_ == 8 || (KB_ == 2 && VB_ == 2 && KG_ >= 32 && VG_ >= 16 && NB_ == 4),
@@ -43,6 +46,7 @@ struct decode_shape {
     /* Blocks, and channel groups of values, that copies share out among them. */
     static constexpr int K_COPIES = COPIES < NB_ ? COPIES : NB_;
     static constexpr int V_COPIES = !VG_ ? 1 : COPIES < D_ / VG_ ? COPIES : D_ / VG_;
+    KI_DEV_MEMBER uint32_t warps() { return IS_FLEXIBLE ? blockDim.x / 32 : WARPS; }
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
     KI_DEV_MEMBER uint32_t v_bits(const ki_cuda_layout &l) {
@@ -562,15 +566,16 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
 template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
                         uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
-    constexpr uint32_t STRIDE = S::D + 2, N = S::WARPS * 32;
+    constexpr uint32_t STRIDE = S::D + 2;
+    const uint32_t N = S::warps() * 32;
     bool turned = S::PLUS;
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
 #pragma unroll
-        for (int w = 0; w < S::WARPS; w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
+        for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
 #pragma unroll
-        for (int w = 0; w < S::WARPS; w++) {
+        for (uint32_t w = 0; w < S::warps(); w++) {
             const float *s = states + (w * n_heads + h) * STRIDE;
             float f = exp2_fast(s[0] - m);
             sum += s[1] * f;
@@ -590,12 +595,13 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
     }
     if (!turned || (item.splits >> 16) > 1) return;
-    for (uint32_t h = 0; h < n_heads; h++) {
-        turn_row(states + h * STRIDE + 2, S::D, threadIdx.x, N);
-        for (uint32_t c = threadIdx.x; c < S::D; c += N)
-            store_out(a.out, a.out_type,
-                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c,
-                      states[h * STRIDE + 2 + c]);
+    /* All heads at once: barriers cost more than what is between them. */
+    turn_rows(states + 2, n_heads, STRIDE, S::D, threadIdx.x, N);
+    for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
+        uint32_t h = k / S::D, c = k % S::D;
+        store_out(a.out, a.out_type,
+                  (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c,
+                  states[h * STRIDE + 2 + c]);
     }
 }
 
@@ -613,10 +619,10 @@ template <class S> struct unit_stream {
         uint32_t first = item.part.unit_begin + warp;
         if (i % 32 == 0) {
             uint32_t mine = i + lane;
-            ids = mine < n ? row[(first + mine * S::WARPS) / IN_PAGE] : 0;
+            ids = mine < n ? row[(first + mine * S::warps()) / IN_PAGE] : 0;
         }
         uint64_t id = __shfl_sync(~0u, ids, i % 32);
-        uint32_t u = (first + i * S::WARPS) % IN_PAGE;
+        uint32_t u = (first + i * S::warps()) % IN_PAGE;
         return a.pool + id * a.l.id_bytes +
                ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes +
                (uint64_t)u * a.unit_bytes;
@@ -630,8 +636,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
     if (index >= *a.n_items) {
-        wait_for_previous();
-        let_next_begin();
+        ki_pdl_wait();
+        ki_pdl_launch();
         return;
     }
     const ki_plan_item item = a.items[index];
@@ -640,23 +646,23 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t first_head = head * a.l.head_group + first_in_group;
 
     warp_pipe<S::STAGES> pipe = {shared + warp * S::STAGES * a.unit_bytes,
-                                 (uint64_t *)(shared + S::WARPS * S::STAGES * a.unit_bytes) +
+                                 (uint64_t *)(shared + S::warps() * S::STAGES * a.unit_bytes) +
                                      warp * S::STAGES,
                                  a.unit_bytes};
     unit_stream<S> stream = {};
     uint32_t n_units = item.part.unit_end - item.part.unit_begin;
-    stream.n = n_units > warp ? (n_units - warp + S::WARPS - 1) / S::WARPS : 0;
+    stream.n = n_units > warp ? (n_units - warp + S::warps() - 1) / S::warps() : 0;
     pipe.init(lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
      * waiting; but where a side has 16 bits the last one may hold this step's own row. */
-    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) wait_for_previous();
+    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) ki_pdl_wait();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
         if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);
         else pipe.issue_nothing();
     }
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
 
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
@@ -664,7 +670,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     const uint16_t *q = a.q + ((uint64_t)item.row * a.l.n_heads + first_head + g % S::HEADS) * S::D;
     st.q.load(q, g % S::HEADS < n_heads, a.factor, S::quartered(a.l), lane);
     if constexpr (S::PLUS) {
-        uint32_t *wide = (uint32_t *)(shared + S::WARPS * S::STAGES * (a.unit_bytes + 8));
+        uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
         if (warp == 0)
 #pragma unroll
@@ -677,7 +683,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     }
     if (item.part.slow_begin < item.part.slow_end) {
         const ki_cuda_seq seq = a.seqs[item.slot];
-        for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::WARPS) {
+        for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::warps()) {
             uint32_t block =
                 k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
             slow_block<S>(st, a, item, seq, head, block, lane);
@@ -686,7 +692,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
     for (uint32_t i = 0; i < stream.n; i++) {
-        uint32_t u = item.part.unit_begin + warp + i * S::WARPS;
+        uint32_t u = item.part.unit_begin + warp + i * S::warps();
         if constexpr (S::HEADS < 8) copied_unit<S>(st, a.l, pipe.wait(i), lane);
         else
             fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS,
@@ -706,46 +712,31 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
 
 /* ---- launching ---- */
 
-/* Dynamic shared memory of a shape: stages and barriers (and queries to gather from), or the
- * states. */
-template <class S> static uint32_t decode_shared_bytes(uint32_t unit_bytes, uint32_t n_heads) {
-    uint32_t stages = S::WARPS * S::STAGES * (unit_bytes + 8) + (S::PLUS ? 8 * S::D * 2 : 0);
-    uint32_t states = S::WARPS * n_heads * (S::D + 2) * 4;
-    return stages > states ? stages : states;
-}
-
 /* One entry of the table of kernels. */
 struct decode_kernel {
-    uint32_t head_dim, k_bits, v_bits, k_group, v_group; /* bits and groups 0: any */
-    uint32_t is_plus, unit_subs, heads;                  /* 8: any number of heads */
-    cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, bool pdl,
+    uint32_t head_dim, unit_subs, heads, warps; /* heads 8: any number */
+    cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, uint32_t warps, bool pdl,
                           cudaStream_t stream);
     cudaError_t (*prepare)(void); /* raises the limit of shared memory */
 };
 
 /* As much shared memory as a thread block can have. */
 template <class S> static cudaError_t decode_prepare(void) {
-    int device = 0, bytes = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (e != cudaSuccess) return e;
     return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                bytes);
+                                (int)ki_most_shared_bytes());
 }
 
 kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
-                                     void *stream, kivi_error *err);
+                                     uint32_t warps, void *stream, kivi_error *err);
 
 template <class S>
-static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, bool pdl,
-                                 cudaStream_t stream) {
+static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, uint32_t warps,
+                                 bool pdl, cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
     config.gridDim = n_blocks;
-    config.blockDim = S::WARPS * 32;
-    uint32_t n_heads = args->l.head_group < 8 ? args->l.head_group : 8;
-    config.dynamicSmemBytes = decode_shared_bytes<S>(args->unit_bytes, n_heads);
+    config.blockDim = warps * 32;
+    config.dynamicSmemBytes = ki_decode_bytes(&args->l, warps, S::STAGES);
     config.stream = stream;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = pdl;
@@ -755,16 +746,7 @@ static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, boo
 }
 
 template <class S> static constexpr decode_kernel decode_entry() {
-    return {S::D,
-            S::KB,
-            S::VB,
-            S::KG,
-            S::VG,
-            S::PLUS,
-            S::NB,
-            S::HEADS,
-            decode_launch<S>,
-            decode_prepare<S>};
+    return {S::D, S::NB, S::HEADS, S::WARPS, decode_launch<S>, decode_prepare<S>};
 }
 
 #endif

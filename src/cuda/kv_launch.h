@@ -11,7 +11,15 @@ static inline kivi_status ki_cuda_check(cudaError_t e, const char *what, kivi_er
     return KI_FAIL(err, DEVICE, "cuda: %s: %s", what, cudaGetErrorString(e));
 }
 
-/* pdl: the kernel may begin while the one before it ends; it waits by itself (kv_mma.cuh). */
+/* What a thread block of the thread's device can have; 0: it cannot be asked. */
+static inline uint32_t ki_most_shared_bytes(void) {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return (uint32_t)bytes;
+}
+
+/* pdl: the kernel may begin while the one before it ends; it waits by itself (pdl.cuh). */
 template <class... P, class... A>
 static cudaError_t ki_launch(void (*kernel)(P...), uint32_t n_blocks, uint32_t n_threads,
                              uint32_t shared_bytes, bool pdl, void *stream, A... args) {
@@ -32,7 +40,7 @@ static cudaError_t ki_launch(void (*kernel)(P...), uint32_t n_blocks, uint32_t n
 kivi_status ki_cuda_decode_prepare(kivi_error *err);
 kivi_status ki_cuda_append_prepare(kivi_error *err);
 kivi_status ki_cuda_prompt_append_prepare(kivi_error *err);
-kivi_status ki_cuda_prompt_prepare(kivi_error *err);
+kivi_status ki_cuda_prompt_prepare(uint32_t most_bytes, kivi_error *err);
 
 #endif
 #endif

@@ -3,6 +3,7 @@
 
 #include "cache.h"
 #include "kv_plan.h"
+#include "kv_shared.h"
 
 static uint32_t align16(uint32_t n) { return (n + 15) / 16 * 16; }
 
@@ -56,10 +57,6 @@ static uint32_t ring_blocks(uint32_t rows, uint32_t unit) {
     return (lead + rows + KI_SUB_TOKENS - 1) / KI_SUB_TOKENS;
 }
 
-static bool head_dim_is_built(uint32_t d) {
-    return d == 64 || d == 80 || d == 96 || d == 128 || d == 256;
-}
-
 static void place_rings(ki_cuda_layout *l) {
     uint32_t r = l->residual_tokens, back = l->rewind_tokens;
     /* keys: [floor(p/R) R, p], R rows; values: [p - R, p] */
@@ -91,7 +88,7 @@ static kivi_status check_plus(const ki_cuda_layout *l, kivi_error *err) {
 
 kivi_status ki_cuda_layout_init(ki_cuda_layout *out, const kivi_cache_geometry *g, bool plus,
                                 kivi_error *err) {
-    if (!head_dim_is_built(g->head_dim))
+    if (!ki_cuda_is_built(g->head_dim))
         return KI_FAIL(err, UNSUPPORTED, "cuda: head size %u, expected 64, 80, 96, 128 or 256",
                        g->head_dim);
     return ki_cuda_layout_any(out, g, plus, err);
@@ -116,7 +113,7 @@ kivi_status ki_cuda_layout_any(ki_cuda_layout *out, const kivi_cache_geometry *g
         return KI_FAIL(err, ARG, "cuda: %u heads over %u KV heads, expected a multiple", g->n_heads,
                        g->n_kv_heads);
     if (kv->plus && !plus)
-        return KI_FAIL(err, UNSUPPORTED, "cuda: a + kind of cache needs the fused kernels");
+        return KI_FAIL(err, ARG, "cuda: parts %u of a + kind, expected none", kv->plus);
     if (plus) KI_TRY(check_plus(out, err));
     else {
         ki_layout cpu; /* the same refusals as the CPU's */
@@ -228,8 +225,7 @@ static void exchange_plane(const exchange *x, const plane *p) {
             uint8_t *half = sub + (size_t)there.word * 4 + there.bit / 8;
             if (p->bits == 16 && x->to_host) memcpy(host_f16(x, t, c, p->keys), half, 2);
             else if (p->bits == 16) memcpy(half, host_f16(x, t, c, p->keys), 2);
-            else
-                move_bits(x, sub, there, x->host + p->host_at, host_code_at(p, t, c, d), p->bits);
+            else move_bits(x, sub, there, x->host + p->host_at, host_code_at(p, t, c, d), p->bits);
         }
     }
 }
@@ -241,8 +237,8 @@ static void exchange_wide(const exchange *x) {
         uint8_t *sub =
             x->device + x->l->head_bytes + (size_t)(t / 32) * x->l->sub_bytes + x->l->wide_at;
         for (uint32_t w = 0; w < n_wide; w++)
-            move_bits(x, sub, ki_order_key(t % 32, w, wide_steps(d), 2),
-                      x->host + x->cpu.k_wide_at, host_wide_at(t, w, d), 2);
+            move_bits(x, sub, ki_order_key(t % 32, w, wide_steps(d), 2), x->host + x->cpu.k_wide_at,
+                      host_wide_at(t, w, d), 2);
     }
     uint8_t *there = x->device + x->l->list_at, *here = x->host + x->cpu.k_list_at;
     memcpy(x->to_host ? here : there, x->to_host ? there : here, n_wide);

@@ -14,6 +14,7 @@
 #include "kv_launch.h"
 #include "kv_prompt.h"
 #include "kv_rows.cuh"
+#include "kv_shared.h"
 
 struct prompt_args {
     ki_cuda_layout l;
@@ -31,32 +32,12 @@ struct prompt_args {
 
 enum { TILE = 64, GROUP_WARPS = 4, GROUP_THREADS = GROUP_WARPS * 32, MAX_GROUPS = 2 };
 
-/* Halves of a row of a tile: 16 bytes more than D, so that eight rows lie in different banks. SETS:
- * of 16 rows that a warp has. */
 template <int D> struct tile_shape {
-    static constexpr int STRIDE = D + 8, HALVES = TILE * STRIDE, SETS = D <= 128 ? 2 : 1;
+    static constexpr int STRIDE = D + 8, HALVES = KI_TILE_HALVES(D), SETS = KI_TILE_SETS(D);
+    static_assert(HALVES == TILE * STRIDE, "a tile");
     static constexpr uint32_t ROWS = SETS * TILE;
 };
 
-KI_DEV void load_matrices(uint32_t (&r)[4], const uint16_t *p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-}
-KI_DEV void load_matrices_turned(uint32_t (&r)[4], const uint16_t *p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-}
-/* 16 bytes, or zeros. */
-KI_DEV void copy_16_bytes(uint16_t *to, const uint16_t *from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(is_there ? 16 : 0)
-                 : "memory");
-}
-KI_DEV void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 /* The warps of a group: they share tiles. */
 KI_DEV void group_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"((int)GROUP_THREADS) : "memory");
@@ -159,7 +140,7 @@ KI_DEV void begin_side(uint16_t *tile, const tile_source &x, uint32_t base, bool
     if (!exact) {
 #pragma unroll 8
         for (uint32_t k = thread; k < TILE * FOURS; k += GROUP_THREADS)
-            copy_16_bytes(tile + k / FOURS * STRIDE + k % FOURS * 8, old + k * 8, true);
+            ki_copy16(ki_shared(tile + k / FOURS * STRIDE + k % FOURS * 8), old + k * 8, true);
         return;
     }
     uint32_t n_tokens = x.seq.n_tokens, n_rows = x.seq.n_rows;
@@ -168,7 +149,8 @@ KI_DEV void begin_side(uint16_t *tile, const tile_source &x, uint32_t base, bool
         uint32_t pos = base + k / FOURS, r = pos - n_tokens, c = k % FOURS * 8;
         bool is_old = pos < n_tokens, is_there = is_old ? has_store && at >= 0 : r < n_rows;
         const uint16_t *from = is_old ? old + k * 8 : x.rows[side] + r * x.stride + c;
-        copy_16_bytes(tile + k / FOURS * STRIDE + c, is_there ? from : x.rows[side], is_there);
+        ki_copy16(ki_shared(tile + k / FOURS * STRIDE + c), is_there ? from : x.rows[side],
+                  is_there);
     }
 }
 
@@ -177,7 +159,7 @@ KI_DEV void begin_tile(uint16_t *k_tile, uint16_t *v_tile, const prompt_args &a,
                        const tile_source &x, const tile_job &j) {
     begin_side<D>(k_tile, x, j.base, j.k_exact, 0, a.l.k_bits < 16);
     if (D <= 128 || !a.is_single) begin_side<D>(v_tile, x, j.base, j.v_exact, 1, a.l.v_bits < 16);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    ki_end_copies();
 }
 
 /* Queries of n_rows rows from first_row on to shared memory, by all threads; rows behind the last
@@ -190,8 +172,8 @@ KI_DEV void load_queries(uint16_t *to, const prompt_args &a, const ki_cuda_seq &
         uint32_t r = first_row + k / FOURS, c = k % FOURS * 8;
         bool is_there = r < s.n_rows;
         uint64_t row = s.first_row + (is_there ? r : 0);
-        copy_16_bytes(to + k / FOURS * STRIDE + c, a.q + (row * a.l.n_heads + head) * D + c,
-                      is_there);
+        ki_copy16(ki_shared(to + k / FOURS * STRIDE + c), a.q + (row * a.l.n_heads + head) * D + c,
+                  is_there);
     }
 }
 
@@ -214,10 +196,10 @@ KI_DEV void tile_scores(float (&s)[SETS][8][4], const uint16_t *q, const uint16_
     for (int j = 0; j < D / 16; j++) {
         uint32_t x[SETS][4], b[4];
 #pragma unroll
-        for (int i = 0; i < SETS; i++) load_matrices(x[i], q_at + i * 16 * STRIDE + j * 16);
+        for (int i = 0; i < SETS; i++) ki_read4(x[i], ki_shared(q_at + i * 16 * STRIDE + j * 16));
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
-            load_matrices(b, k_at + n * 8 * STRIDE + j * 16);
+            ki_read4(b, ki_shared(k_at + n * 8 * STRIDE + j * 16));
 #pragma unroll
             for (int i = 0; i < SETS; i++) {
                 mma(s[i][n], x[i][0], x[i][1], x[i][2], x[i][3], b[0], b[1]);
@@ -248,7 +230,7 @@ KI_DEV void tile_values(prompt_state<D> (&st)[SETS], const float (&p)[SETS][8][4
 #pragma unroll
         for (int n = 0; n < D / 8; n += 2) {
             uint32_t b[4];
-            load_matrices_turned(b, v_at + j * 16 * STRIDE + n * 8);
+            ki_read4_turned(b, ki_shared(v_at + j * 16 * STRIDE + n * 8));
 #pragma unroll
             for (int i = 0; i < SETS; i++) {
                 mma(st[i].acc[n], x[i][0], x[i][1], x[i][2], x[i][3], b[0], b[1]);
@@ -406,7 +388,7 @@ KI_DEV void load_values(uint16_t *tile, const prompt_args &a, const tile_source 
                         const tile_job &j, uint32_t group) {
     group_barrier(group);
     begin_side<D>(tile, x, j.base, j.v_exact, 1, a.l.v_bits < 16);
-    wait_for_copies();
+    ki_wait_all_copies();
     group_barrier(group);
 }
 
@@ -424,7 +406,7 @@ KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uin
     tile_job job, next;
     bool has = skip_jobs(&job, &walk, v, group), has_next;
     if (has) begin_tile<D>(k_tile, v_tile, a, x, job);
-    wait_for_copies();
+    ki_wait_all_copies();
     __syncthreads(); /* queries are here, too */
     for (uint32_t n = 0; has; n++, job = next, has = has_next) {
         uint32_t here = a.is_piped ? n % 2 * HALVES : 0;
@@ -432,7 +414,7 @@ KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uin
             group_barrier(group);
             begin_tile<D>(k_tile, v_tile, a, x, job);
         }
-        wait_for_copies();
+        ki_wait_all_copies();
         group_barrier(group); /* this tile is here, and everybody is done with the one before */
         has_next = skip_jobs(&next, &walk, v, others);
         if (a.is_piped && has_next)
@@ -462,8 +444,8 @@ static __global__ void __launch_bounds__(MAX_GROUPS *GROUP_THREADS, 1)
     uint32_t n_heads = a.part.n_heads * a.l.head_group, slot = a.part.first_seq + rest / n_heads;
     uint32_t head = a.part.first_head * a.l.head_group + rest % n_heads;
     uint32_t group = threadIdx.x / GROUP_THREADS;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     const ki_cuda_seq s = a.seqs[slot];
     if (first_row >= s.n_rows || s.flags & KI_CUDA_ELSEWHERE) return;
     if (threadIdx.x == 0) {
@@ -486,49 +468,30 @@ static __global__ void __launch_bounds__(MAX_GROUPS *GROUP_THREADS, 1)
 
 /* ---- host calls ---- */
 
-/* Queries, and of each group two tiles of keys and of values, or one of either, or of one group one
- * in all: as much as the device has room for. */
-struct prompt_config {
-    uint32_t n_groups, shared_bytes;
-    bool is_piped, is_single;
-};
+static_assert(sizeof(block_view) + sizeof(tile_source) <= KI_PROMPT_STATIC_BYTES, "shared memory");
 
-/* Not less than what the kernel has beside that. */
-enum { STATIC_BYTES = 1024 };
-static_assert(sizeof(block_view) + sizeof(tile_source) <= STATIC_BYTES, "shared memory");
-
-template <int D> static prompt_config config_of(void) {
-    int device = 0, limit = 0;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    prompt_config c = {};
-    for (uint32_t k = 0; k < 5; k++) {
-        c.n_groups = k < 2 ? 2 : 1, c.is_piped = k % 2 == 0 && k < 4, c.is_single = k == 4;
-        uint32_t n_tiles = c.n_groups * (c.is_piped ? 4 : c.is_single ? 1 : 2);
-        c.shared_bytes = (tile_shape<D>::SETS + n_tiles) * tile_shape<D>::HALVES * 2;
-        if (c.shared_bytes + STATIC_BYTES <= (uint32_t)limit) break;
-    }
-    return c;
-}
-
-template <int D> static cudaError_t prompt_prepare(void) {
+template <int D> static cudaError_t prompt_prepare(uint32_t most_bytes) {
+    ki_prompt_config config;
+    if (!ki_prompt_config_of(&config, D, most_bytes)) return cudaErrorInvalidValue;
     return cudaFuncSetAttribute(ki_prompt_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)config_of<D>().shared_bytes);
+                                (int)config.shared_bytes);
 }
 
 template <int D>
-static cudaError_t prompt_launch(prompt_args a, uint32_t max_rows, bool pdl, void *stream) {
-    prompt_config config = config_of<D>();
+static cudaError_t prompt_launch(prompt_args a, const ki_cuda_attend_call *c, void *stream) {
+    ki_prompt_config config;
+    if (!ki_prompt_config_of(&config, D, c->cache->shared_bytes)) return cudaErrorInvalidValue;
     a.is_piped = config.is_piped, a.is_single = config.is_single;
-    a.n_tiles = (max_rows + tile_shape<D>::ROWS - 1) / tile_shape<D>::ROWS;
+    a.n_tiles = (c->max_rows + tile_shape<D>::ROWS - 1) / tile_shape<D>::ROWS;
     uint32_t n = a.part.n_seqs * a.part.n_heads * a.l.head_group * a.n_tiles;
     return ki_launch(ki_prompt_kernel<D>, n, config.n_groups * GROUP_THREADS, config.shared_bytes,
-                     pdl, stream, a);
+                     c->pdl, stream, a);
 }
 
-kivi_status ki_cuda_prompt_prepare(kivi_error *err) {
-    cudaError_t all[] = {prompt_prepare<64>(), prompt_prepare<80>(), prompt_prepare<96>(),
-                         prompt_prepare<128>(), prompt_prepare<256>()};
+kivi_status ki_cuda_prompt_prepare(uint32_t most_bytes, kivi_error *err) {
+    cudaError_t all[] = {prompt_prepare<64>(most_bytes), prompt_prepare<80>(most_bytes),
+                         prompt_prepare<96>(most_bytes), prompt_prepare<128>(most_bytes),
+                         prompt_prepare<256>(most_bytes)};
     for (cudaError_t e : all) KI_TRY(ki_cuda_check(e, "shared memory of prompt attention", err));
     return KIVI_OK;
 }
@@ -547,11 +510,11 @@ kivi_status ki_cuda_prompt_attend(const ki_cuda_attend_call *c, const ki_prompt_
     a.factor = c->scale * 1.44269504088896340736f;
     cudaError_t e = cudaErrorInvalidValue;
     switch (a.l.head_dim) {
-    case 64: e = prompt_launch<64>(a, c->max_rows, c->pdl, stream); break;
-    case 80: e = prompt_launch<80>(a, c->max_rows, c->pdl, stream); break;
-    case 96: e = prompt_launch<96>(a, c->max_rows, c->pdl, stream); break;
-    case 128: e = prompt_launch<128>(a, c->max_rows, c->pdl, stream); break;
-    case 256: e = prompt_launch<256>(a, c->max_rows, c->pdl, stream); break;
+    case 64: e = prompt_launch<64>(a, c, stream); break;
+    case 80: e = prompt_launch<80>(a, c, stream); break;
+    case 96: e = prompt_launch<96>(a, c, stream); break;
+    case 128: e = prompt_launch<128>(a, c, stream); break;
+    case 256: e = prompt_launch<256>(a, c, stream); break;
     }
     return ki_cuda_check(e, "prompt attention", err);
 }

@@ -93,7 +93,8 @@ typedef struct ki_prompt_step {
     uint64_t scratch_bytes; /* at least ki_prompt_scratch_bytes(.., 0) of the longest sequence */
 } ki_prompt_step;
 
-/* The part behind *part, which is all 0 at first; false: that was the last. */
+/* The part behind *part, which is all 0 at first; false: that was the last. Sequences without rows,
+ * and those that are marked KI_CUDA_ELSEWHERE, are in none. */
 bool ki_prompt_next(ki_prompt_part *part, const ki_prompt_step *step);
 /* Sets scratch_at of seqs, which are the step's. */
 void ki_prompt_place(ki_cuda_seq *seqs, const ki_prompt_step *step);

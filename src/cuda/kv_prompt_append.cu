@@ -80,8 +80,8 @@ static __global__ void __launch_bounds__(ROWS_WARPS * 32)
     __shared__ __align__(16) float turned[ROWS_WARPS][MAX_DIM];
     uint32_t warp = threadIdx.x / 32, k = blockIdx.x * ROWS_WARPS + warp;
     uint32_t row = k / a.l.n_kv_heads, head = k % a.l.n_kv_heads;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (row < n_rows) make_row(a, row, head, turned[warp]);
 }
 
@@ -167,23 +167,6 @@ KI_DEV void put_block(uint8_t *block, const uint16_t *raw, uint32_t stride, uint
 
 /* ---- codes ---- */
 
-/* Tokens of a thread block's keys. */
-KI_BOTH uint32_t key_tokens(const ki_cuda_layout *l) {
-    if (l->k_bits == 16 || l->k_group < KI_SUB_TOKENS) return KI_SUB_TOKENS;
-    return l->k_group;
-}
-KI_BOTH uint32_t raw_stride(const ki_cuda_layout *l) { return l->head_dim + 8; }
-KI_BOTH uint32_t code_stride(const ki_cuda_layout *l) { return l->head_dim + 4; }
-
-/* Where codes begin behind the raw rows, in bytes, and the end of both. Those of a page of + keys:
- * raw [128][D], codes [32][D] and 64 wide ones a token, plus_close. */
-KI_BOTH uint32_t codes_at(const ki_cuda_layout *l) { return key_tokens(l) * raw_stride(l) * 2; }
-KI_BOTH uint32_t codes_end(const ki_cuda_layout *l) {
-    uint32_t each = l->is_plus ? KI_SUB_TOKENS * (l->head_dim + 64) : 0;
-    uint32_t n = l->is_plus ? (uint32_t)KI_SUB_TOKENS : key_tokens(l);
-    return codes_at(l) + (each > n * code_stride(l) ? each : n * code_stride(l));
-}
-
 KI_DEV uint8_t *sub_of(uint8_t *page, const ki_cuda_layout &l, uint32_t pos) {
     return page + l.head_bytes + pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
 }
@@ -192,7 +175,7 @@ KI_DEV uint8_t *sub_of(uint8_t *page, const ki_cuda_layout &l, uint32_t pos) {
 KI_DEV void quantize_channel(const append_args &a, const block_job &job, uint8_t *page,
                              const uint16_t *raw, uint8_t *codes, uint32_t first, uint32_t c) {
     const ki_cuda_layout &l = a.l;
-    uint32_t d = l.head_dim, in_page = first % KI_PAGE_TOKENS, stride = raw_stride(&l);
+    uint32_t d = l.head_dim, in_page = first % KI_PAGE_TOKENS, stride = ki_raw_stride(&l);
     uint32_t from = max(first, min(l.sink_tokens, first + l.k_group)) - job.base;
     uint32_t begin = first - job.base, end = begin + l.k_group;
     float low = INFINITY, high = -INFINITY, levels = (float)((1u << l.k_bits) - 1);
@@ -213,7 +196,7 @@ KI_DEV void quantize_channel(const append_args &a, const block_job &job, uint8_t
     for (uint32_t t = begin; t < end; t++) {
         float code =
             t < from ? 0 : code_by(f16_value(raw[t * stride + c]), sf, inverse, zf, levels);
-        codes[t * code_stride(&l) + c] = (uint8_t)code;
+        codes[t * ki_code_stride(&l) + c] = (uint8_t)code;
     }
 }
 
@@ -231,19 +214,19 @@ KI_DEV void quantize_keys(const append_args &a, const block_job &job, uint8_t *p
         uint32_t end = min(job.to, base + KI_SUB_TOKENS), begin = max(from, base);
         if (begin >= end) continue;
         pack_block((uint32_t *)(sub_of(page, l, base) + l.k_at),
-                   codes + (base - job.base) * code_stride(&l), code_stride(&l), d / 16, l.k_bits,
-                   true, begin - base, end - base, 0);
+                   codes + (base - job.base) * ki_code_stride(&l), ki_code_stride(&l), d / 16,
+                   l.k_bits, true, begin - base, end - base, 0);
     }
 }
 
 KI_DEV void quantize_values(const append_args &a, const block_job &job, uint8_t *page,
                             const uint16_t *raw, uint8_t *codes) {
     const ki_cuda_layout &l = a.l;
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = code_stride(&l);
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = ki_code_stride(&l);
     uint8_t *sub = sub_of(page, l, job.base);
     for (uint32_t pos = job.from + warp; pos < job.to; pos += blockDim.x / 32) {
         uint32_t t = pos - job.base;
-        const uint16_t *row = raw + t * raw_stride(&l);
+        const uint16_t *row = raw + t * ki_raw_stride(&l);
         if (l.is_plus) quantize_plus_value(codes + t * stride, sub, l, row, t, lane);
         else quantize_value(codes + t * stride, sub, l, row, t, lane);
     }
@@ -272,26 +255,26 @@ static __global__ void __launch_bounds__(CLOSE_THREADS)
     extern __shared__ __align__(16) uint8_t shared[];
     const ki_cuda_layout &l = a.l;
     uint16_t *raw = (uint16_t *)shared;
-    uint8_t *codes = shared + codes_at(&l);
+    uint8_t *codes = shared + ki_codes_at(&l);
     uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     const ki_cuda_seq s = a.seqs[k / l.n_kv_heads];
     block_job job = {&s, k % l.n_kv_heads, 0, 0, 0, part < key_parts};
     uint32_t bits = job.keys ? l.k_bits : l.v_bits;
-    uint32_t tokens = job.keys ? key_tokens(&l) : (uint32_t)KI_SUB_TOKENS;
+    uint32_t tokens = job.keys ? ki_code_tokens(&l) : (uint32_t)KI_SUB_TOKENS;
     if (s.n_rows == 0 || !find_block(&job, a, job.keys ? part : part - key_parts, tokens)) return;
     uint8_t *page = page_of(a, s, job.base / KI_PAGE_TOKENS, job.head);
     bool is_plus_page = job.keys && l.is_plus;
-    stage_block(raw, is_plus_page ? l.head_dim : raw_stride(&l), a, job);
+    stage_block(raw, is_plus_page ? l.head_dim : ki_raw_stride(&l), a, job);
     __syncthreads();
     if (bits == 16)
-        put_block(sub_of(page, l, job.base) + (job.keys ? l.k_at : l.v_at), raw, raw_stride(&l),
+        put_block(sub_of(page, l, job.base) + (job.keys ? l.k_at : l.v_at), raw, ki_raw_stride(&l),
                   l.head_dim, job.from - job.base, job.to - job.base, job.keys);
     else if (is_plus_page) {
         uint32_t sinks = l.sink_tokens > job.base ? l.sink_tokens - job.base : 0;
         if (sinks < KI_PAGE_TOKENS)
-            close_plus_page(page, l, raw, codes, *(plus_close *)(shared + codes_end(&l)), sinks);
+            close_plus_page(page, l, raw, codes, *(plus_close *)(shared + ki_codes_end(&l)), sinks);
     } else if (job.keys) quantize_keys(a, job, page, raw, codes);
     else quantize_values(a, job, page, raw, codes);
 }
@@ -305,8 +288,8 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     extern __shared__ __align__(16) uint8_t shared[];
     uint32_t part = blockIdx.x % a.n_parts, k = blockIdx.x / a.n_parts, side = k % 2;
     uint16_t *raw = (uint16_t *)shared;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     const ki_cuda_seq s = a.seqs[k / 2 / a.l.n_kv_heads];
     block_job job = {&s, k / 2 % a.l.n_kv_heads, 0, 0, 0, side == 0};
     uint32_t end = s.n_tokens + s.n_rows, block = s.n_tokens / KI_SUB_TOKENS + part;
@@ -315,24 +298,20 @@ static __global__ void __launch_bounds__(APPEND_THREADS)
     if (s.n_rows == 0 || job.from >= job.to || (side ? a.l.v_bits : a.l.k_bits) == 16) return;
     uint32_t last = (end - 1) / KI_SUB_TOKENS, n = side ? s.v_blocks : s.k_blocks;
     if (block >= a.l.sink_blocks && last - block >= n) return;
-    stage_block(raw, raw_stride(&a.l), a, job);
+    stage_block(raw, ki_raw_stride(&a.l), a, job);
     __syncthreads();
-    put_block(exact_block(a.l, s, a.layer, job.head, block, side), raw, raw_stride(&a.l),
+    put_block(exact_block(a.l, s, a.layer, job.head, block, side), raw, ki_raw_stride(&a.l),
               a.l.head_dim, job.from - job.base, job.to - job.base, job.keys);
 }
 
 /* ---- host calls ---- */
 
-static uint32_t codes_bytes(const ki_cuda_layout *l) {
-    return codes_end(l) + (l->is_plus ? (uint32_t)sizeof(plus_close) : 0);
-}
-
 kivi_status ki_cuda_prompt_append_prepare(kivi_error *err) {
     ki_cuda_layout most = {};
     most.head_dim = MAX_DIM, most.k_group = KI_PAGE_TOKENS;
-    uint32_t bytes = codes_bytes(&most);
+    uint32_t bytes = ki_codes_bytes(&most);
     most.is_plus = 1;
-    if (codes_bytes(&most) > bytes) bytes = codes_bytes(&most);
+    if (ki_codes_bytes(&most) > bytes) bytes = ki_codes_bytes(&most);
     return ki_cuda_check(cudaFuncSetAttribute(ki_prompt_codes_kernel,
                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               (int)bytes),
@@ -348,10 +327,10 @@ kivi_status ki_cuda_prompt_append(const ki_cuda_append_call *c, void *stream, ki
                          "prompt rows", err));
     /* the lines move over max_rows tokens, that of keys over what they were behind, too; one unit
      * more for each end */
-    uint32_t key_parts = (c->max_rows + l->residual_tokens) / key_tokens(l) + 2;
+    uint32_t key_parts = (c->max_rows + l->residual_tokens) / ki_code_tokens(l) + 2;
     a.n_parts = key_parts + c->max_rows / KI_SUB_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_codes_kernel, n_heads * a.n_parts,
-                                   l->is_plus ? CLOSE_THREADS : APPEND_THREADS, codes_bytes(l),
+                                   l->is_plus ? CLOSE_THREADS : APPEND_THREADS, ki_codes_bytes(l),
                                    c->pdl, stream, a, key_parts),
                          "prompt codes", err);
 }
@@ -362,6 +341,6 @@ kivi_status ki_cuda_prompt_window(const ki_cuda_append_call *c, void *stream, ki
     a.n_parts = c->max_rows / KI_SUB_TOKENS + 2;
     return ki_cuda_check(ki_launch(ki_prompt_window_kernel,
                                    c->cache->n_seqs * l->n_kv_heads * 2 * a.n_parts, APPEND_THREADS,
-                                   KI_SUB_TOKENS * raw_stride(l) * 2, c->pdl, stream, a),
+                                   KI_SUB_TOKENS * ki_raw_stride(l) * 2, c->pdl, stream, a),
                          "prompt window", err);
 }

@@ -2,9 +2,12 @@
 #include "kv_plan.h"
 #include "kv_prompt.h"
 
+/* Nothing is to be done for it here: parts have none of these, whose thread blocks would be empty.
+ */
+static bool is_idle(const ki_cuda_seq *s) { return !s->n_rows || s->flags & KI_CUDA_ELSEWHERE; }
+
 static uint32_t tokens_of(const ki_prompt_step *step, uint32_t i) {
     const ki_cuda_seq *s = &step->seqs[i];
-    if (!s->n_rows || s->flags & KI_CUDA_ELSEWHERE) return 0;
     ki_prompt_old old = ki_prompt_old_of(step->layout, s, step->window);
     return ki_prompt_tokens(&old);
 }
@@ -17,7 +20,7 @@ static void take_seqs(ki_prompt_part *part, const ki_prompt_step *step, uint32_t
     const ki_cuda_layout *l = step->layout;
     uint64_t room = step->scratch_bytes / (row_bytes(l) * l->n_kv_heads);
     *part = (ki_prompt_part){.first_seq = first};
-    for (uint32_t i = first; i < step->n_seqs; i++) {
+    for (uint32_t i = first; i < step->n_seqs && !is_idle(&step->seqs[i]); i++) {
         uint32_t n = tokens_of(step, i);
         if (part->n_seqs && n > room - part->head_tokens) break;
         part->head_tokens += n;
@@ -45,8 +48,10 @@ bool ki_prompt_next(ki_prompt_part *part, const ki_prompt_step *step) {
         part->n_heads = KI_MIN(part->n_heads, n_all - next_head);
         return true;
     }
-    if (part->first_seq + part->n_seqs >= step->n_seqs) return false;
-    take_seqs(part, step, part->first_seq + part->n_seqs);
+    uint32_t first = part->first_seq + part->n_seqs;
+    while (first < step->n_seqs && is_idle(&step->seqs[first])) first++;
+    if (first >= step->n_seqs) return false;
+    take_seqs(part, step, first);
     part->n_heads = group_heads(part, step);
     return true;
 }

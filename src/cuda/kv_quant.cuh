@@ -6,6 +6,7 @@
 #ifndef KI_KV_QUANT_CUH
 #define KI_KV_QUANT_CUH
 #include "kv_rows.cuh"
+#include "kv_shared.h"
 
 KI_DEV float f16_value(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 KI_DEV uint16_t f16_near(float x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -191,12 +192,7 @@ KI_DEV void quantize_plus_value(uint8_t *codes, uint8_t *sub, const ki_cuda_layo
     }
 }
 
-/* What closing a page of plus keys needs in shared memory besides raw [128][D]. */
-struct plus_close {
-    float low[256], high[256], spread[256], error[5][256];
-    uint16_t scale[5][256], zero[5][256]; /* candidates; the chosen one ends in row 0 */
-    uint8_t is_wide[256], number[256];    /* of the wide channel */
-};
+typedef ki_plus_close plus_close;
 
 KI_DEV void plus_choose(plus_close &p, uint32_t d, bool with_wide) {
     for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) {

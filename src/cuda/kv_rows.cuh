@@ -43,33 +43,41 @@ KI_DEV void store_four(void *out, ki_cuda_type type, uint64_t at, float4 x) {
     *(uint2 *)((uint16_t *)out + at) = two;
 }
 
-/* Turns a row [D] in shared memory (plus.h), there and back alike, by n_threads threads that
- * in_step keeps together. All of them call it, in step with whoever wrote the row. */
+/* Turns n_rows rows [D], `stride` floats apart, in shared memory (plus.h), there and back alike, by
+ * n_threads threads that in_step keeps together. All of them call it, in step with whoever wrote
+ * the rows. */
 template <class InStep>
-KI_DEV void turn_row_by(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads,
-                        InStep in_step) {
-    uint32_t block = head_dim & (0u - head_dim);
+KI_DEV void turn_rows_by(float *rows, uint32_t n_rows, uint32_t stride, uint32_t head_dim,
+                         uint32_t thread, uint32_t n_threads, InStep in_step) {
+    uint32_t block = head_dim & (0u - head_dim), pairs = head_dim / 2;
     for (uint32_t h = 1; h < block; h *= 2) {
         in_step();
-        for (uint32_t k = thread; k < head_dim / 2; k += n_threads) {
-            uint32_t i = k / h * 2 * h + k % h;
-            float x = row[i], y = row[i + h];
-            row[i] = __fadd_rn(x, y);
-            row[i + h] = __fsub_rn(x, y);
+        for (uint32_t k = thread; k < n_rows * pairs; k += n_threads) {
+            uint32_t p = k % pairs, i = k / pairs * stride + p / h * 2 * h + p % h;
+            float x = rows[i], y = rows[i + h];
+            rows[i] = __fadd_rn(x, y);
+            rows[i + h] = __fsub_rn(x, y);
         }
     }
     in_step();
     float f = __frsqrt_rn((float)block);
-    for (uint32_t i = thread; i < head_dim; i += n_threads) row[i] = __fmul_rn(row[i], f);
+    for (uint32_t k = thread; k < n_rows * head_dim; k += n_threads) {
+        uint32_t i = k / head_dim * stride + k % head_dim;
+        rows[i] = __fmul_rn(rows[i], f);
+    }
     in_step();
 }
 
-/* By a thread block, and by one warp. */
+/* By a thread block, and one row by one warp. */
+KI_DEV void turn_rows(float *rows, uint32_t n_rows, uint32_t stride, uint32_t head_dim,
+                      uint32_t thread, uint32_t n_threads) {
+    turn_rows_by(rows, n_rows, stride, head_dim, thread, n_threads, [] { __syncthreads(); });
+}
 KI_DEV void turn_row(float *row, uint32_t head_dim, uint32_t thread, uint32_t n_threads) {
-    turn_row_by(row, head_dim, thread, n_threads, [] { __syncthreads(); });
+    turn_rows(row, 1, head_dim, head_dim, thread, n_threads);
 }
 KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
-    turn_row_by(row, head_dim, lane, 32, [] { __syncwarp(); });
+    turn_rows_by(row, 1, head_dim, head_dim, lane, 32, [] { __syncwarp(); });
 }
 
 #endif

@@ -254,8 +254,8 @@ static __global__ void __launch_bounds__(UNPACK_THREADS, 3)
     uint32_t page = blockIdx.x % a.n_pages, rest = blockIdx.x / a.n_pages;
     uint32_t side = rest % 2, number = rest / 2 % a.part.n_heads, slot = rest / 2 / a.part.n_heads;
     bool is_read = false;
-    wait_for_previous();
-    let_next_begin();
+    ki_pdl_wait();
+    ki_pdl_launch();
     if (threadIdx.x == 0) {
         m.seq = a.seqs[a.part.first_seq + slot];
         m.job.head = a.part.first_head + number, m.job.keys = side == 0;

@@ -33,7 +33,7 @@ static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, 
                           .type = b->type,
                           .workspace = b->buffers.sums,
                           .add = add};
-    if (is_few(b, s, m)) return ki_stream_run(&few, b->memory.stream, err);
+    if (is_few(b, s, m)) return ki_stream_run(b->few, &few, b->memory.stream, err);
     if (s->decode && b->fixed_rows) m = b->fixed_rows; /* buffers have so many rows */
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
@@ -233,10 +233,10 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
                            .act = p->act};
     if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {
         call.raw = r->x, call.norm = *p->norm;
-        return ki_stream_run(&call, b->memory.stream, err);
+        return ki_stream_run(b->few, &call, b->memory.stream, err);
     }
     norm(c, p->norm);
-    if (few) return ki_stream_run(&call, b->memory.stream, err);
+    if (few) return ki_stream_run(b->few, &call, b->memory.stream, err);
     float *out = p->act_out ? r->mlp : p->out;
     KI_TRY(product(c, out, p->weight, p->n, r->h, false, err));
     if (p->act_out)

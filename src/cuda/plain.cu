@@ -1,8 +1,11 @@
 /* plain.cu: append and attention without any art. Each function follows the definition it is of:
- * the quantizer of src/kernel/quant.h, the order of kv_order.h, the ranges of kv_cuda.h. */
+ * the quantizer of src/kernel/quant.h, the order of kv_order.h, the ranges of kv_cuda.h. Pages of +
+ * kinds are quantized by kv_quant.cuh, which knows no head sizes. */
 extern "C" {
 #include "base.h" /* ki_fail is C's */
 }
+#include "kv_quant.cuh"
+#include "kv_launch.h"
 #include "plain.h"
 
 #include <cuda_bf16.h>
@@ -48,8 +51,8 @@ static __device__ uint16_t *exact_at(const place &p, uint32_t pos, uint32_t c, b
     const ki_cuda_layout &l = p.cache->layout;
     uint32_t steps = l.head_dim / 16, t = pos % KI_SUB_TOKENS;
     bool in_page = (keys ? l.k_bits : l.v_bits) == 16;
-    uint16_t *base = in_page ? (uint16_t *)(sub_of(p, pos) + (keys ? l.k_at : l.v_at))
-                             : block_of(p, pos, keys);
+    uint16_t *base =
+        in_page ? (uint16_t *)(sub_of(p, pos) + (keys ? l.k_at : l.v_at)) : block_of(p, pos, keys);
     ki_order_place at = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
     return base + (size_t)at.word * 2 + at.bit / 16;
 }
@@ -69,36 +72,71 @@ static __device__ uint16_t *scale_of(const place &p, uint32_t pos, uint32_t c, b
            (size_t)(pos % KI_SUB_TOKENS / l.k_group) * l.head_dim + in_group;
 }
 
+static __device__ uint32_t bits_at(const uint8_t *plane, ki_order_place at, uint32_t bits) {
+    return ((const uint32_t *)plane)[at.word] >> at.bit & ((1u << bits) - 1);
+}
+
+/* The place of channel c among the wide ones of its page, whose list ascends; -1: it is narrow. */
+static __device__ int wide_number(const place &p, uint32_t pos, uint32_t c) {
+    const ki_cuda_layout &l = p.cache->layout;
+    const uint8_t *list = page_of(p, pos) + l.list_at;
+    uint32_t from = 0, to = l.head_dim / 4;
+    while (from < to) {
+        uint32_t middle = (from + to) / 2;
+        if (list[middle] < c) from = middle + 1;
+        else to = middle;
+    }
+    return from < l.head_dim / 4 && list[from] == c ? (int)from : -1;
+}
+
+/* Of + kinds (plus.h). */
+static __device__ float plus_key_at(const place &p, uint32_t pos, uint32_t c) {
+    const ki_cuda_layout &l = p.cache->layout;
+    const uint8_t *sub = sub_of(p, pos);
+    const uint16_t *scale = scale_of(p, pos, c, true);
+    uint32_t d = l.head_dim, t = pos % KI_SUB_TOKENS;
+    uint32_t code = bits_at(sub + l.k_at, ki_order_key(t, c, d / 16, l.k_bits), l.k_bits);
+    int w = l.k_bits == 2 ? wide_number(p, pos, c) : -1;
+    if (w >= 0) code |= bits_at(sub + l.wide_at, ki_order_key(t, w, (d / 4 + 15) / 16, 2), 2) << 2;
+    return (float)code * f16_value(*scale) + f16_value(scale[(l.k_zero_at - l.k_scale_at) / 2]);
+}
+static __device__ float plus_value_at(const place &p, uint32_t pos, uint32_t c) {
+    const ki_cuda_layout &l = p.cache->layout;
+    const uint8_t *sub = sub_of(p, pos);
+    uint32_t steps = l.head_dim / 16, t = pos % KI_SUB_TOKENS;
+    uint32_t code = bits_at(sub + l.v_at, ki_order_value(t, c, steps, 2), 2);
+    if (l.v_bits == 3) code |= bits_at(sub + l.third_at, ki_order_value(t, c, steps, 1), 1) << 2;
+    float half = l.v_bits == 3 ? 3.5f : 1.5f;
+    return ((float)code - half) * f16_value(*scale_of(p, pos, c, false));
+}
+
 static __device__ ki_order_place code_place(const place &p, uint32_t pos, uint32_t c, bool keys) {
     const ki_cuda_layout &l = p.cache->layout;
     uint32_t steps = l.head_dim / 16, t = pos % KI_SUB_TOKENS;
     return keys ? ki_order_key(t, c, steps, l.k_bits) : ki_order_value(t, c, steps, l.v_bits);
 }
 
-static __device__ float f16_value(const uint16_t *h) {
-    return __half2float(__ushort_as_half(*h));
-}
-
 static __device__ float coded_value(const place &p, uint32_t pos, uint32_t c, bool keys) {
     const ki_cuda_layout &l = p.cache->layout;
-    const uint32_t *words = (const uint32_t *)(sub_of(p, pos) + (keys ? l.k_at : l.v_at));
-    ki_order_place at = code_place(p, pos, c, keys);
-    uint32_t bits = keys ? l.k_bits : l.v_bits;
-    uint32_t code = words[at.word] >> at.bit & ((1u << bits) - 1);
+    if (l.is_plus) return keys ? plus_key_at(p, pos, c) : plus_value_at(p, pos, c);
+    uint32_t code = bits_at(sub_of(p, pos) + (keys ? l.k_at : l.v_at), code_place(p, pos, c, keys),
+                            keys ? l.k_bits : l.v_bits);
     const uint16_t *scale = scale_of(p, pos, c, keys);
     size_t to_zero = (keys ? l.k_zero_at - l.k_scale_at : l.v_zero_at - l.v_scale_at) / 2;
-    return (float)code * f16_value(scale) + f16_value(scale + to_zero);
+    return (float)code * f16_value(*scale) + f16_value(scale[to_zero]);
 }
 
 /* Elements of a word may have several writers: each changes its own bits only. */
+static __device__ void put_bits(uint8_t *plane, ki_order_place at, uint32_t bits, uint32_t code) {
+    uint32_t *words = (uint32_t *)plane, mask = (1u << bits) - 1;
+    atomicAnd(&words[at.word], ~(mask << at.bit));
+    atomicOr(&words[at.word], (code & mask) << at.bit);
+}
 static __device__ void put_code(const place &p, uint32_t pos, uint32_t c, bool keys,
                                 uint32_t code) {
     const ki_cuda_layout &l = p.cache->layout;
-    uint32_t *words = (uint32_t *)(sub_of(p, pos) + (keys ? l.k_at : l.v_at));
-    ki_order_place at = code_place(p, pos, c, keys);
-    uint32_t mask = (1u << (keys ? l.k_bits : l.v_bits)) - 1;
-    atomicAnd(&words[at.word], ~(mask << at.bit));
-    atomicOr(&words[at.word], code << at.bit);
+    put_bits(sub_of(p, pos) + (keys ? l.k_at : l.v_at), code_place(p, pos, c, keys),
+             keys ? l.k_bits : l.v_bits, code);
 }
 
 /* ---- rows ---- */
@@ -152,6 +190,7 @@ static __device__ void count(ki_cuda_counters *counters, uint32_t saturated, uin
 
 /* grid: slots, rows of a slot, q heads then KV heads; a thread a channel. */
 static __global__ void append_rows(ki_cuda_append_call a, ki_cuda_cache cache) {
+    __shared__ float value[256];
     const ki_cuda_seq *s = &cache.seqs[blockIdx.x];
     const ki_cuda_layout &l = cache.layout;
     uint32_t in_seq = blockIdx.y, head = blockIdx.z, d = l.head_dim;
@@ -172,8 +211,11 @@ static __global__ void append_rows(ki_cuda_append_call a, ki_cuda_cache cache) {
                *v = row_at(a.v, row, a.v_stride, p.head, d, a.type);
     for (uint32_t c = threadIdx.x; c < d; c += blockDim.x) {
         keep(p, a, row, pos, c, true, narrow(turned(k, a.type, c, d, rope), &saturated, &bad));
-        keep(p, a, row, pos, c, false, narrow(element(v, c, a.type), &saturated, &bad));
+        value[c] = element(v, c, a.type);
     }
+    if (l.is_plus) turn_row(value, d, threadIdx.x, blockDim.x);
+    for (uint32_t c = threadIdx.x; c < d; c += blockDim.x)
+        keep(p, a, row, pos, c, false, narrow(value[c], &saturated, &bad));
     count(cache.counters, saturated, bad);
     if (bad && a.row_flags) a.row_flags[row] = 1;
 }
@@ -181,13 +223,17 @@ static __global__ void append_rows(ki_cuda_append_call a, ki_cuda_cache cache) {
 /* ---- codes ---- */
 
 /* A float16 row of this step or from before it. */
-static __device__ float kept(const place &p, const ki_cuda_append_call &a, uint32_t pos, uint32_t c,
-                             bool keys) {
+static __device__ uint16_t kept_bits(const place &p, const ki_cuda_append_call &a, uint32_t pos,
+                                     uint32_t c, bool keys) {
     const ki_cuda_layout &l = p.cache->layout;
     const uint16_t *rows = keys ? a.k_rows : a.v_rows;
-    if (!rows || pos < p.seq->n_tokens) return f16_value(exact_at(p, pos, c, keys));
+    if (!rows || pos < p.seq->n_tokens) return *exact_at(p, pos, c, keys);
     size_t row = p.seq->first_row + (pos - p.seq->n_tokens);
-    return f16_value(rows + (row * l.n_kv_heads + p.head) * l.head_dim + c);
+    return rows[(row * l.n_kv_heads + p.head) * l.head_dim + c];
+}
+static __device__ float kept(const place &p, const ki_cuda_append_call &a, uint32_t pos, uint32_t c,
+                             bool keys) {
+    return f16_value(kept_bits(p, a, pos, c, keys));
 }
 
 /* `n` elements, of positions from pos on (keys) or channels from c on (values); the first `hidden`
@@ -245,6 +291,54 @@ static __global__ void append_codes(ki_cuda_append_call a, ki_cuda_cache cache) 
     }
 }
 
+/* One value row of a + kind by a warp; row and codes [D] are its own. */
+static __device__ void code_plus_value(const place &p, const ki_cuda_append_call &a, uint32_t pos,
+                                       uint16_t *row, uint8_t *codes) {
+    const ki_cuda_layout &l = p.cache->layout;
+    uint32_t lane = threadIdx.x % 32, t = pos % KI_SUB_TOKENS, steps = l.head_dim / 16;
+    uint8_t *sub = sub_of(p, pos);
+    for (uint32_t c = lane; c < l.head_dim; c += 32) row[c] = kept_bits(p, a, pos, c, false);
+    __syncwarp();
+    quantize_plus_value(codes, sub, l, row, t, lane);
+    __syncwarp();
+    for (uint32_t c = lane; c < l.head_dim; c += 32) {
+        put_bits(sub + l.v_at, ki_order_value(t, c, steps, 2), 2, codes[c]);
+        if (l.v_bits == 3)
+            put_bits(sub + l.third_at, ki_order_value(t, c, steps, 1), 1, codes[c] >> 2);
+    }
+    __syncwarp();
+}
+
+/* grid: slots, KV heads, parts; a thread block a page of keys, a warp a value. Shared memory: raw
+ * [128][D], what closing a page needs, codes (ki_close_bytes). */
+static __global__ void __launch_bounds__(THREADS)
+    append_plus_codes(ki_cuda_append_call a, ki_cuda_cache cache) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    const ki_cuda_seq *s = &cache.seqs[blockIdx.x];
+    const ki_cuda_layout &l = cache.layout;
+    if (!s->n_rows) return;
+    place p = {&cache, s, a.layer, blockIdx.y};
+    uint32_t from = s->n_tokens, to = from + s->n_rows, d = l.head_dim, sinks = l.sink_tokens;
+    uint16_t *raw = (uint16_t *)shared;
+    plus_close *close = (plus_close *)(raw + PAGE * d);
+    uint8_t *codes = (uint8_t *)(close + 1);
+    for (uint32_t page = ki_cuda_k_packed(&l, from) / PAGE + blockIdx.z;
+         page < ki_cuda_k_packed(&l, to) / PAGE; page += gridDim.z) {
+        uint32_t base = page * PAGE, hidden = sinks > base ? sinks - base : 0;
+        if (hidden >= PAGE) continue;
+        for (uint32_t k = threadIdx.x; k < PAGE * d; k += blockDim.x)
+            raw[k] = kept_bits(p, a, base + k / d, k % d, true);
+        __syncthreads();
+        close_plus_page(page_of(p, base), l, raw, codes, *close, hidden);
+        __syncthreads();
+    }
+    uint32_t warp = threadIdx.x / 32, n_warps = blockDim.x / 32, end = ki_cuda_v_packed(&l, to);
+    uint32_t begin = ki_cuda_v_packed(&l, from);
+    begin = begin > sinks ? begin : sinks;
+    for (uint32_t pos = begin + blockIdx.z * n_warps + warp; pos < end; pos += gridDim.z * n_warps)
+        code_plus_value(p, a, pos, raw + warp * d, codes + warp * d);
+}
+
 /* ---- the window after a prompt's step ---- */
 
 /* Rows that the ring will still hold at the end of the step, and those of the sinks' blocks. */
@@ -276,9 +370,9 @@ static __device__ float seen(const place &p, const ki_cuda_attend_call &a, uint3
     bool in_pages = (keys ? l.k_bits : l.v_bits) == 16;
     if (!in_pages && t >= l.sink_tokens && t < exact) return coded_value(p, t, c, keys);
     const uint16_t *rows = keys ? a.k_rows : a.v_rows;
-    if (!rows || t < p.seq->n_tokens) return f16_value(exact_at(p, t, c, keys));
+    if (!rows || t < p.seq->n_tokens) return f16_value(*exact_at(p, t, c, keys));
     size_t row = p.seq->first_row + (t - p.seq->n_tokens);
-    return f16_value(rows + (row * l.n_kv_heads + p.head) * l.head_dim + c);
+    return f16_value(rows[(row * l.n_kv_heads + p.head) * l.head_dim + c]);
 }
 
 static __device__ float block_max(float v, float *part) {
@@ -303,7 +397,7 @@ static __global__ void attend(ki_cuda_attend_call a, ki_cuda_cache cache) {
     uint32_t k_exact = ki_cuda_k_exact(&l, s, pos), v_exact = ki_cuda_v_exact(&l, s, pos);
     uint32_t first = a.window && pos + 1 > a.window ? pos + 1 - a.window : 0;
     for (uint32_t c = tid; c < d; c += THREADS)
-        q[c] = f16_value(a.q + ((size_t)row * l.n_heads + head) * d + c) * a.scale;
+        q[c] = f16_value(a.q[((size_t)row * l.n_heads + head) * d + c]) * a.scale;
     __syncthreads();
     float m = -INFINITY, sum = 0, acc[2] = {0, 0};
     for (uint32_t t0 = first; t0 <= pos; t0 += THREADS) {
@@ -325,11 +419,12 @@ static __global__ void attend(ki_cuda_attend_call a, ki_cuda_cache cache) {
         }
         __syncthreads();
     }
-    for (uint32_t j = 0; j < 2; j++) {
-        uint32_t c = tid + j * THREADS;
+    for (uint32_t j = 0; j < 2; j++)
+        if (tid + j * THREADS < d) q[tid + j * THREADS] = acc[j] / sum;
+    if (l.is_plus) turn_row(q, d, tid, THREADS);
+    for (uint32_t c = tid; c < d; c += THREADS) {
         size_t to = (size_t)row * a.out_stride + (size_t)head * d + c;
-        if (c >= d) break;
-        float out = acc[j] / sum;
+        float out = q[c];
         if (a.out_type == KI_CUDA_F32) ((float *)a.out)[to] = out;
         else if (a.out_type == KI_CUDA_F16) ((__half *)a.out)[to] = __float2half_rn(out);
         else ((__nv_bfloat16 *)a.out)[to] = __float2bfloat16_rn(out);
@@ -346,6 +441,14 @@ static kivi_status launched(const char *kernel, kivi_error *err) {
 
 static uint32_t rows_of(const ki_cuda_append_call *c) { return c->max_rows ? c->max_rows : 1; }
 
+static cudaError_t launch_plus(const ki_cuda_append_call *c, dim3 grid, cudaStream_t stream) {
+    uint32_t bytes = ki_close_bytes(&c->cache->layout); /* 89,600 at most: every device has them */
+    cudaError_t e = cudaFuncSetAttribute(append_plus_codes,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (e == cudaSuccess) append_plus_codes<<<grid, THREADS, bytes, stream>>>(*c, *c->cache);
+    return e;
+}
+
 extern "C" kivi_status ki_plain_append(const ki_cuda_append_call *call, void *stream,
                                        kivi_error *err) {
     const ki_cuda_layout *l = &call->cache->layout;
@@ -354,7 +457,8 @@ extern "C" kivi_status ki_plain_append(const ki_cuda_append_call *call, void *st
     uint32_t parts = (rows_of(call) + 31) / 32 + 1;
     dim3 codes(call->cache->n_seqs, l->n_kv_heads, parts < 64 ? parts : 64);
     append_rows<<<rows, THREADS, 0, s>>>(*call, *call->cache);
-    if (l->k_bits < 16 || l->v_bits < 16)
+    if (l->is_plus) KI_TRY(ki_cuda_check(launch_plus(call, codes, s), "plain + append", err));
+    else if (l->k_bits < 16 || l->v_bits < 16)
         append_codes<<<codes, THREADS, 0, s>>>(*call, *call->cache);
     return launched("plain append", err);
 }

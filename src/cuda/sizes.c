@@ -38,9 +38,10 @@ uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b) {
 }
 
 /* Below compute capability 9.0 cuDNN's kernel is of the same make as ours, and was not measured. */
-bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_backend_sizes *s) {
-    return b->compute_major >= 9 && !(b->without & (KI_PART_CUDNN | KI_PART_FUSED)) &&
-           b->type != KI_CUDA_F32 && s->n_rows >= KI_SDPA_MIN_ROWS;
+bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_cuda_layout *layout,
+                        const ki_backend_sizes *s) {
+    return b->compute_major >= 9 && !(b->without & KI_PART_CUDNN) && b->type != KI_CUDA_F32 &&
+           s->n_rows >= KI_SDPA_MIN_ROWS && ki_cuda_is_fused(b, layout, NULL);
 }
 
 static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backend_sizes *s,
@@ -80,7 +81,7 @@ static size_t vectors_of(const ki_config *c) {
 static size_t scratch_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                          const ki_backend_sizes *s) {
     const uint64_t most_bytes = 512ull << 20;
-    if (b->without & KI_PART_FUSED || s->n_rows < 2) return 0;
+    if (!ki_cuda_is_fused(b, layout, NULL) || s->n_rows < 2) return 0;
     /* sequences of a pass that have two rows or more; in the batch-invariant mode one */
     uint32_t n_seqs = b->invariant ? 1 : KI_MIN(s->max_items, s->n_rows / 2);
     return align((size_t)ki_prompt_scratch_bytes(layout, s->max_tokens, n_seqs, most_bytes));
@@ -89,6 +90,7 @@ static size_t scratch_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
 static size_t plans_of(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                        const ki_cuda_sizes *o, uint32_t max_tokens) {
     size_t most = 0;
+    if (!ki_cuda_is_fused(b, layout, NULL)) return 0;
     for (uint32_t n = 1; n <= o->n_slots; n *= 2) {
         uint32_t split = ki_cuda_split_of(b, layout, n, max_tokens);
         size_t n_bytes = (size_t)ki_cuda_workspace_bytes(layout, n, max_tokens, split);
@@ -101,7 +103,7 @@ bool ki_cuda_sizes_of(ki_cuda_sizes *o, const ki_cuda_backend *b, const ki_confi
                       const ki_cuda_layout *layout, const ki_backend_sizes *s) {
     size_t q = (size_t)c->n_heads * c->head_dim, kv = (size_t)c->n_kv_heads * c->head_dim, at = 0;
     size_t element = ki_cuda_element_bytes(b->type);
-    bool sdpa = ki_cuda_wants_sdpa(b, s);
+    bool sdpa = ki_cuda_wants_sdpa(b, layout, s);
     *o = (ki_cuda_sizes){.n_slots = ki_cuda_bucket(s->max_items)};
     o->n_rows = KI_MAX(ki_gemm_rows(s->n_rows), o->n_slots);
     o->n_logits = KI_MAX(ki_gemm_rows(s->n_logit_rows), o->n_slots);

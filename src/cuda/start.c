@@ -124,7 +124,8 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
         .tables = (const uint32_t *)(void *)(b->buffers.upload + s.upload.tables),
         .table_stride = (b->sizes.max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
         .seqs = (const ki_cuda_seq *)(void *)(b->buffers.upload + s.upload.seqs),
-        .counters = (ki_cuda_counters *)(void *)(b->buffers.result + s.result.counters)};
+        .counters = (ki_cuda_counters *)(void *)(b->buffers.result + s.result.counters),
+        .shared_bytes = b->shared_bytes};
     return KIVI_OK;
 }
 
@@ -158,6 +159,7 @@ static kivi_status prepare_products(ki_cuda_backend *b, kivi_error *err) {
                              .stream = b->memory.stream,
                              .log = b->log,
                              .log_user = b->log_user};
+    if (ki_cuda_stream_rows(b)) KI_TRY(ki_stream_create(&b->few, b->host, err));
     if (!(b->without & KI_PART_RANKING) || b->invariant) return prepare_shapes(b, NULL, err);
     KI_TRY(take(&timing.scratch, b, KI_TAG_workspace, timing.n_bytes, err));
     kivi_status status = prepare_shapes(b, &timing, err);
@@ -187,8 +189,7 @@ static kivi_status prepare_sdpa(ki_cuda_backend *b, kivi_error *err) {
                          .max_rows = KI_MIN(b->sizes.n_rows, (uint32_t)KI_SDPA_MAX_ROWS),
                          .compute_major = b->compute_major,
                          .workspace_bytes = KI_GEMM_WORKSPACE_BYTES};
-    bool own = b->kernels->prompt_attend != NULL; /* leaves marked ones out */
-    if (!own || !ki_cuda_wants_sdpa(b, &b->sizes)) return KIVI_OK;
+    if (!ki_cuda_wants_sdpa(b, &b->layout, &b->sizes)) return KIVI_OK;
     bool has[2];
     ki_cuda_kinds_of(has, c);
     if (has[0]) o.windows[o.n_windows++] = 0;
@@ -262,6 +263,7 @@ void ki_cuda_stop(ki_cuda_backend *b) {
         if (b->graphs[i]) cudaGraphExecDestroy(b->graphs[i]);
     memset(b->graphs, 0, sizeof b->graphs);
     ki_gemm_destroy(&b->gemm);
+    ki_stream_destroy(&b->few);
     ki_sdpa_destroy(&b->sdpa);
     d->free(d->context, b->arena);
     d->free(d->context, b->workspace);

@@ -343,7 +343,7 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
     if (p.cluster > 1) ki_cluster_sync(); /* a block stays until its sums were read */
 }
 
-/* ---- launches ---- */
+/* ---- the plan of a launch ---- */
 
 static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -371,18 +371,128 @@ static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool
     return p;
 }
 
-template <class T, int COLS, int TILES, int ROWS>
-static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, uint32_t most_bytes,
-                          void *stream_) {
+/* ---- what launches have in common ---- */
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* A map says where a matrix is and how it is cut, so that one of these four never grows old. */
+typedef struct kept_map {
+    CUtensorMap map;
+    const void *data;
+    uint32_t n_rows, n_cols, box_rows;
+} kept_map;
+
+/* Llama-2-7B has 129 matrices; rows of x are few buffers of up to 64 rows. One that meets another
+ * takes its place. */
+enum { N_MAPS = 1024 };
+
+struct ki_stream {
+    kept_map maps[N_MAPS];
+    ki_mem *mem;
+    encode_fn encode; /* the driver's; NULL where the kernels copy by themselves */
+    uint32_t n_sms, most_bytes, n_encoded;
+    uint32_t ready, wide_ready; /* a bit for each kernel whose attributes were set */
+};
+
+static cudaError_t find_encode(encode_fn *out) {
+    cudaDriverEntryPointQueryResult found;
+    void *f = NULL;
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                     cudaEnableDefault, &found);
+    if (e != cudaSuccess) return e;
+    *out = (encode_fn)f;
+    return found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorSymbolNotFound;
+}
+
+static cudaError_t ask_device(ki_stream *s) {
+    cudaFuncAttributes about;
+    int device = 0, n_sms = 0, most_bytes = 0;
+    cudaError_t e = cudaFuncGetAttributes(&about, stream<__half, 1, 1, 0>);
+    if (e == cudaSuccess) e = cudaGetDevice(&device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e != cudaSuccess) return e;
+    s->n_sms = (uint32_t)n_sms, s->most_bytes = (uint32_t)most_bytes;
+    /* what the kernels were compiled for */
+    return about.ptxVersion >= 90 ? find_encode(&s->encode) : cudaSuccess;
+}
+
+extern "C" kivi_status ki_stream_create(ki_stream **out, ki_mem *mem, kivi_error *err) {
+    void *p;
+    *out = NULL;
+    KI_TRY(ki_alloc(&p, mem, KI_TAG_other, sizeof(ki_stream), err));
+    ki_stream *s = (ki_stream *)p;
+    s->mem = mem;
+    kivi_status status = ki_cuda_check(ask_device(s), "products of few rows", err);
+    if (status == KIVI_OK) *out = s;
+    else ki_free(mem, s);
+    return status;
+}
+
+extern "C" void ki_stream_destroy(ki_stream **stream) {
+    if (*stream) ki_free((*stream)->mem, *stream);
+    *stream = NULL;
+}
+
+extern "C" uint32_t ki_stream_n_maps(const ki_stream *s) { return s->n_encoded; }
+
+/* [n_rows][n_cols] of 16 bits in boxes of box_rows. */
+static cudaError_t encode_map(const ki_stream *s, kept_map *k) {
+    const cuuint64_t sizes[] = {k->n_cols, k->n_rows}, strides[] = {(cuuint64_t)k->n_cols * 2};
+    const cuuint32_t box[] = {CHUNK, k->box_rows}, steps[] = {1, 1};
+    CUresult r =
+        s->encode(&k->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, (void *)k->data, sizes, strides, box,
+                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t ki_stream_map(CUtensorMap *out, ki_stream *s, const void *data, uint32_t n_rows,
+                          uint32_t n_cols, uint32_t box_rows) {
+    uint64_t mix =
+        ((uint64_t)(uintptr_t)data >> 4 ^ (uint64_t)n_rows << 32 ^ box_rows) * 0x9e3779b97f4a7c15u;
+    kept_map *k = &s->maps[mix >> 54];
+    if (k->data != data || k->n_rows != n_rows || k->n_cols != n_cols || k->box_rows != box_rows) {
+        k->data = data, k->n_rows = n_rows, k->n_cols = n_cols, k->box_rows = box_rows;
+        cudaError_t e = encode_map(s, k);
+        if (e != cudaSuccess) k->data = NULL;
+        if (e != cudaSuccess) return e;
+        s->n_encoded++;
+    }
+    *out = k->map;
+    return cudaSuccess;
+}
+
+static constexpr uint32_t number_of(__half) { return 0; }
+static constexpr uint32_t number_of(__nv_bfloat16) { return 1; }
+
+/* Once for each kernel. The same in all engines: another's thread may be between this and its
+ * launch. */
+template <class T, int COLS, int TILES, int ROWS> static cudaError_t make_ready(ki_stream *s) {
+    constexpr uint32_t SHAPE = ROWS ? 4 + (ROWS > 1) : COLS == 8 ? 3 : COLS / 2;
     auto kernel = stream<T, COLS, TILES, ROWS>;
-    CUtensorMap weights = {}, rows = {};
-    /* The same for all launches: another engine's thread may be between this line and its own. */
+    uint32_t bit = 1u << (SHAPE * 4 + (TILES - 1) * 2 + number_of(T()));
+    if (s->ready & bit) return cudaSuccess;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)(most_bytes - BARRIER_BYTES));
+                                         (int)(s->most_bytes - BARRIER_BYTES));
     if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
-    if (bulk && e == cudaSuccess)
-        e = ki_make_map(&weights, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
-    if (bulk && e == cudaSuccess && !c.raw) e = ki_make_map(&rows, c.x, c.m, c.k, COLS * 8);
+    if (e == cudaSuccess) s->ready |= bit;
+    return e;
+}
+
+/* ---- launches ---- */
+
+template <class T, int COLS, int TILES, int ROWS>
+static cudaError_t launch(ki_stream *s, const ki_stream_call &c, const plan &p, void *stream_) {
+    CUtensorMap weights = {}, rows = {};
+    cudaError_t e = make_ready<T, COLS, TILES, ROWS>(s);
+    if (s->encode && e == cudaSuccess)
+        e = ki_stream_map(&weights, s, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
     if (e != cudaSuccess) return e;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attributes[2] = {};
@@ -397,35 +507,25 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, bool bulk, uin
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim.x = p.cluster;
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    return cudaLaunchKernelEx(&config, kernel, weights, rows, c, p);
+    return cudaLaunchKernelEx(&config, stream<T, COLS, TILES, ROWS>, weights, rows, c, p);
 }
 
 template <class T, int COLS, int ROWS>
-static cudaError_t plan_and_launch(const ki_stream_call &c, void *stream_) {
-    cudaFuncAttributes about;
-    int device = 0, n_sms = 0, most_bytes = 0;
-    cudaError_t e = cudaFuncGetAttributes(&about, stream<T, COLS, 1, ROWS>);
-    if (e == cudaSuccess) e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (e != cudaSuccess) return e;
-    bool bulk = about.ptxVersion >= 90; /* what the kernel was compiled for */
-    if (bulk && !c.raw) return ki_stream_wide(c, (uint32_t)n_sms, stream_);
-    uint32_t most = (uint32_t)most_bytes;
-    plan p = plan_of(c, COLS, (uint32_t)n_sms, bulk, most);
-    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(c, p, bulk, most, stream_)
-                                    : launch<T, COLS, 1, ROWS>(c, p, bulk, most, stream_);
+static cudaError_t plan_and_launch(ki_stream *s, const ki_stream_call &c, void *stream_) {
+    plan p = plan_of(c, COLS, s->n_sms, s->encode != NULL, s->most_bytes);
+    return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(s, c, p, stream_)
+                                    : launch<T, COLS, 1, ROWS>(s, c, p, stream_);
 }
 
-template <class T> static cudaError_t dispatch(const ki_stream_call &c, void *stream_) {
-    if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(c, stream_);
-    if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(c, stream_);
-    if (c.m <= 8) return plan_and_launch<T, 1, 0>(c, stream_);
-    if (c.m <= 16) return plan_and_launch<T, 2, 0>(c, stream_);
-    if (c.m <= 32) return plan_and_launch<T, 4, 0>(c, stream_);
-    return plan_and_launch<T, 8, 0>(c, stream_);
+template <class T>
+static cudaError_t dispatch(ki_stream *s, const ki_stream_call &c, void *stream_) {
+    if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
+    if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
+    if (s->encode) return ki_stream_wide(c, {s, &s->wide_ready, s->n_sms, stream_});
+    if (c.m <= 8) return plan_and_launch<T, 1, 0>(s, c, stream_);
+    if (c.m <= 16) return plan_and_launch<T, 2, 0>(s, c, stream_);
+    if (c.m <= 32) return plan_and_launch<T, 4, 0>(s, c, stream_);
+    return plan_and_launch<T, 8, 0>(s, c, stream_);
 }
 
 extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k) {
@@ -433,8 +533,9 @@ extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint3
            k % 8 == 0 && k <= 4 * KI_NORM_THREADS * (m == 1 ? KI_NORM_MOST_FOURS : 1);
 }
 
-extern "C" kivi_status ki_stream_run(const ki_stream_call *c, void *stream_, kivi_error *err) {
-    return ki_cuda_check(c->type == KI_CUDA_F16 ? dispatch<__half>(*c, stream_)
-                                                : dispatch<__nv_bfloat16>(*c, stream_),
+extern "C" kivi_status ki_stream_run(ki_stream *of, const ki_stream_call *c, void *stream_,
+                                     kivi_error *err) {
+    return ki_cuda_check(c->type == KI_CUDA_F16 ? dispatch<__half>(of, *c, stream_)
+                                                : dispatch<__nv_bfloat16>(of, *c, stream_),
                          "product of few rows", err);
 }

@@ -47,7 +47,16 @@ typedef struct ki_stream_call {
     ki_cuda_norm norm;
 } ki_stream_call;
 
-kivi_status ki_stream_run(const ki_stream_call *call, void *stream, kivi_error *err);
+/* What launches need and none changes: numbers of the device, and the maps of tensor copies. One
+ * for each engine, and one thread at a time. */
+typedef struct ki_stream ki_stream;
+
+/* Of the calling thread's device; host memory of mem, which is lent. */
+kivi_status ki_stream_create(ki_stream **out, ki_mem *mem, kivi_error *err);
+void ki_stream_destroy(ki_stream **stream);
+uint32_t ki_stream_n_maps(const ki_stream *stream); /* encoded since it was created */
+
+kivi_status ki_stream_run(ki_stream *of, const ki_stream_call *call, void *stream, kivi_error *err);
 /* Of few rows each thread block normalizes them by itself: one kernel less in the way. */
 bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k);
 

@@ -309,39 +309,46 @@ static bool has_room(const ki_stream_call &c, const plan &p, uint32_t n) {
                             sums_bytes <= KI_STREAM_WORKSPACE_BYTES - KI_STREAM_COUNTER_BYTES);
 }
 
+static constexpr uint32_t number_of(__half) { return 0; }
+static constexpr uint32_t number_of(__nv_bfloat16) { return 1; }
+
 template <class T, int N, int GROUPS, int PIECES>
-static cudaError_t launch(const ki_stream_call &c, const plan &p, void *stream_) {
+static cudaError_t launch(const ki_stream_call &c, const plan &p, const ki_wide_launch &l) {
+    constexpr uint32_t SIZE = N == 8 ? 0 : N == 16 ? 1 : N == 32 ? 2 : 3;
     auto kernel = stream_wide<T, N, GROUPS, PIECES>;
+    uint32_t bit = 1u << (number_of(T()) * 16 + SIZE * 4 + (GROUPS - 1) * 2 + PIECES - 1);
     CUtensorMap weights = {}, rows = {};
-    cudaError_t e =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)BLOCK_BYTES);
-    if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
-    if (e == cudaSuccess) e = ki_make_map(&weights, c.weight, c.n, c.k, p.rows);
-    if (e == cudaSuccess) e = ki_make_map(&rows, c.x, c.m, c.k, N);
+    cudaError_t e = cudaSuccess;
+    if (!(*l.ready & bit)) {
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 (int)BLOCK_BYTES);
+        if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
+        if (e == cudaSuccess) *l.ready |= bit;
+    }
+    if (e == cudaSuccess) e = ki_stream_map(&weights, l.of, c.weight, c.n, c.k, p.rows);
+    if (e == cudaSuccess) e = ki_stream_map(&rows, l.of, c.x, c.m, c.k, N);
     if (e != cudaSuccess) return e;
-    return ki_launch(kernel, p.n_blocks, 128 * GROUPS + 32, p.shared_bytes, true, stream_, weights,
+    return ki_launch(kernel, p.n_blocks, 128 * GROUPS + 32, p.shared_bytes, true, l.stream, weights,
                      rows, c, p);
 }
 
 template <class T, int N>
-static cudaError_t plan_and_launch(const ki_stream_call &c, uint32_t n_sms, void *stream_) {
+static cudaError_t plan_and_launch(const ki_stream_call &c, const ki_wide_launch &l) {
     plan p = {};
-    uint32_t pieces = plan_of(p, c, N, n_sms);
+    uint32_t pieces = plan_of(p, c, N, l.n_sms);
     if (!has_room(c, p, N)) return cudaErrorInvalidValue;
     if (p.all_room > TILE)
-        return pieces == 2 ? launch<T, N, 2, 2>(c, p, stream_) : launch<T, N, 2, 1>(c, p, stream_);
-    return pieces == 2 ? launch<T, N, 1, 2>(c, p, stream_) : launch<T, N, 1, 1>(c, p, stream_);
+        return pieces == 2 ? launch<T, N, 2, 2>(c, p, l) : launch<T, N, 2, 1>(c, p, l);
+    return pieces == 2 ? launch<T, N, 1, 2>(c, p, l) : launch<T, N, 1, 1>(c, p, l);
 }
 
-template <class T>
-static cudaError_t dispatch(const ki_stream_call &c, uint32_t n_sms, void *stream_) {
-    if (c.m <= 8) return plan_and_launch<T, 8>(c, n_sms, stream_);
-    if (c.m <= 16) return plan_and_launch<T, 16>(c, n_sms, stream_);
-    if (c.m <= 32) return plan_and_launch<T, 32>(c, n_sms, stream_);
-    return plan_and_launch<T, 64>(c, n_sms, stream_);
+template <class T> static cudaError_t dispatch(const ki_stream_call &c, const ki_wide_launch &l) {
+    if (c.m <= 8) return plan_and_launch<T, 8>(c, l);
+    if (c.m <= 16) return plan_and_launch<T, 16>(c, l);
+    if (c.m <= 32) return plan_and_launch<T, 32>(c, l);
+    return plan_and_launch<T, 64>(c, l);
 }
 
-cudaError_t ki_stream_wide(const ki_stream_call &c, uint32_t n_sms, void *stream_) {
-    return c.type == KI_CUDA_F16 ? dispatch<__half>(c, n_sms, stream_)
-                                 : dispatch<__nv_bfloat16>(c, n_sms, stream_);
+cudaError_t ki_stream_wide(const ki_stream_call &c, const ki_wide_launch &l) {
+    return c.type == KI_CUDA_F16 ? dispatch<__half>(c, l) : dispatch<__nv_bfloat16>(c, l);
 }

@@ -17,7 +17,21 @@
 #include "stream.h"
 
 #ifdef __CUDACC__
+#include <cuda.h>
 #include <cuda_runtime.h>
-cudaError_t ki_stream_wide(const ki_stream_call &call, uint32_t n_sms, void *stream);
+
+/* What a launch has from stream.cu. */
+typedef struct ki_wide_launch {
+    ki_stream *of;
+    uint32_t *ready; /* a bit for each kernel whose attributes were set */
+    uint32_t n_sms;
+    void *stream;
+} ki_wide_launch;
+
+cudaError_t ki_stream_wide(const ki_stream_call &call, const ki_wide_launch &launch);
+
+/* The map of a matrix [n_rows][n_cols] of 16 bits in boxes of 64 columns, made or kept. */
+cudaError_t ki_stream_map(CUtensorMap *out, ki_stream *of, const void *data, uint32_t n_rows,
+                          uint32_t n_cols, uint32_t box_rows);
 #endif
 #endif

@@ -168,35 +168,50 @@ void ki_engine_close_backend(kivi_engine *e) {
 
 /* ---- the plan ---- */
 
+/* By tag, to the byte: what is loaded, what the backend will take, pages, and the 16-bit rows of all
+ * sessions; of one of them a prompt's larger ring as well. */
+static kivi_status plan_device(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
+                               const ki_backend_sizes *sizes, kivi_error *err) {
+    const ki_backend *b = e->backend;
+    kivi_memory cache, *all = &e->planned;
+    b->api->plan(all, b, &e->model->config, layout, sizes);
+    if (!ki_layout_plan(&cache, layout, n_pages, e->options.max_sessions))
+        return KI_FAIL(err, ARG, "engine: %u pages are too many", n_pages);
+    e->planned_prompt_bytes = ki_layout_prompt_bytes(layout, sizes->n_rows, sizes->max_tokens);
+    all->weights += ki_mem_report(b->device->mem).weights;
+    all->kv_codes = cache.kv_codes;
+    all->kv_scales = cache.kv_scales;
+    all->kv_residual = cache.kv_residual + e->planned_prompt_bytes;
+    return KIVI_OK;
+}
+
 /* What a device will hold for this engine, before any of it is taken: refused at once when it
- * cannot be, not somewhere in the middle. */
+ * cannot be, not somewhere in the middle. Under `paper` a ring for the longest prompt there can be
+ * is no such reason: it is as long as the prompt, and whole prompts in one step need none. */
 kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
                                  const ki_backend_sizes *sizes, kivi_error *err) {
     const ki_backend *b = e->backend;
-    kivi_memory plan, cache;
+    const kivi_memory *p = &e->planned;
     if (!b->device) return KIVI_OK;
-    b->api->plan(&plan, b, &e->model->config, layout, sizes);
-    if (!ki_layout_plan(&cache, layout, n_pages, e->options.max_sessions))
-        return KI_FAIL(err, ARG, "engine: %u pages are too many", n_pages);
-    uint64_t weights = ki_mem_report(b->device->mem).weights + plan.weights;
-    uint64_t pages = cache.kv_codes + cache.kv_scales;
-    uint64_t rest = ki_memory_sum(&plan) - plan.weights;
-    uint64_t all = weights + pages + cache.kv_residual + rest;
+    KI_TRY(plan_device(e, layout, n_pages, sizes, err));
+    uint64_t prompt = e->planned_prompt_bytes, all = ki_memory_sum(p);
     uint64_t room = b->limit_bytes ? KI_MIN(b->limit_bytes, b->free_bytes) : b->free_bytes;
-    const double mib = 1048576.0;
+    const double mib = 1048576.0, weights = (double)p->weights / mib;
+    double pages = (double)(p->kv_codes + p->kv_scales) / mib, rows = (double)prompt / mib;
+    double windows = (double)(p->kv_residual - prompt) / mib;
+    double rest = (double)(p->activations + p->workspace) / mib;
     ki_engine_log(e,
                   "device memory plan, MiB: weights %.1f, pages %.1f, windows of %u sessions %.1f, "
-                  "workspace %.1f, sum %.1f of %.1f",
-                  (double)weights / mib, (double)pages / mib, e->options.max_sessions,
-                  (double)cache.kv_residual / mib, (double)rest / mib, (double)all / mib,
+                  "rows of a prompt in several steps %.1f, workspace %.1f, sum %.1f of %.1f",
+                  weights, pages, e->options.max_sessions, windows, rows, rest, (double)all / mib,
                   (double)room / mib);
+    if (layout->kv.rule == KIVI_RULE_PAPER) all -= prompt, rows = 0;
     if (all <= room) return KIVI_OK;
     return KI_FAIL(err, NOMEM,
-                   "device memory: weights %.0f, pages %.0f, windows %.0f and workspace %.0f MiB "
-                   "exceed %.0f MiB%s; fewer sessions, a shorter context or fewer rows a step need "
-                   "less",
-                   (double)weights / mib, (double)pages / mib, (double)cache.kv_residual / mib,
-                   (double)rest / mib, (double)room / mib,
+                   "device memory: weights %.0f, pages %.0f, windows %.0f, rows of a prompt %.0f "
+                   "and workspace %.0f MiB exceed %.0f MiB%s; fewer sessions, a shorter context or "
+                   "fewer rows a step need less",
+                   weights, pages, windows, rows, rest, (double)room / mib,
                    b->limit_bytes && b->limit_bytes <= b->free_bytes ? " (the limit that was set)"
                                                                      : "");
 }

@@ -30,6 +30,9 @@ static void scratch_carve(attn_scratch *s, void *memory) {
     s->low = s->high + FOLD_ROWS * ROW;
 }
 
+/* A function of its own: its loops get the registers that its callers' would take. */
+#define KI_APART __attribute__((noinline))
+
 /* ---- folding: x * scale as integers ---- */
 
 /* x s becomes 15 bits in two signed bytes, 128 high + low. One byte, which would save half of the
@@ -40,42 +43,60 @@ static void scratch_carve(attn_scratch *s, void *memory) {
 KI_INLINE unsigned fold_at(unsigned i) { return i / 16 * 64 + i % 4 * 16 + i % 16 / 4 * 4; }
 
 /* Integers of n values of one row, n a multiple of 64; returns their sum a lane. */
-KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, unsigned n) {
-    vi high_sum = vi_set(0), low_sum = vi_set(0), ones = vi_set(0x01010101);
-    for (unsigned c = 0; c < n; c += 64) {
-        vi q[4];
-        vb h, l;
-        for (unsigned k = 0; k < 4; k++)
-            q[k] = vf_to_vi(vf_mul(vf_load(x + c + k * 16), vf_set(inverse)));
-        vb_split15(&h, &l, q[0], q[1], q[2], q[3]);
-        vb_store(high + c, h);
-        vb_store(low + c, l);
-        high_sum = vi_dot_u7(high_sum, ones, h);
-        low_sum = vi_dot_u7(low_sum, ones, l);
+KI_INLINE vi fold_row(int8_t *high, int8_t *low, const float *x, float inverse, size_t n) {
+    vi sum = vi_set(0);
+    const vp ones = vp_set(0x01010101);
+    for (unsigned part = 0; part < KI_PARTS; part++) {
+        const size_t lane = part * (16 / KI_PARTS);
+        vs high_sum = vs_zero(), low_sum = vs_zero();
+        for (size_t c = 0; c < n; c += 64) { /* at most four: KI_NARROW_SUMS */
+            vp q[4], h, l;
+            for (unsigned k = 0; k < 4; k++)
+                q[k] = vh_to_vp(vh_mul(vh_load(x + c + k * 16 + lane), vh_set(inverse)));
+            vp_split15(&h, &l, q[0], q[1], q[2], q[3]);
+            vp_store(high + c + lane * 4, h);
+            vp_store(low + c + lane * 4, l);
+            high_sum = vs_dot(high_sum, ones, h);
+            low_sum = vs_dot(low_sum, ones, l);
+        }
+        sum = vi_add_part(vi_add_part128(sum, part, high_sum), part, low_sum);
     }
-    return vi_add(vi_shl(high_sum, 7), low_sum);
+    return sum;
 }
 
 /* One group of nq rows x, n values each: x s to out, x . (z + centre s), and the largest |x s| a
- * lane. Past n come zeros up to a multiple of 64. Without a zero point z is -centre s. */
+ * lane. Past n come zeros up to a multiple of 64. Without a zero point z is -centre s. Part by part
+ * of a vector: sums and maxima of all rows stay in registers. */
 KI_INLINE void fold_group(float *out, vf *bias, vf *largest, const float *x, unsigned nq,
-                          const uint16_t *scale, const uint16_t *zero, unsigned n, float centre) {
-    vf sum[QUERY_BLOCK], top[QUERY_BLOCK];
-    unsigned c = 0;
-    for (unsigned i = 0; i < nq; i++) sum[i] = top[i] = vf_set(0.0f);
-    for (; c < n; c += 16) {
-        vf s = vf_load_f16(scale + c), z = vf_set(0.0f);
-        if (zero) z = vf_fma(s, vf_set(centre), vf_load_f16(zero + c));
+                          const uint16_t *scale, const uint16_t *zero, size_t n, float centre) {
+    for (unsigned part = 0; part < KI_PARTS; part++) {
+        vh sum[QUERY_BLOCK], top[QUERY_BLOCK];
+        for (unsigned i = 0; i < nq; i++) sum[i] = top[i] = vh_set(0.0f);
+        for (size_t c = part * (16 / KI_PARTS); c < n; c += 16) {
+            vh s = vh_load_f16(scale + c), z = vh_set(0.0f);
+            if (zero) z = vh_fma(s, vh_set(centre), vh_load_f16(zero + c));
+            for (unsigned i = 0; i < nq; i++) {
+                vh v = vh_load(x + i * ROW + c), f = vh_mul(v, s);
+                vh_store(out + i * ROW + c, f);
+                sum[i] = vh_fma(v, z, sum[i]);
+                top[i] = vh_max2(vh_abs(f), top[i]);
+            }
+        }
         for (unsigned i = 0; i < nq; i++) {
-            vf v = vf_load(x + i * ROW + c), f = vf_mul(v, s);
-            vf_store(out + i * ROW + c, f);
-            sum[i] = vf_fma(v, z, sum[i]);
-            top[i] = vf_max2(vf_abs(f), top[i]);
+            bias[i] = vf_with_part(bias[i], part, sum[i]);
+            largest[i] = vf_with_part(largest[i], part, top[i]);
         }
     }
-    for (; c % 64; c += 16)
+    for (size_t c = n; c % 64; c += 16)
         for (unsigned i = 0; i < nq; i++) vf_store(out + i * ROW + c, vf_set(0.0f));
-    for (unsigned i = 0; i < nq; i++) bias[i] = sum[i], largest[i] = top[i];
+}
+/* The same with nq known to each loop. */
+KI_INLINE void fold_group_n(float *out, vf *bias, vf *largest, const float *x, unsigned nq,
+                            const uint16_t *scale, const uint16_t *zero, size_t n, float centre) {
+    if (nq == 1) fold_group(out, bias, largest, x, 1, scale, zero, n, centre);
+    else if (nq == 2) fold_group(out, bias, largest, x, 2, scale, zero, n, centre);
+    else if (nq == 3) fold_group(out, bias, largest, x, 3, scale, zero, n, centre);
+    else fold_group(out, bias, largest, x, 4, scale, zero, n, centre);
 }
 
 /* 4 x s of the wide channels, from rows x s [nq][256]: the high bits' side of fold_group. */
@@ -101,17 +122,17 @@ KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, uns
  * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
  * integer rounded to zero still weighs its share. With a list of wide channels there is one group,
  * and row nq + i is for the high bits of query i. */
-KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
-                         const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
-                         const uint8_t *list) {
+static KI_APART void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
+                               const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
+                               const uint8_t *list) {
     const float centre = (float)((1u << bits) - 1) / 2;
     const unsigned n_low = n_groups * nq, n_rows = list ? n_low + nq : n_low;
     vf bias[FOLD_ROWS], largest[FOLD_ROWS];
     float inverse[FOLD_ROWS];
     for (unsigned r = n_rows; r < FOLD_ROWS; r++) bias[r] = largest[r] = vf_set(0.0f);
     for (unsigned g = 0; g < n_groups; g++)
-        fold_group(s->x + g * nq * ROW, bias + g * nq, largest + g * nq, x, nq,
-                   scale + (size_t)g * n, zero ? zero + (size_t)g * n : NULL, n, centre);
+        fold_group_n(s->x + g * nq * ROW, bias + g * nq, largest + g * nq, x, nq,
+                     scale + (size_t)g * n, zero ? zero + (size_t)g * n : NULL, n, centre);
     if (list)
         fold_wide(s->x + n_low * ROW, bias + n_low, largest + n_low, s->x, nq, list, n / 4, centre);
     vf top = vf_maxes(largest, n_rows), limit = vf_set(FOLD_LIMIT), step = vf_div(top, limit);
@@ -125,10 +146,7 @@ KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uin
     vf_store(s->bias, vf_sums(bias, n_rows));
 }
 
-/* Sums of the codes of nb <= 2 vectors of words times nq rows, a plane each. */
-typedef struct dots {
-    vi high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
-} dots;
+/* ---- codes times those integers ---- */
 
 /* Three lines of the next page, which is what a page has for a word of two vectors at 2 bits in
  * groups of 32: all at once would wait for one another. */
@@ -141,141 +159,208 @@ KI_INLINE void ask_ahead(attn_scratch *s) {
 /* Bits of a code that stand in the words; the third of three has a plane of its own. */
 KI_INLINE unsigned word_bits(unsigned bits) { return bits == 3 ? 2 : bits; }
 
-/* Sums of one part of nb vectors times nq rows. */
+/* Codes of n_vectors vectors of 16 tokens (keys) or channels (values), and the folded rows that meet
+ * them, from `row` on, one a query. `words`, `apart` from them those of the next vector, `stride`
+ * those of the next word. third: of 3-bit codes, laid out as the words are, two of them to one.
+ * first: of a stream (dot_stream). Query i's results go to out[i], or are added to what is there. */
+typedef struct code_rows {
+    const uint32_t *words, *third;
+    size_t apart, stride;
+    unsigned n_vectors, n_words, row, first;
+    float *out[QUERY_BLOCK];
+    bool add;
+} code_rows;
+
+/* The bytes of the integers that one pass over the codes multiplies: both, or, where registers are
+ * few, one after the other, so that a byte that is broadcast serves two registers of codes. */
+enum { HIGH = 1, LOW = 2 };
+/* As bits of a code: high bits of wide channels, in a stream of quads. */
+enum { STREAM = 0 };
+
+/* Sums of products, of each part of nb vectors with each query's row. */
 typedef struct part_dots {
     vs high[2][QUERY_BLOCK], low[2][QUERY_BLOCK];
 } part_dots;
 
-KI_INLINE void dots_clear(dots *sum, unsigned nq, unsigned nb) {
-    for (unsigned b = 0; b < nb; b++)
-        for (unsigned i = 0; i < nq; i++) sum->high[b][i] = sum->low[b][i] = vi_set(0);
-}
 KI_INLINE void part_clear(part_dots *p, unsigned nq, unsigned nb) {
-    for (unsigned b = 0; b < nb; b++)
-        for (unsigned i = 0; i < nq; i++) p->high[b][i] = p->low[b][i] = vs_zero();
+    for (unsigned v = 0; v < nb * KI_PARTS; v++)
+        for (unsigned i = 0; i < nq; i++) p->high[v][i] = p->low[v][i] = vs_zero();
 }
-KI_INLINE void dots_add(dots *sum, unsigned part, const part_dots *p, unsigned nq, unsigned nb) {
-    for (unsigned b = 0; b < nb; b++)
+KI_INLINE void part_add(vi sum[2][QUERY_BLOCK], const part_dots *p, unsigned bytes, unsigned nq,
+                        unsigned nb) {
+    for (unsigned v = 0; v < nb * KI_PARTS; v++)
         for (unsigned i = 0; i < nq; i++) {
-            sum->high[b][i] = vi_add_part(sum->high[b][i], part, p->high[b][i]);
-            sum->low[b][i] = vi_add_part(sum->low[b][i], part, p->low[b][i]);
+            vi *at = &sum[v / KI_PARTS][i];
+            if (bytes & HIGH) *at = vi_add_part128(*at, v % KI_PARTS, p->high[v][i]);
+            if (bytes & LOW) *at = vi_add_part(*at, v % KI_PARTS, p->low[v][i]);
         }
 }
 
-/* A quad of codes of each of nb vectors times the bytes at `at` of nq rows. */
-KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
-                        const vp *codes) {
-    for (unsigned i = 0; i < nq; i++) {
-        vp x = vp_set_bytes(s->high + at + i * ROW), y = vp_set_bytes(s->low + at + i * ROW);
-        for (unsigned b = 0; b < nb; b++) {
-            p->high[b][i] = vs_dot(p->high[b][i], codes[b], x);
-            p->low[b][i] = vs_dot(p->low[b][i], codes[b], y);
+/* A quad of codes of each part of nb vectors times the bytes at `at` of nq rows. */
+KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned bytes, unsigned nq,
+                        unsigned nb, const vp *codes) {
+    for (unsigned i = 0; i < nq; i++, at += ROW) {
+        vp x = codes[0], y = x;
+        if (bytes & HIGH) x = vp_set_bytes(s->high + at);
+        if (bytes & LOW) y = vp_set_bytes(s->low + at);
+        for (unsigned v = 0; v < nb * KI_PARTS; v++) {
+            if (bytes & HIGH) p->high[v][i] = vs_dot(p->high[v][i], codes[v], x);
+            if (bytes & LOW) p->low[v][i] = vs_dot(p->low[v][i], codes[v], y);
         }
     }
 }
 
-/* Words of codes: `words`, and `apart` from them those of the next vector, `stride` those of the
- * next word. third: of 3-bit codes, laid out as the words are, two of them to one. */
-typedef struct code_plane {
-    const uint32_t *words, *third;
-    size_t apart, stride;
-} code_plane;
-
-/* Part of word w of each of nb vectors times nq rows from byte `at` of the planes on. */
-KI_INLINE void dot_word(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
-                        const code_plane *c, unsigned w, unsigned part, unsigned bits) {
-    const unsigned in_word = word_bits(bits);
+/* Word w of each of nb vectors from `vector` on times nq rows from byte `at` of the rows on. */
+KI_INLINE void dot_word(part_dots *p, const attn_scratch *s, size_t at, unsigned bytes, unsigned nq,
+                        unsigned nb, const code_rows *c, unsigned vector, unsigned w,
+                        unsigned bits) {
+    const unsigned in_word = word_bits(bits), n = nb * KI_PARTS;
     const vp mask = vp_set(in_word == 2 ? 0x03030303 : 0x0f0f0f0f);
-    vp v[2], top[2];
-    for (unsigned b = 0; b < nb; b++) {
-        v[b] = vp_load(c->words + w * c->stride + b * c->apart, part);
+    vp word[2], top[2];
+    for (unsigned v = 0; v < n; v++) {
+        const size_t offset = (vector + v / KI_PARTS) * c->apart;
+        word[v] = vp_load(c->words + w * c->stride + offset, v % KI_PARTS);
         if (bits != 3) continue;
-        top[b] = vp_load(c->third + w / 2 * c->stride + b * c->apart, part);
-        top[b] = vp_shl(vp_field(top[b], 4 * (w % 2), vp_set(0x0f0f0f0f)), 2);
+        top[v] = vp_load(c->third + w / 2 * c->stride + offset, v % KI_PARTS);
+        top[v] = vp_shl(vp_field(top[v], 4 * (w % 2), vp_set(0x0f0f0f0f)), 2);
     }
     for (unsigned k = 0; k < 8 / in_word; k++, at += 16) { /* fold_at */
         vp codes[2];
-        for (unsigned b = 0; b < nb; b++) {
-            codes[b] = vp_field(v[b], in_word * k, mask);
-            if (bits == 3) codes[b] = vp_or(codes[b], vp_field(top[b], k, vp_set(0x04040404)));
+        for (unsigned v = 0; v < n; v++) {
+            codes[v] = vp_field(word[v], in_word * k, mask);
+            if (bits == 3) codes[v] = vp_or(codes[v], vp_field(top[v], k, vp_set(0x04040404)));
         }
-        dot_quad(p, s, at, nq, nb, codes);
+        dot_quad(p, s, at, bytes, nq, nb, codes);
     }
 }
 
-/* Rows from `row` on, over n_words words, of which at most KI_NARROW_SUMS quads are added up before
- * they are widened. */
-KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
-                         const code_plane *c, unsigned n_words, unsigned bits) {
+/* All words, of which at most KI_NARROW_SUMS quads are added up before they are widened. Where the
+ * first of four words has its bytes is fold_at's; the others' are near. */
+KI_INLINE void dot_words(vi sum[2][QUERY_BLOCK], attn_scratch *s, const code_rows *c,
+                         unsigned vector, unsigned bytes, unsigned nq, unsigned nb, unsigned bits) {
     const unsigned per_word = 8 / word_bits(bits), at_once = KI_NARROW_SUMS(bits) / per_word;
-    const size_t at = (size_t)row * ROW;
-    dots_clear(sum, nq, nb);
-    for (unsigned w0 = 0; w0 < n_words; w0 += at_once)
-        for (unsigned part = 0; part < KI_PARTS; part++) {
-            part_dots p;
-            part_clear(&p, nq, nb);
-            for (unsigned w = w0; w < KI_MIN(w0 + at_once, n_words); w++) {
-                if (!part) ask_ahead(s);
-                dot_word(&p, s, at + fold_at(w * per_word), nq, nb, c, w, part, bits);
-            }
-            dots_add(sum, part, &p, nq, nb);
-        }
-}
-
-/* High bits of the wide channels of nb blocks of tokens from `block` on: quads in one stream
- * (plus.h), n_quads = D / 16 <= KI_NARROW_SUMS(2) a block. */
-KI_INLINE void dot_wide(dots *sum, const attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
-                        const uint32_t *wide, unsigned block, unsigned n_quads) {
-    dots_clear(sum, nq, nb);
-    for (unsigned part = 0; part < KI_PARTS; part++) {
+    for (unsigned w0 = 0; w0 < c->n_words; w0 += at_once) {
+        const unsigned end = KI_MIN(w0 + at_once, c->n_words);
         part_dots p;
         part_clear(&p, nq, nb);
-        for (unsigned i = 0; i < n_quads; i++) {
-            vp codes[2];
-            for (unsigned b = 0; b < nb; b++) {
-                unsigned quad = (block + b) * n_quads + i;
-                vp v = vp_load(wide + (size_t)(quad / 4) * 16, part);
-                codes[b] = vp_field(v, 2 * (quad % 4), vp_set(0x03030303));
+        for (unsigned w4 = w0; w4 < end; w4 += 4) {
+            const size_t at = (size_t)c->row * ROW + fold_at(w4 * per_word);
+            for (unsigned j = 0; j < KI_MIN(end - w4, 4u); j++) {
+                const unsigned near = per_word == 4 ? j * 4 : j % 2 * 32 + j / 2 * 4;
+                if (bytes & HIGH) ask_ahead(s);
+                dot_word(&p, s, at + near, bytes, nq, nb, c, vector, w4 + j, bits);
             }
-            dot_quad(&p, s, (size_t)row * ROW + fold_at(i), nq, nb, codes);
         }
-        dots_add(sum, part, &p, nq, nb);
+        part_add(sum, &p, bytes, nq, nb);
     }
 }
 
-/* The same for codes of 8 bits, one vector at a time. */
-KI_INLINE void dot_bytes(dots *sum, attn_scratch *s, unsigned row, unsigned nq,
-                         const uint32_t *words, size_t stride, unsigned n_words) {
-    for (unsigned i = 0; i < nq; i++) sum->high[0][i] = sum->low[0][i] = vi_set(0);
-    for (unsigned w = 0; w < n_words; w++, words += stride) {
-        vb codes = vi_load((const int32_t *)words);
-        size_t at = (size_t)row * ROW + fold_at(w);
+/* The same for codes of 8 bits. */
+KI_INLINE void dot_bytes(vi sum[2][QUERY_BLOCK], attn_scratch *s, const code_rows *c,
+                         unsigned vector, unsigned nq) {
+    vi high[QUERY_BLOCK], low[QUERY_BLOCK];
+    for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
+    for (unsigned w = 0; w < c->n_words; w++) {
+        vb codes = vi_load((const int32_t *)c->words + w * c->stride + vector * c->apart);
+        size_t at = (size_t)c->row * ROW + fold_at(w);
         ask_ahead(s);
         for (unsigned i = 0; i < nq; i++, at += ROW) {
-            sum->high[0][i] = vi_dot_u8(sum->high[0][i], codes, vi_set_bytes(s->high + at));
-            sum->low[0][i] = vi_dot_u8(sum->low[0][i], codes, vi_set_bytes(s->low + at));
+            high[i] = vi_dot_u8(high[i], codes, vi_set_bytes(s->high + at));
+            low[i] = vi_dot_u8(low[i], codes, vi_set_bytes(s->low + at));
+        }
+    }
+    for (unsigned i = 0; i < nq; i++) sum[0][i] = vi_add(vi_shl(high[i], 7), low[i]);
+}
+
+/* The same for 2 bits in one stream of quads (plus.h), n_words of them a vector, from quad `first`
+ * on; at most KI_NARROW_SUMS(2). */
+KI_INLINE void dot_stream(vi sum[2][QUERY_BLOCK], const attn_scratch *s, const code_rows *c,
+                          unsigned vector, unsigned bytes, unsigned nq, unsigned nb) {
+    part_dots p;
+    part_clear(&p, nq, nb);
+    for (unsigned i = 0; i < c->n_words; i++) {
+        vp codes[2];
+        for (unsigned v = 0; v < nb * KI_PARTS; v++) {
+            unsigned quad = c->first + (vector + v / KI_PARTS) * c->n_words + i;
+            vp word = vp_load(c->words + quad / 4 * c->stride, v % KI_PARTS);
+            codes[v] = vp_field(word, 2 * (quad % 4), vp_set(0x03030303));
+        }
+        dot_quad(&p, s, (size_t)c->row * ROW + fold_at(i), bytes, nq, nb, codes);
+    }
+    part_add(sum, &p, bytes, nq, nb);
+}
+
+KI_INLINE void dot_pass(vi sum[2][QUERY_BLOCK], attn_scratch *s, const code_rows *c,
+                        unsigned vector, unsigned bytes, unsigned nq, unsigned nb, unsigned bits) {
+    if (bits == STREAM) dot_stream(sum, s, c, vector, bytes, nq, nb);
+    else dot_words(sum, s, c, vector, bytes, nq, nb, bits);
+}
+
+/* step * (integers . codes) + bias of each vector and row. */
+KI_INLINE void dot_rows(attn_scratch *s, const code_rows *c, unsigned nq, unsigned nb,
+                        unsigned bits) {
+    for (unsigned vector = 0; vector < c->n_vectors; vector += nb) {
+        vi sum[2][QUERY_BLOCK];
+        for (unsigned b = 0; b < nb; b++)
+            for (unsigned i = 0; i < nq; i++) sum[b][i] = vi_set(0);
+        if (bits == 8) dot_bytes(sum, s, c, vector, nq);
+        else if (KI_PARTS == 1) dot_pass(sum, s, c, vector, HIGH | LOW, nq, nb, bits);
+        else {
+            dot_pass(sum, s, c, vector, HIGH, nq, nb, bits);
+            dot_pass(sum, s, c, vector, LOW, nq, nb, bits);
+        }
+        for (unsigned i = 0; i < nq; i++) {
+            vf step = vf_set(s->step[c->row + i]), bias = vf_set(s->bias[c->row + i]);
+            for (unsigned b = 0; b < nb; b++) {
+                float *out = c->out[i] + (vector + b) * 16;
+                vf v = vf_fma(vf_from_vi(sum[b][i]), step, bias);
+                vf_store(out, c->add ? vf_add(vf_load(out), v) : v);
+            }
         }
     }
 }
 
-/* step * (integers . codes) + bias of row r, its i-th of dot_words for vector b. */
-KI_INLINE vf fold_result(const attn_scratch *s, unsigned r, const dots *sum, unsigned b,
-                         unsigned i) {
-    vi all = vi_add(vi_shl(sum->high[b][i], 7), sum->low[b][i]);
-    return vf_fma(vf_from_vi(all), vf_set(s->step[r]), vf_set(s->bias[r]));
-}
+/* dot_rows with constants: each case is a function with its own loop. */
+typedef void dot_fn(attn_scratch *s, const code_rows *c);
+#define DOT_KERNEL(bits, nb, nq)                                                                   \
+    static KI_APART void dot_##bits##_##nb##_##nq(attn_scratch *s, const code_rows *c) {           \
+        dot_rows(s, c, nq, nb, bits);                                                              \
+    }
+#define DOT_KERNELS(bits, nb)                                                                      \
+    DOT_KERNEL(bits, nb, 1)                                                                        \
+    DOT_KERNEL(bits, nb, 2)                                                                        \
+    DOT_KERNEL(bits, nb, 3)                                                                        \
+    DOT_KERNEL(bits, nb, 4)                                                                        \
+    static dot_fn *const dot_##bits##_##nb[QUERY_BLOCK] = {                                        \
+        dot_##bits##_##nb##_1, dot_##bits##_##nb##_2, dot_##bits##_##nb##_3,                       \
+        dot_##bits##_##nb##_4};
+DOT_KERNELS(2, 1)
+DOT_KERNELS(3, 1)
+DOT_KERNELS(4, 1)
+DOT_KERNELS(8, 1)
+DOT_KERNELS(STREAM, 1)
+#if KI_DOT_VECTORS == 2
+DOT_KERNELS(2, 2)
+DOT_KERNELS(3, 2)
+DOT_KERNELS(STREAM, 2)
+#endif
 
-/* f(..., nq, nb, bits) with constants: every case becomes its own loop. */
-#define FOLD_NQ(f, nq, nb, bits, ...)                                                              \
-    ((nq) == 1   ? f(__VA_ARGS__, 1, nb, bits)                                                     \
-     : (nq) == 2 ? f(__VA_ARGS__, 2, nb, bits)                                                     \
-     : (nq) == 3 ? f(__VA_ARGS__, 3, nb, bits)                                                     \
-                 : f(__VA_ARGS__, 4, nb, bits))
-#define FOLD_DISPATCH(f, nq, group, bits, ...)                                                     \
-    ((bits) == 8    ? FOLD_NQ(f, nq, 1, 8, __VA_ARGS__)                                            \
-     : (bits) == 4  ? FOLD_NQ(f, nq, 1, 4, __VA_ARGS__)                                            \
-     : (group) % 32 ? FOLD_NQ(f, nq, 1, 2, __VA_ARGS__)                                            \
-                    : FOLD_NQ(f, nq, KI_DOT_VECTORS, 2, __VA_ARGS__))
+/* Vectors that a kernel takes at once, of groups of `group` tokens or channels. */
+static unsigned vectors_at_once(unsigned bits, unsigned group) {
+    return bits <= 3 && group % 32 == 0 ? KI_DOT_VECTORS : 1;
+}
+static dot_fn *dot_kernel(unsigned bits, unsigned nb, unsigned nq) {
+#if KI_DOT_VECTORS == 2
+    if (nb == 2) return (bits == 2 ? dot_2_2 : bits == 3 ? dot_3_2 : dot_STREAM_2)[nq - 1];
+#else
+    (void)nb;
+#endif
+    return (bits == 2   ? dot_2_1
+            : bits == 3 ? dot_3_1
+            : bits == 4 ? dot_4_1
+            : bits == 8 ? dot_8_1
+                        : dot_STREAM_1)[nq - 1];
+}
 
 /* ---- scores ---- */
 
@@ -310,42 +395,32 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
     return exact < q->end ? exact : q->end;
 }
 
-/* The high bits' share of the scores of nb blocks of tokens; its rows follow the low bits'. */
-KI_INLINE void add_wide(const ki_attn_tile *t, const attn_scratch *s, unsigned token, unsigned nq,
-                        unsigned nb) {
-    dots sum;
-    dot_wide(&sum, s, nq, nq, nb, t->k_wide, token / 16, t->head_dim / 16);
-    for (unsigned i = 0; i < nq; i++)
-        for (unsigned b = 0; b < nb; b++) {
-            float *at = s->p + i * ROW + token + b * 16;
-            vf_store(at, vf_add(vf_load(at), fold_result(s, nq + i, &sum, b, i)));
-        }
-}
-
 /* All packed keys of nq queries, blocks [from / 16, to / 16): as many groups are folded at a time
- * as there are rows for. */
-KI_INLINE void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, unsigned to,
-                            unsigned nq, unsigned nb, unsigned bits) {
-    const unsigned n = t->head_dim, n_words = n * bits / 32, at_once = FOLD_ROWS / nq;
+ * as there are rows for. The high bits of wide channels have rows of their own, behind the others.
+ */
+static void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, unsigned to,
+                         unsigned nq) {
+    const unsigned n = t->head_dim, bits = t->k_bits, at_once = FOLD_ROWS / nq;
     const unsigned end = (to + t->k_group - 1) / t->k_group;
+    const unsigned nb = vectors_at_once(bits, t->k_group), n_quads = n / 16;
+    const bool wide = bits == 2 && t->k_wide;
+    dot_fn *dot = dot_kernel(bits, nb, nq), *dot_wide = dot_kernel(STREAM, nb, nq);
+    code_rows c = {.n_words = n * bits / 32, .stride = 16};
+    code_rows w = {.words = t->k_wide, .n_words = n_quads, .stride = 16, .row = nq, .add = true};
+    c.apart = (size_t)c.n_words * 16;
     for (unsigned g0 = from / t->k_group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, s->q, nq, t->k_scale + (size_t)g0 * n, t->k_zero + (size_t)g0 * n, n_groups, n,
                   bits, t->k_list);
         for (unsigned g = 0; g < n_groups; g++) {
             unsigned token = (g0 + g) * t->k_group, stop = KI_MIN(token + t->k_group, to);
-            for (; token < stop; token += nb * 16) {
-                const uint32_t *words = t->k_words + (size_t)token * n_words;
-                dots sum;
-                const code_plane c = {words, NULL, (size_t)n_words * 16, 16};
-                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, words, 16, n_words);
-                else dot_words(&sum, s, g * nq, nq, nb, &c, n_words, bits);
-                for (unsigned i = 0; i < nq; i++)
-                    for (unsigned b = 0; b < nb; b++)
-                        vf_store(s->p + i * ROW + token + b * 16,
-                                 fold_result(s, g * nq + i, &sum, b, i));
-                if (bits == 2 && t->k_wide) add_wide(t, s, token, nq, nb);
-            }
+            for (unsigned i = 0; i < nq; i++) w.out[i] = c.out[i] = s->p + i * ROW + token;
+            c.row = g * nq;
+            c.words = t->k_words + (size_t)token * c.n_words;
+            w.first = token / 16 * n_quads;
+            w.n_vectors = c.n_vectors = (stop - token + 15) / 16;
+            dot(s, &c);
+            if (wide) dot_wide(s, &w);
         }
     }
 }
@@ -358,7 +433,7 @@ static void score_packed_blocks(const ki_attn_tile *t, attn_scratch *s, ki_attn_
         if (a < b) from = KI_MIN(from, a), to = KI_MAX(to, b);
         memcpy(s->q + i * ROW, qs[i].q, t->head_dim * sizeof(float));
     }
-    if (from < to) FOLD_DISPATCH(score_packed, nq, t->k_group, t->k_bits, t, s, from, to);
+    if (from < to) score_packed(t, s, from, to, nq);
 }
 
 /* A block whose first tokens are sinks and whose others a query reads from the codes: only the
@@ -415,29 +490,24 @@ static void softmax_update(ki_attn_query *q, float *p, unsigned head_dim) {
 
 /* acc += the packed values of tokens [0, to) times p, which is 0 where a query does not read codes;
  * folded over all 128 tokens, as many groups of channels at a time as there are rows for. */
-KI_INLINE void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p, float *const *acc,
-                          unsigned to, unsigned nq, unsigned nb, unsigned bits) {
-    const unsigned n = KI_PAGE_TOKENS, at_once = FOLD_ROWS / nq, end = t->head_dim / t->v_group;
-    const unsigned n_words = (to * word_bits(bits) + 31) / 32;
+static void add_packed(const ki_attn_tile *t, attn_scratch *s, const float *p, float *const *acc,
+                       unsigned to, unsigned nq) {
+    const unsigned n = KI_PAGE_TOKENS, bits = t->v_bits, at_once = FOLD_ROWS / nq;
+    const unsigned end = t->head_dim / t->v_group, nb = vectors_at_once(bits, t->v_group);
+    dot_fn *dot = dot_kernel(bits, nb, nq);
+    code_rows c = {.apart = 16, .stride = t->head_dim, .n_vectors = t->v_group / 16, .add = true};
+    c.n_words = (to * word_bits(bits) + 31) / 32;
     for (unsigned g0 = 0; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
         fold_rows(s, p, nq, t->v_scale + (size_t)g0 * n,
                   t->v_zero ? t->v_zero + (size_t)g0 * n : NULL, n_groups, n, bits, NULL);
         for (unsigned g = 0; g < n_groups; g++) {
-            unsigned c = (g0 + g) * t->v_group, stop = c + t->v_group;
-            for (; c < stop; c += nb * 16) {
-                dots sum;
-                const code_plane plane = {t->v_words + c, bits == 3 ? t->v_third + c : NULL, 16,
-                                          t->head_dim};
-                if (bits == 8) dot_bytes(&sum, s, g * nq, nq, plane.words, t->head_dim, n_words);
-                else dot_words(&sum, s, g * nq, nq, nb, &plane, n_words, bits);
-                for (unsigned i = 0; i < nq; i++)
-                    for (unsigned b = 0; b < nb; b++) {
-                        float *at = acc[i] + c + b * 16;
-                        vf v = fold_result(s, g * nq + i, &sum, b, i);
-                        vf_store(at, vf_add(vf_load(at), v));
-                    }
-            }
+            const unsigned at = (g0 + g) * t->v_group;
+            for (unsigned i = 0; i < nq; i++) c.out[i] = acc[i] + at;
+            c.row = g * nq;
+            c.words = t->v_words + at;
+            if (bits == 3) c.third = t->v_third + at;
+            dot(s, &c);
         }
     }
 }
@@ -463,9 +533,7 @@ static void add_packed_values(const ki_attn_tile *t, attn_scratch *s, const ki_a
                    (end - first) * sizeof(float));
     }
     const float *p = whole ? s->p : s->masked;
-    if (t->v_bits != 3) FOLD_DISPATCH(add_packed, nq, t->v_group, t->v_bits, t, s, p, acc, to);
-    else if (t->v_group % 32) FOLD_NQ(add_packed, nq, 1, 3, t, s, p, acc, to);
-    else FOLD_NQ(add_packed, nq, KI_DOT_VECTORS, 3, t, s, p, acc, to);
+    add_packed(t, s, p, acc, to, nq);
 }
 
 /* acc[c..] += p[t] v[t][c..] for tokens [from, to) in their order, for nq queries and n_vectors
@@ -535,6 +603,15 @@ static void add_exact_values(const ki_attn_tile *t, const attn_scratch *s, ki_at
 
 /* ---- the tile ---- */
 
+/* Whether each query reads all keys, or values, that it sees of the tile from codes, as it does in
+ * most of a long cache. */
+static bool all_packed(const ki_attn_query *qs, unsigned nq, bool keys) {
+    bool all = true;
+    for (unsigned i = 0; i < nq; i++)
+        all = all && !qs[i].sink_end && (keys ? qs[i].k_exact : qs[i].v_exact) >= KI_PAGE_TOKENS;
+    return all;
+}
+
 static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsigned n_queries,
                            void *memory) {
     attn_scratch s;
@@ -545,11 +622,11 @@ static void attn_tile_simd(const ki_attn_tile *t, ki_attn_query *queries, unsign
         unsigned n = KI_MIN(n_queries - q0, (unsigned)QUERY_BLOCK);
         ki_attn_query *qs = queries + q0;
         score_packed_blocks(t, &s, qs, n);
-        score_exact_blocks(t, &s, qs, n);
+        if (!all_packed(qs, n, true)) score_exact_blocks(t, &s, qs, n);
         for (unsigned i = 0; i < n; i++)
             if (qs[i].first < qs[i].end) softmax_update(&qs[i], s.p + i * ROW, t->head_dim);
         add_packed_values(t, &s, qs, n);
-        add_exact_values(t, &s, qs, n);
+        if (!all_packed(qs, n, false)) add_exact_values(t, &s, qs, n);
     }
 }
 

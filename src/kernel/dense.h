@@ -73,10 +73,12 @@ typedef struct ki_activations {
     int8_t *high, *low; /* [rows][n_cols] each: the integer is 128 high + low */
     float *scales;      /* [rows][n_cols / 32] */
     int32_t *sums;      /* [rows][n_cols / 16]: of the integers */
+    float *offsets;     /* [rows][n_cols / 32]: scale times the sum of 32 integers */
+    int16_t *pairs;     /* [rows][n_cols]: the integers once more, where products are of 16 bits */
 } ki_activations;
 
 typedef struct ki_dense_kernels {
-    /* Row `row` of a from a->x. */
+    /* Row `row` of a from a->x; of one that is not finite, zeros with a NaN for the first scale. */
     void (*quantize_row)(ki_activations *a, size_t row);
     /* out[r][tile rows] for tiles [first_tile, end_tile) and activation rows [0, n_rows): out is
      * [n_rows][out_stride], its columns the matrix rows. Quantized types read a->high, low, scales

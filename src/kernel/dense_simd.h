@@ -13,26 +13,69 @@ enum { ROW_BLOCK = 4 };
 #define ACTIVATION_MAX                                                                             \
     16256.0f /* 127 * 128: the largest integer of two signed bytes as used here */
 
-static void quantize_row_simd(ki_activations *a, size_t row) {
-    const float *x = a->x + row * a->n_cols;
-    size_t n_blocks = a->n_cols / KI_BLOCK_COLS;
-    for (size_t b = 0; b < n_blocks; b++) {
-        float largest =
-            vf_max(vf_max2(vf_abs(vf_load(x + b * 32)), vf_abs(vf_load(x + b * 32 + 16))));
-        bool tiny = !(largest > 1e-30f); /* the inverse must stay finite */
-        vf inverse = vf_set(tiny ? 0.0f : ACTIVATION_MAX / largest);
-        for (size_t half = 2 * b; half < 2 * b + 2; half++) {
-            size_t i = half * KI_SUM_COLS;
-            vi q = vf_to_vi(vf_mul(vf_load(x + i), inverse)), h = vi_sar(vi_add(q, vi_set(64)), 7);
-            int32_t lanes[16], sum = 0;
-            vi_store_i8(a->high + row * a->n_cols + i, h);
-            vi_store_i8(a->low + row * a->n_cols + i, vi_sub(q, vi_shl(h, 7)));
-            vi_store(lanes, q);
-            for (int j = 0; j < 16; j++) sum += lanes[j];
-            a->sums[row * n_blocks * 2 + half] = sum;
-        }
-        a->scales[row * n_blocks + b] = tiny ? 0.0f : largest / ACTIVATION_MAX;
+/* Blocks that are quantized together: their sums of 16 columns are the lanes of one vector. */
+enum { QUANTIZE_BLOCKS = 8 };
+
+/* Sixteen integers from column `at` of a row on, as products read them. */
+KI_INLINE void store_integers(ki_activations *a, size_t at, vi q) {
+    vi h = vi_sar(vi_add(q, vi_set(64)), 7);
+    vi_store_i8(a->high + at, h);
+    vi_store_i8(a->low + at, vi_sub(q, vi_shl(h, 7)));
+#ifdef KI_DOT16
+    vi_store_pairs16(a->pairs + at, q);
+#endif
+}
+
+/* n <= QUANTIZE_BLOCKS blocks from the b-th of all rows' on; false, and nothing done, where a number
+ * is not finite. */
+KI_INLINE bool quantize_blocks(ki_activations *a, size_t b, unsigned n) {
+    const float *x = a->x + b * 32;
+    vf rows[16], finite = vf_set(0.0f);
+    float scale[16], inverse[16], sums[16];
+    for (unsigned i = 0; i < 16; i++) rows[i] = vf_set(0.0f);
+    for (unsigned i = 0; i < n; i++) {
+        vf lo = vf_load(x + i * 32), hi = vf_load(x + i * 32 + 16);
+        rows[i] = vf_max2(vf_abs(lo), vf_abs(hi));
+        finite = vf_fma(lo, vf_set(0.0f), vf_fma(hi, vf_set(0.0f), finite));
     }
+    if (vf_sum(finite) != 0) return false; /* 0 times such a number is not 0 */
+    vf top = vf_maxes(rows, n), most = vf_set(ACTIVATION_MAX);
+    vf_store(scale, vf_zero_unless_above(vf_div(top, most), top, 1e-30f));
+    vf_store(inverse, vf_zero_unless_above(vf_div(most, top), top, 1e-30f)); /* or not finite */
+    for (unsigned i = 0; i < 2 * n; i++) {
+        vi q = vf_to_vi(vf_mul(vf_load(x + i * 16), vf_set(inverse[i / 2])));
+        store_integers(a, b * 32 + i * 16, q);
+        rows[i] = vf_from_vi(q);
+    }
+    vf_store(sums, vf_sums(rows, 2 * n)); /* whole numbers below 2^24: exact */
+    for (unsigned i = 0; i < n; i++) {
+        int32_t *to = a->sums + (b + i) * 2;
+        to[0] = (int32_t)sums[2 * i], to[1] = (int32_t)sums[2 * i + 1];
+        a->scales[b + i] = scale[i];
+        a->offsets[b + i] = scale[i] * (sums[2 * i] + sums[2 * i + 1]);
+    }
+    return true;
+}
+
+/* An integer cannot say that a number is not finite; the row's first scale does, so that it reaches
+ * every product of the row and is found where keys and values are stored. */
+static void poison_row(ki_activations *a, size_t row) {
+    size_t n_blocks = a->n_cols / KI_BLOCK_COLS, b = row * n_blocks;
+    memset(a->sums + b * 2, 0, n_blocks * 2 * sizeof *a->sums);
+    memset(a->scales + b, 0, n_blocks * sizeof *a->scales);
+    memset(a->offsets + b, 0, n_blocks * sizeof *a->offsets);
+    for (size_t i = 0; i < a->n_cols; i += 16) store_integers(a, row * a->n_cols + i, vi_set(0));
+    a->scales[b] = a->offsets[b] = NAN;
+}
+
+static void quantize_row_simd(ki_activations *a, size_t row) {
+    size_t n_blocks = a->n_cols / KI_BLOCK_COLS, b = 0;
+    bool finite = true;
+    for (; b + QUANTIZE_BLOCKS <= n_blocks && finite; b += QUANTIZE_BLOCKS)
+        finite = quantize_blocks(a, row * n_blocks + b, QUANTIZE_BLOCKS);
+    if (b < n_blocks && finite)
+        finite = quantize_blocks(a, row * n_blocks + b, (unsigned)(n_blocks - b));
+    if (!finite) poison_row(a, row);
 }
 
 /* `bits` of the operand in every byte. */
@@ -57,10 +100,10 @@ KI_INLINE unsigned narrow_quads(unsigned bits) { return bits <= 4 ? 8 : bits == 
 
 enum { SHARE_ROWS = KI_PARTS }; /* activation rows that share a loaded code */
 
-/* sum[r] = n operands of 16 rows times activations 4 k .. 4 k + 3 of nr rows that are `apart` bytes
- * apart, as 128 high + low. */
-KI_INLINE void dot_codes(vi *sum, const vb *w, const int8_t *high, const int8_t *low, size_t apart,
-                         unsigned nr, unsigned n, unsigned bits) {
+/* sum[r] = n operands of 16 rows times the activations from `at` on, four an operand, of nr rows, as
+ * 128 high + low. */
+KI_INLINE void dot_codes(vi *sum, const vb *w, const ki_activations *a, size_t at, unsigned nr,
+                         unsigned n, unsigned bits) {
     vs h[SHARE_ROWS][KI_PARTS], l[SHARE_ROWS][KI_PARTS];
     vi lows[SHARE_ROWS];
     for (unsigned r = 0; r < nr; r++) sum[r] = lows[r] = vi_set(0);
@@ -68,8 +111,8 @@ KI_INLINE void dot_codes(vi *sum, const vb *w, const int8_t *high, const int8_t 
     for (unsigned k = 0; k < n; k++) {
         bool first = k % narrow_quads(bits) == 0, last = (k + 1) % narrow_quads(bits) == 0;
         for (unsigned r = 0; r < nr; r++) {
-            vp x = vp_set_bytes(high + r * apart + k * 4);
-            vp y = vp_set_bytes(low + r * apart + k * 4);
+            vp x = vp_set_bytes(a->high + at + r * a->n_cols + k * 4);
+            vp y = vp_set_bytes(a->low + at + r * a->n_cols + k * 4);
             for (unsigned p = 0; p < KI_PARTS; p++) {
                 h[r][p] = vs_dot(first ? vs_zero() : h[r][p], vp_of(w[k], p), x);
                 l[r][p] = vs_dot(first ? vs_zero() : l[r][p], vp_of(w[k], p), y);
@@ -82,36 +125,31 @@ KI_INLINE void dot_codes(vi *sum, const vb *w, const int8_t *high, const int8_t 
     for (unsigned r = 0; r < nr; r++) sum[r] = vi_add(vi_shl(sum[r], 7), lows[r]);
 }
 
-/* The same for codes of 8 bits; n is a multiple of 4. */
+/* The same for codes of 8 bits. */
 #ifdef KI_DOT16
-KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
-                               size_t apart, unsigned nr, unsigned n) {
+KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const ki_activations *a, size_t at,
+                               unsigned nr, unsigned n) {
     const vi bytes = vi_set(0x00ff00ff);
-    int16_t x[SHARE_ROWS][32];
-    for (unsigned r = 0; r < nr; r++) {
-        sum[r] = vi_set(0);
-        for (unsigned k = 0; k < n; k += 4)
-            store_pairs16(x[r] + k * 4, high + r * apart + k * 4, low + r * apart + k * 4);
-    }
+    const int16_t *x = a->pairs + at;
+    for (unsigned r = 0; r < nr; r++) sum[r] = vi_set(0);
 #pragma GCC unroll 8
     for (unsigned k = 0; k < n; k++) {
         vi even = vi_and(w[k], bytes), odd = vi_and(vi_shr(w[k], 8), bytes);
         for (unsigned r = 0; r < nr; r++) {
-            sum[r] = vi_dot16(sum[r], even, vi_set_bytes((const int8_t *)(x[r] + k * 4)));
-            sum[r] = vi_dot16(sum[r], odd, vi_set_bytes((const int8_t *)(x[r] + k * 4 + 2)));
+            const int16_t *four = x + r * a->n_cols + k * 4;
+            sum[r] = vi_dot16(sum[r], even, vi_set_pair16(four));
+            sum[r] = vi_dot16(sum[r], odd, vi_set_pair16(four + 2));
         }
     }
 }
 #else
-KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const int8_t *low,
-                               size_t apart, unsigned nr, unsigned n) {
-    for (unsigned r = 0; r < nr; r++) {
+KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const ki_activations *a, size_t at,
+                               unsigned nr, unsigned n) {
+    for (unsigned r = 0; r < nr; r++, at += a->n_cols) {
         vi h = vi_set(0);
-        for (unsigned k = 0; k < n; k++)
-            h = vi_dot_u8(h, w[k], vi_set_bytes(high + r * apart + k * 4));
+        for (unsigned k = 0; k < n; k++) h = vi_dot_u8(h, w[k], vi_set_bytes(a->high + at + k * 4));
         h = vi_shl(h, 7);
-        for (unsigned k = 0; k < n; k++)
-            h = vi_dot_u8(h, w[k], vi_set_bytes(low + r * apart + k * 4));
+        for (unsigned k = 0; k < n; k++) h = vi_dot_u8(h, w[k], vi_set_bytes(a->low + at + k * 4));
         sum[r] = h;
     }
 }
@@ -120,7 +158,7 @@ KI_INLINE void dot_whole_bytes(vi *sum, const vb *w, const int8_t *high, const i
 /* 32 columns of a tile, ready for any number of activation rows. */
 typedef struct unpacked {
     vb codes[8];
-    vf scale[2], min[2]; /* of each part: of all 32 columns, or of 16 */
+    vf scale[2], min[2]; /* of each part: of all 32 columns, or of 16; what is added */
 } unpacked;
 
 KI_INLINE void unpack_32(unpacked *u, const uint8_t *p, vf d, vf m, const ki_form *f) {
@@ -134,9 +172,29 @@ KI_INLINE void unpack_32(unpacked *u, const uint8_t *p, vf d, vf m, const ki_for
             scale = vi_and(scale, vi_set(15));
         } else if (f->min == KI_MIN_BYTE) min = vi_load_i8((const int8_t *)p + (n + i) * 16);
         u->scale[i] = vf_mul(d, vf_from_vi(scale));
-        if (f->min != KI_MIN_NONE) u->min[i] = vf_mul(m, vf_from_vi(min));
+        if (f->min != KI_MIN_NONE) u->min[i] = vf_mul(vf_mul(m, vf_set(-1)), vf_from_vi(min));
     }
     unpack_codes(u->codes, p + ki_form_scale_bytes(f) * 16, f);
+}
+
+/* The same at the place that a tile has been read to, with a head where a block of the file begins;
+ * returns what follows. */
+KI_INLINE const uint8_t *unpack_next(unpacked *u, vf *d, vf *m, const uint8_t *tile, bool head,
+                                     const ki_form *f) {
+    if (head) {
+        *d = vf_load_f16((const uint16_t *)tile);
+        if (f->min != KI_MIN_NONE) *m = vf_load_f16((const uint16_t *)tile + 16);
+        tile += ki_form_head_bytes(f) * 16;
+    }
+    unpack_32(u, tile, *d, *m, f);
+    return tile + (ki_form_scale_bytes(f) + ki_form_code_bytes(f)) * 16;
+}
+
+/* What meets the minimum of a part of 32 columns: the activations' scale times their sum. */
+KI_INLINE float offset_of(const ki_activations *a, size_t row, size_t b, unsigned part,
+                          unsigned n_parts) {
+    size_t at = row * (a->n_cols / 32) + b;
+    return n_parts == 1 ? a->offsets[at] : a->scales[at] * (float)a->sums[2 * at + part];
 }
 
 /* acc[r] + 32 columns, the b-th, of 16 rows times activation row `row` + r, nr <= SHARE_ROWS. */
@@ -146,19 +204,17 @@ KI_INLINE void add_32(vf *acc, const unpacked *u, const ki_activations *a, size_
     const unsigned n_parts = f->n_scales == 2 ? 2 : 1, n = 8 / n_parts;
     const unsigned bits = f->low_bits + f->high_bits;
     for (unsigned i = 0; i < n_parts; i++) {
-        const int8_t *high = a->high + at + i * 16, *low = a->low + at + i * 16;
         vi sum[SHARE_ROWS];
-        if (bits == 8) dot_whole_bytes(sum, u->codes + i * n, high, low, a->n_cols, nr, n);
-        else dot_codes(sum, u->codes + i * n, high, low, a->n_cols, nr, n, bits);
+        if (bits == 8) dot_whole_bytes(sum, u->codes + i * n, a, at + i * 16, nr, n);
+        else dot_codes(sum, u->codes + i * n, a, at + i * 16, nr, n, bits);
         for (unsigned r = 0; r < nr; r++) {
             const int32_t *sums = a->sums + (at + r * a->n_cols) / KI_SUM_COLS;
             float dx = a->scales[(row + r) * (a->n_cols / 32) + b];
             int32_t sx = n_parts == 2 ? sums[i] : sums[0] + sums[1];
             if (f->zero) sum[r] = vi_sub(sum[r], vi_set(f->zero * sx));
             acc[r] = vf_fma(vf_from_vi(sum[r]), vf_mul(u->scale[i], vf_set(dx)), acc[r]);
-            float x = dx * (float)sx;
             if (f->min != KI_MIN_NONE)
-                acc[r] = vf_fma(u->min[i], vf_set(f->min == KI_MIN_OWN ? x : -x), acc[r]);
+                acc[r] = vf_fma(u->min[i], vf_set(offset_of(a, row + r, b, i, n_parts)), acc[r]);
         }
     }
 }
@@ -171,19 +227,117 @@ KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, k
     vf acc[ROW_BLOCK], d = vf_set(0.0f), m = vf_set(0.0f);
     for (unsigned i = 0; i < n; i++) acc[i] = vf_set(0.0f);
     for (size_t b = 0; b < n_blocks; b++) {
-        if (b % per_head == 0) {
-            d = vf_load_f16((const uint16_t *)tile);
-            if (f->min != KI_MIN_NONE) m = vf_load_f16((const uint16_t *)tile + 16);
-            tile += ki_form_head_bytes(f) * 16;
-        }
         unpacked u;
-        unpack_32(&u, tile, d, m, f);
-        tile += (ki_form_scale_bytes(f) + ki_form_code_bytes(f)) * 16;
+        tile = unpack_next(&u, &d, &m, tile, b % per_head == 0, f);
         for (unsigned i = 0; i < n; i += SHARE_ROWS)
             add_32(acc + i, &u, a, r0 + i, KI_MIN(n - i, (unsigned)SHARE_ROWS), b, f);
     }
     for (unsigned i = 0; i < n; i++) vf_store(out + (r0 + i) * out_stride, acc[i]);
 }
+
+/* ---- many rows: codes of 16 bits ----
+ *
+ * Codes of a tile are unpacked to 16 bits once, some hundred columns at a time, which level 1 holds,
+ * and all rows go through them, WIDE_ROWS together, sums in registers. A product of two pairs is one
+ * instruction with one addition, where bytes take two of each, and nothing needs to be widened. */
+#ifdef KI_DOT16
+enum {
+    WIDE_ROWS = 8 / KI_PARTS, /* their sums and accumulators fill the registers */
+    WIDE_MIN_ROWS = 8,        /* fewer do not pay for unpacking */
+    WIDE_BLOCKS = 18          /* of 32 columns that are unpacked at a time: 23 KB */
+};
+
+typedef struct wide_32 {
+    int16_t codes[16]
+                 [32]; /* less their zero, of 16 rows: columns 4 k and 4 k + 2, then the odd ones */
+    float scale[2][16], min[2][16];
+} wide_32;
+
+KI_INLINE void widen_32(wide_32 *w, const unpacked *u, const ki_form *f) {
+    const vi bytes = vi_set(0x00ff00ff), zero = vi_set(f->zero * 0x00010001);
+    for (unsigned k = 0; k < 8; k++) {
+        vi_store((int32_t *)w->codes[2 * k], vi_sub16(vi_and(u->codes[k], bytes), zero));
+        vi_store((int32_t *)w->codes[2 * k + 1],
+                 vi_sub16(vi_and(vi_shr(u->codes[k], 8), bytes), zero));
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        if (i == 0 || f->n_scales == 2) vf_store(w->scale[i], u->scale[i]);
+        if (f->min != KI_MIN_NONE && (i == 0 || f->n_scales == 2)) vf_store(w->min[i], u->min[i]);
+    }
+}
+
+/* out += n_blocks blocks of 32 columns from the b0-th on times nr rows; block 0 begins. */
+KI_INLINE void wide_rows(float *out, size_t out_stride, const wide_32 *w, size_t b0,
+                         size_t n_blocks, const ki_activations *a, size_t row, unsigned nr,
+                         unsigned n_parts, bool has_min) {
+    const unsigned n = 16 / n_parts;
+    vf acc[WIDE_ROWS];
+    out += row * out_stride;
+    for (unsigned r = 0; r < nr; r++) acc[r] = b0 ? vf_load(out + r * out_stride) : vf_set(0.0f);
+    for (size_t b = b0; b < b0 + n_blocks; b++, w++)
+        for (unsigned i = 0; i < n_parts; i++) {
+            const int16_t *x = a->pairs + row * a->n_cols + b * 32 + i * 16;
+            vi sum[WIDE_ROWS];
+            for (unsigned r = 0; r < nr; r++) sum[r] = vi_set(0);
+#pragma GCC unroll 16
+            for (unsigned k = 0; k < n; k++) {
+                vi codes = vi_load((const int32_t *)w->codes[i * n + k]);
+                for (unsigned r = 0; r < nr; r++)
+                    sum[r] = vi_dot16(sum[r], codes, vi_set_pair16(x + r * a->n_cols + k * 2));
+            }
+            for (unsigned r = 0; r < nr; r++) {
+                vf scale = vf_mul(vf_load(w->scale[i]),
+                                  vf_set(a->scales[(row + r) * (a->n_cols / 32) + b]));
+                acc[r] = vf_fma(vf_from_vi(sum[r]), scale, acc[r]);
+                if (has_min)
+                    acc[r] = vf_fma(vf_load(w->min[i]),
+                                    vf_set(offset_of(a, row + r, b, i, n_parts)), acc[r]);
+            }
+        }
+    for (unsigned r = 0; r < nr; r++) vf_store(out + r * out_stride, acc[r]);
+}
+
+#define WIDE_PRODUCT(name, n_parts, has_min)                                                       \
+    static void name(float *out, size_t out_stride, const wide_32 *w, size_t b0, size_t n_blocks,  \
+                     const ki_activations *a, size_t n_rows) {                                     \
+        size_t r = 0;                                                                              \
+        for (; r + WIDE_ROWS <= n_rows; r += WIDE_ROWS)                                            \
+            wide_rows(out, out_stride, w, b0, n_blocks, a, r, WIDE_ROWS, n_parts, has_min);        \
+        for (; r + 2 <= n_rows; r += 2)                                                            \
+            wide_rows(out, out_stride, w, b0, n_blocks, a, r, 2, n_parts, has_min);                \
+        for (; r < n_rows; r++)                                                                    \
+            wide_rows(out, out_stride, w, b0, n_blocks, a, r, 1, n_parts, has_min);                \
+    }
+WIDE_PRODUCT(wide_whole, 1, false)
+WIDE_PRODUCT(wide_whole_min, 1, true)
+WIDE_PRODUCT(wide_halves, 2, false)
+WIDE_PRODUCT(wide_halves_min, 2, true)
+
+/* One tile times all rows. */
+KI_INLINE void matmul_wide_tile(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
+                                const ki_activations *a, size_t n_rows) {
+    const ki_form *f = &ki_forms[type];
+    const size_t n_blocks = a->n_cols / 32, per_head = f->block_cols / 32;
+    const size_t n_turns = (n_blocks + WIDE_BLOCKS - 1) / WIDE_BLOCKS;
+    const size_t at_once = (n_blocks + n_turns - 1) / n_turns;
+    _Alignas(64) wide_32 wide[WIDE_BLOCKS];
+    vf d = vf_set(0.0f), m = vf_set(0.0f);
+    for (size_t b0 = 0, end; b0 < n_blocks; b0 = end) {
+        end = KI_MIN(b0 + at_once, n_blocks);
+        for (size_t b = b0; b < end; b++) {
+            unpacked u;
+            tile = unpack_next(&u, &d, &m, tile, b % per_head == 0, f);
+            widen_32(&wide[b - b0], &u, f);
+        }
+        if (f->n_scales == 2 && f->min != KI_MIN_NONE)
+            wide_halves_min(out, out_stride, wide, b0, end - b0, a, n_rows);
+        else if (f->n_scales == 2) wide_halves(out, out_stride, wide, b0, end - b0, a, n_rows);
+        else if (f->min != KI_MIN_NONE)
+            wide_whole_min(out, out_stride, wide, b0, end - b0, a, n_rows);
+        else wide_whole(out, out_stride, wide, b0, end - b0, a, n_rows);
+    }
+}
+#endif
 
 KI_INLINE vf load_plain(const uint8_t *p, ki_weight type) {
     if (type == KI_WEIGHT_F32) return vf_load((const float *)p);
@@ -208,6 +362,12 @@ KI_INLINE void matmul_plain_tile(float *out, size_t out_stride, const uint8_t *t
 KI_INLINE void matmul_rows(float *out, size_t out_stride, const uint8_t *tile, ki_weight type,
                            bool plain, const ki_activations *a, size_t n_rows) {
     size_t r = 0;
+#ifdef KI_DOT16
+    if (!plain && n_rows >= WIDE_MIN_ROWS) {
+        matmul_wide_tile(out, out_stride, tile, type, a, n_rows);
+        return;
+    }
+#endif
     for (; r + ROW_BLOCK <= n_rows; r += ROW_BLOCK)
         plain ? matmul_plain_tile(out, out_stride, tile, type, a, r, ROW_BLOCK)
               : matmul_tile(out, out_stride, tile, type, a, r, ROW_BLOCK);

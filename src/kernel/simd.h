@@ -112,8 +112,13 @@ KI_INLINE vs vs_dot(vs acc, vb u, vb s) {
     return _mm512_add_epi16(acc, _mm512_maddubs_epi16(u, s));
 }
 KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, dot_pairs_add(acc, a); }
+KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
+    (void)part;
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, _mm512_set1_epi16(128)));
+}
 #define KI_DOT16 1
 KI_INLINE vi vi_dot16(vi acc, vi a, vi b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+KI_INLINE vi vi_sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
 #endif
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -315,6 +320,7 @@ KI_INLINE vi vi_dot_u8(vi acc, vb u, vb s) {
     return VI2(dot_half_u8(acc.lo, u.lo, s.lo), dot_half_u8(acc.hi, u.hi, s.hi));
 }
 typedef __m256i vp, vs;
+typedef __m256 vh;
 #define KI_PARTS 2
 #define KI_DOT_VECTORS 1 /* sixteen registers */
 KI_INLINE vp vp_load(const uint32_t *p, unsigned part) {
@@ -327,17 +333,38 @@ KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) {
 }
 KI_INLINE vp vp_shl(vp a, unsigned n) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
 KI_INLINE vp vp_or(vp a, vp b) { return _mm256_or_si256(a, b); }
+KI_INLINE void vp_store(int8_t *p, vp a) { _mm256_storeu_si256((__m256i *)p, a); }
+KI_INLINE vh vh_load(const float *p) { return _mm256_loadu_ps(p); }
+KI_INLINE void vh_store(float *p, vh a) { _mm256_storeu_ps(p, a); }
+KI_INLINE vh vh_load_f16(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+KI_INLINE vh vh_set(float x) { return _mm256_set1_ps(x); }
+KI_INLINE vh vh_mul(vh a, vh b) { return _mm256_mul_ps(a, b); }
+KI_INLINE vh vh_fma(vh a, vh b, vh c) { return _mm256_fmadd_ps(a, b, c); }
+KI_INLINE vh vh_max2(vh a, vh b) { return _mm256_max_ps(a, b); }
+KI_INLINE vh vh_abs(vh a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+KI_INLINE vp vh_to_vp(vh a) { return _mm256_cvtps_epi32(a); }
+KI_INLINE vf vf_with_part(vf a, unsigned part, vh b) {
+    if (part) a.hi = b;
+    else a.lo = b;
+    return a;
+}
 KI_INLINE vs vs_zero(void) { return _mm256_setzero_si256(); }
 KI_INLINE vs vs_dot(vs acc, vp u, vp s) {
     acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
     __asm__("" : "+x"(acc)); /* or the compiler makes all products first and spills them */
     return acc;
 }
-KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) {
-    const __m256i wide = _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+KI_INLINE vi add_part_times(vi acc, unsigned part, vs a, int16_t times) {
+    const __m256i wide = _mm256_madd_epi16(a, _mm256_set1_epi16(times));
     if (part) acc.hi = _mm256_add_epi32(acc.hi, wide);
     else acc.lo = _mm256_add_epi32(acc.lo, wide);
     return acc;
+}
+KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return add_part_times(acc, part, a, 1); }
+KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
+    return add_part_times(acc, part, a, 128);
 }
 #define KI_DOT16 1
 KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
@@ -345,6 +372,9 @@ KI_INLINE vi vi_dot16(vi acc, vi a, vi b) {
               _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi)));
     __asm__("" : "+x"(acc.lo), "+x"(acc.hi));
     return acc;
+}
+KI_INLINE vi vi_sub16(vi a, vi b) {
+    return VI2(_mm256_sub_epi16(a.lo, b.lo), _mm256_sub_epi16(a.hi, b.hi));
 }
 KI_INLINE float vf_sum(vf a) {
     __m256 b = _mm256_add_ps(a.lo, a.hi);
@@ -387,6 +417,9 @@ KI_INLINE void split15_half(__m256i *high, __m256i *low, __m256i a, __m256i b, _
     __m256i mask = _mm256_set1_epi16(127);
     *high = _mm256_packs_epi16(_mm256_srai_epi16(ab, 7), _mm256_srai_epi16(cd, 7));
     *low = _mm256_packs_epi16(_mm256_and_si256(ab, mask), _mm256_and_si256(cd, mask));
+}
+KI_INLINE void vp_split15(vp *high, vp *low, vp a, vp b, vp c, vp d) {
+    split15_half(high, low, a, b, c, d);
 }
 KI_INLINE void vb_split15(vb *high, vb *low, vi a, vi b, vi c, vi d) {
     split15_half(&high->lo, &low->lo, a.lo, b.lo, c.lo, d.lo);
@@ -563,7 +596,7 @@ KI_INLINE vi vi_set_bytes(const int8_t *four) {
 #ifndef KI_DOT_VECTORS
 #define KI_DOT_VECTORS 2 /* vectors of codes that share a loaded integer: thirty-two registers */
 #endif
-/* Parts of a vector of words whose sums of byte products fit the registers: vp_load(p, part),
+/* Parts of a vector whose sums fit the registers: vp of words, vh of float32. vp_load(p, part),
  * vp_of(a, part), vp_field(a, shift, mask) = a >> shift & mask, vp_set the same word in all lanes.
  */
 #ifndef KI_PARTS
@@ -577,6 +610,21 @@ KI_INLINE vp vp_set(uint32_t x) { return vi_set((int32_t)x); }
 KI_INLINE vp vp_field(vp a, unsigned shift, vp mask) { return vi_and(vi_shr(a, shift), mask); }
 KI_INLINE vp vp_shl(vp a, unsigned n) { return vi_shl(a, n); }
 KI_INLINE vp vp_or(vp a, vp b) { return vi_or(a, b); }
+KI_INLINE void vp_store(int8_t *p, vp a) { vb_store(p, a); }
+KI_INLINE void vp_split15(vp *high, vp *low, vp a, vp b, vp c, vp d) {
+    vb_split15(high, low, a, b, c, d);
+}
+typedef vf vh;
+KI_INLINE vh vh_load(const float *p) { return vf_load(p); }
+KI_INLINE void vh_store(float *p, vh a) { vf_store(p, a); }
+KI_INLINE vh vh_load_f16(const uint16_t *p) { return vf_load_f16(p); }
+KI_INLINE vh vh_set(float x) { return vf_set(x); }
+KI_INLINE vh vh_mul(vh a, vh b) { return vf_mul(a, b); }
+KI_INLINE vh vh_fma(vh a, vh b, vh c) { return vf_fma(a, b, c); }
+KI_INLINE vh vh_max2(vh a, vh b) { return vf_max2(a, b); }
+KI_INLINE vh vh_abs(vh a) { return vf_abs(a); }
+KI_INLINE vp vh_to_vp(vh a) { return vf_to_vi(a); }
+KI_INLINE vf vf_with_part(vf a, unsigned part, vh b) { return (void)a, (void)part, b; }
 #endif
 /* Sums of vi_dot_u7's products for u below 64, which may be held in 16 bit until vi_add_part widens
  * them: 2 * 128 * (2^bits - 1) a quad, so 32 quads of 2 bits, 16 of 3, 8 of 4. */
@@ -586,16 +634,28 @@ typedef vi vs;
 KI_INLINE vs vs_zero(void) { return vi_set(0); }
 KI_INLINE vs vs_dot(vs acc, vp u, vp s) { return vi_dot_u7(acc, u, s); }
 KI_INLINE vi vi_add_part(vi acc, unsigned part, vs a) { return (void)part, vi_add(acc, a); }
+KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
+    return (void)part, vi_add(acc, vi_shl(a, 7));
+}
 #endif
-/* Where bytes of 8 bits times bytes overflow 16 bit: vi_dot16(acc, a, b) adds the two products of
- * signed 16-bit numbers of each lane; activations meet it as 16-bit numbers, in order 0 2 1 3. */
+/* Without sums of byte products in 32 bit (KI_DOT16), numbers of 16 bits are multiplied where there
+ * are rows enough: vi_dot16(acc, a, b) adds the two products of signed 16-bit numbers of each lane,
+ * vi_sub16 takes them apart from one another; sixteen numbers are stored in order 0 2 1 3 of each
+ * four, in which the even and the odd bytes of a lane meet them. */
 #ifdef KI_DOT16
-KI_INLINE void store_pairs16(int16_t *out, const int8_t *high, const int8_t *low) {
-    __m256i h = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)high));
-    __m256i l = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)low));
-    __m256i x = _mm256_add_epi16(_mm256_slli_epi16(h, 7), l);
-    x = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8);
-    _mm256_storeu_si256((__m256i *)out, x);
+KI_INLINE void vi_store_pairs16(int16_t *p, vi a) {
+#if defined(__AVX512F__)
+    __m256i w = _mm512_cvtepi32_epi16(a);
+#else
+    __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+#endif
+    w = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(w, 0xd8), 0xd8);
+    _mm256_storeu_si256((__m256i *)p, w);
+}
+KI_INLINE vi vi_set_pair16(const int16_t *two) {
+    int32_t w;
+    memcpy(&w, two, 4);
+    return vi_set(w);
 }
 #endif
 KI_INLINE vp vp_set_bytes(const int8_t *four) {

@@ -129,7 +129,9 @@ struct ki_arena {
     float *cos, *sin;       /* [rows][n_ropes][D / 2] */
     int8_t *high, *low;     /* [rows][widest] each */
     float *scales;          /* [rows][widest / 32] */
-    int32_t *sums;          /* [rows][widest / 32] */
+    int32_t *sums;          /* [rows][widest / 16] */
+    float *offsets;         /* [rows][widest / 32] */
+    int16_t *pairs;         /* [rows][widest] */
     float *logits;          /* [logit rows][V to a multiple of 16] */
     uint32_t *row_item;     /* [rows] */
     ki_place *places;       /* [max_items] */

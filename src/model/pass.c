@@ -41,6 +41,8 @@ static kivi_status arena_init(ki_arena *a, const ki_config *c, kivi_error *err) 
         {&a->low, a->max_rows, widest},
         {&a->scales, a->max_rows, (widest / 32 + 1) * sizeof(float)},
         {&a->sums, a->max_rows, (widest / 16 + 1) * sizeof(int32_t)},
+        {&a->offsets, a->max_rows, (widest / 32 + 1) * sizeof(float)},
+        {&a->pairs, a->max_rows, widest * sizeof(int16_t)},
         {&a->logits, a->max_logit_rows, ki_logits_stride(c) * sizeof(float)},
         {&a->row_item, a->max_rows, sizeof(uint32_t)},
         {&a->places, a->max_items, sizeof(ki_place)},
@@ -72,9 +74,9 @@ const float *ki_arena_logits(const ki_arena *a, const ki_config *config, uint32_
 void ki_arena_destroy(ki_arena **arena) {
     ki_arena *a = *arena;
     if (!a) return;
-    void *parts[] = {a->x,     a->h,      a->qkv,      a->attn,   a->gate,  a->up,
-                     a->delta, a->cos,    a->sin,      a->high,   a->low,   a->scales,
-                     a->sums,  a->logits, a->row_item, a->places, a->attend};
+    void *parts[] = {a->x,     a->h,      a->qkv,      a->attn,   a->gate,   a->up,   a->delta,
+                     a->cos,   a->sin,    a->high,     a->low,    a->scales, a->sums, a->offsets,
+                     a->pairs, a->logits, a->row_item, a->places, a->attend};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) ki_free(a->mem, parts[i]);
     ki_free(a->mem, a);
     *arena = NULL;
@@ -151,7 +153,9 @@ static ki_activations activations_of(const ki_pass *p) {
                             .high = p->a->high,
                             .low = p->a->low,
                             .scales = p->a->scales,
-                            .sums = p->a->sums};
+                            .sums = p->a->sums,
+                            .offsets = p->a->offsets,
+                            .pairs = p->a->pairs};
 }
 
 void ki_pass_multiply(ki_pass *p, uint32_t n_rows, const ki_product *products, size_t n_products) {
@@ -169,33 +173,10 @@ void ki_pass_multiply(ki_pass *p, uint32_t n_rows, const ki_product *products, s
                    (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
 }
 
-/* n is a multiple of 16. */
-static bool is_finite_row(const float *x, uint32_t n) {
-    uint32_t largest[16] = {0}, worst = 0;
-    for (uint32_t i = 0; i < n; i += 16)
-        for (uint32_t j = 0; j < 16; j++)
-            largest[j] = KI_MAX(largest[j], ki_f32_bits(x[i + j]) & 0x7fffffff);
-    for (uint32_t j = 0; j < 16; j++) worst = KI_MAX(worst, largest[j]);
-    return worst < 0x7f800000;
-}
-
-/* An integer cannot say that a number is not finite; the row's first scale does, so that it reaches
- * every product of the row and is found where keys and values are stored. */
-static void poison_row(const ki_activations *a, uint32_t row) {
-    size_t n_blocks = a->n_cols / 32;
-    memset(a->high + (size_t)row * a->n_cols, 0, a->n_cols);
-    memset(a->low + (size_t)row * a->n_cols, 0, a->n_cols);
-    memset(a->sums + row * n_blocks * 2, 0, n_blocks * 2 * sizeof *a->sums);
-    memset(a->scales + row * n_blocks, 0, n_blocks * sizeof *a->scales);
-    a->scales[row * n_blocks] = NAN;
-}
-
 void ki_pass_quantize(ki_pass *p, uint32_t row) {
     if (!p->quantize) return;
     ki_activations x = activations_of(p);
-    if (is_finite_row(x.x + (size_t)row * x.n_cols, (uint32_t)x.n_cols))
-        p->dense->quantize_row(&x, row);
-    else poison_row(&x, row);
+    p->dense->quantize_row(&x, row);
 }
 
 void ki_pass_source(ki_pass *p, const float *rows, uint32_t n_cols, const ki_product *products,
@@ -333,6 +314,16 @@ static void final_norm_row(ki_pass *p, uint32_t row) {
     float *h = p->a->h + (size_t)row * n;
     ki_pass_norm(p, h, h, &p->m->output_norm, n);
     ki_pass_quantize(p, row);
+}
+
+/* n is a multiple of 16. */
+static bool is_finite_row(const float *x, uint32_t n) {
+    uint32_t largest[16] = {0}, worst = 0;
+    for (uint32_t i = 0; i < n; i += 16)
+        for (uint32_t j = 0; j < 16; j++)
+            largest[j] = KI_MAX(largest[j], ki_f32_bits(x[i + j]) & 0x7fffffff);
+    for (uint32_t j = 0; j < 16; j++) worst = KI_MAX(worst, largest[j]);
+    return worst < 0x7f800000;
 }
 
 /* What went wrong behind the last keys and values shows only here. */

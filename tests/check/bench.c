@@ -113,15 +113,17 @@ static void bench_matmul(ki_isa isa, ki_weight type, const char *name, size_t n_
                            .high = check_alloc(n_rows * n_cols),
                            .low = check_alloc(n_rows * n_cols),
                            .scales = check_alloc(n_rows * n_cols / 32 * 4),
-                           .sums = check_alloc(n_rows * n_cols / KI_SUM_COLS * 4)};
+                           .sums = check_alloc(n_rows * n_cols / KI_SUM_COLS * 4),
+                           .offsets = check_alloc(n_rows * n_cols / 32 * 4),
+                           .pairs = check_alloc(n_rows * n_cols * 2)};
     b.out = check_alloc(n_rows * 1536 * 4);
     double ns = time_ns(run_matmul, &b);
-    printf("matmul  %-10s %s 1536x%u by %2zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
+    printf("matmul  %-10s %s 1536x%u by %3zu rows  %9.0f ns  %6.2f GB/s of weights  %6.1f GMAC/s\n",
            ki_isa_names[isa], name, n_cols, n_rows, ns, (double)n_bytes / ns,
            1536.0 * n_cols * (double)n_rows / ns);
     fflush(stdout);
     free(b.matrix.tiles), free(x), free(b.a.high), free(b.a.low), free(b.a.scales), free(b.a.sums),
-        free(b.out);
+        free(b.a.offsets), free(b.a.pairs), free(b.out);
 }
 
 typedef struct plus_bench {
@@ -192,6 +194,7 @@ void check_bench(void) {
         }
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 16);
+        bench_matmul(isa, KI_WEIGHT_Q4_1, "q4_1", 256);
         bench_matmul(isa, KI_WEIGHT_F16, "f16", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_K, "q4_k", 1);
         bench_matmul(isa, KI_WEIGHT_Q4_K, "q4_k", 16);

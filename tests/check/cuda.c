@@ -1,8 +1,10 @@
 /* The CUDA backend's host side: the order of a page on the device is one permutation of the plain
- * order, pages go to the CPU's order and back, and splits cover a sequence once. */
+ * order, pages go to the CPU's order and back, splits cover a sequence once, and kernels start with
+ * the shared memory that a device has. */
 #include "check.h"
 #include "kv_plan.h"
 #include "kv_prompt.h"
+#include "kv_shared.h"
 #include "sdpa.h"
 
 static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
@@ -137,7 +139,7 @@ static void check_plus_page(rng *r, uint32_t d, const char *kind) {
     CHECK_OK(kivi_kv_by_name(&g.kv, kind, err));
     CHECK_OK(ki_layout_init(&cpu, &g, err));
     g.kv = cpu.kv;
-    CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+    CHECK_OK(ki_cuda_layout_any(&l, &g, true, err));
     if (check_failed()) return;
     size_t list_end = cpu.k_list_at + (ki_has_wide(&cpu) ? d / 4 : 0);
     uint8_t *page = check_alloc(cpu.page_bytes), *back = check_alloc(cpu.page_bytes);
@@ -157,8 +159,8 @@ static void check_plus_page(rng *r, uint32_t d, const char *kind) {
 static void check_plus_pages(void) {
     static const char *const plus_kinds[] = {"kivi2+", "k4v2+", "k4v3+"};
     rng r = check_rng();
-    for (int i = 0; i < N_DIMS; i++)
-        for (int k = 0; k < 3; k++) check_plus_page(&r, head_dims[i], plus_kinds[k]);
+    for (uint32_t d = 16; d <= 256; d += 16)
+        for (int k = 0; k < 3; k++) check_plus_page(&r, d, plus_kinds[k]);
 }
 
 /* One sequence at one length: fast units and slow blocks cover what is visible, once; fast ones are
@@ -242,12 +244,16 @@ static void check_old(rng *r, const ki_cuda_layout *l, const ki_cuda_seq *s, uin
     }
 }
 
-/* Every sequence and head is in one part, in order, and no two share rows of the scratch. */
+static bool is_idle(const ki_cuda_seq *s) { return !s->n_rows || s->flags & KI_CUDA_ELSEWHERE; }
+
+/* Every sequence and head is in one part, in order, those with nothing to do in none, and no two
+ * share rows of the scratch. */
 static void check_parts_of(const ki_prompt_step *step) {
     const ki_cuda_layout *l = step->layout;
     ki_prompt_part part = {0};
     uint32_t seq = 0, head = 0;
     while (ki_prompt_next(&part, step) && !check_failed()) {
+        while (head == 0 && seq < step->n_seqs && is_idle(&step->seqs[seq])) seq++;
         uint64_t n_bytes = (uint64_t)part.head_tokens * part.n_heads * l->head_dim * 4;
         uint32_t end = 0;
         CHECK(part.first_seq == seq && part.first_head == head, "part at %u, %u, not %u, %u",
@@ -256,7 +262,8 @@ static void check_parts_of(const ki_prompt_step *step) {
         CHECK(n_bytes <= step->scratch_bytes, "%llu bytes of %llu", (unsigned long long)n_bytes,
               (unsigned long long)step->scratch_bytes);
         for (uint32_t i = seq; i < seq + part.n_seqs; i++) {
-            if (!step->seqs[i].n_rows) continue;
+            CHECK(!is_idle(&step->seqs[i]), "sequence %u has nothing to do", i);
+            if (check_failed()) return;
             ki_prompt_old o = ki_prompt_old_of(l, &step->seqs[i], step->window);
             CHECK(step->seqs[i].scratch_at == end, "sequence %u at %u, not %u", i,
                   step->seqs[i].scratch_at, end);
@@ -267,6 +274,7 @@ static void check_parts_of(const ki_prompt_step *step) {
         head += part.n_heads;
         if (head == l->n_kv_heads) head = 0, seq += part.n_seqs;
     }
+    while (seq < step->n_seqs && is_idle(&step->seqs[seq])) seq++;
     CHECK(seq == step->n_seqs && head == 0, "parts end at %u, %u", seq, head);
 }
 
@@ -295,6 +303,7 @@ static void check_parts(void) {
             s->n_rows = rng_below(&r, 5) ? 1 + rng_below(&r, 700) : 0;
             s->run_start = rng_below(&r, 2) ? rng_below(&r, s->n_tokens + 1) : 0;
             s->flags = rng_below(&r, 4) ? KI_CUDA_PROMPT : 0;
+            if (rng_below(&r, 4) == 0) s->flags |= KI_CUDA_ELSEWHERE;
             longest = KI_MAX(longest, s->n_tokens + s->n_rows);
             check_old(&r, &l, s, window);
         }
@@ -330,6 +339,62 @@ static void check_layouts(void) {
     CHECK(ki_cuda_layout_init(&l, &g, true, &error) == KIVI_ARG, "2/3 bits: %s", error.text);
     g.head_dim = 112;
     CHECK(ki_cuda_layout_init(&l, &g, false, &error) == KIVI_UNSUPPORTED, "head size 112");
+}
+
+/* ---- shared memory (kv_shared.h) ---- */
+
+/* What a thread block may have at compute capability 8.6 and 8.9, 8.0, 9.0. */
+static const uint32_t limits[] = {99 << 10, 163 << 10, 227 << 10};
+
+static void check_fit(const ki_cuda_layout *l) {
+    for (int i = 0; i < 3 && !check_failed(); i++) {
+        ki_decode_choice decode;
+        ki_prompt_config prompt;
+        CHECK_OK(ki_cuda_kernels_fit(l, limits[i], err));
+        CHECK(ki_decode_choose(&decode, l, limits[i]) && decode.shared_bytes <= limits[i] &&
+                  decode.shared_bytes >= ki_decode_bytes(l, decode.warps, 1),
+              "decode attention: %u bytes of %u", decode.shared_bytes, limits[i]);
+        CHECK(decode.warps && decode.warps <= 4, "%u warps", decode.warps);
+        CHECK(ki_prompt_config_of(&prompt, l->head_dim, limits[i]) &&
+                  prompt.shared_bytes + KI_PROMPT_STATIC_BYTES <= limits[i],
+              "prompts: %u bytes of %u", prompt.shared_bytes, limits[i]);
+        CHECK(ki_codes_bytes(l) <= limits[i], "codes: %u bytes", ki_codes_bytes(l));
+        CHECK(ki_close_bytes(l) <= limits[i], "closing: %u bytes", ki_close_bytes(l));
+    }
+}
+
+/* All kinds that the fused kernels serve, for each number of query heads that has a shape. */
+static void check_shared(void) {
+    static const uint32_t bits[] = {2, 4, 8, 16}, groups[] = {1, 2, 4, 8, 20};
+    static const uint32_t plus[][2] = {{2, 2}, {4, 2}, {4, 3}};
+    kivi_error error = {0};
+    ki_cuda_layout l;
+    for (int n = 0; n < N_DIMS * 5; n++) {
+        kivi_cache_geometry g = kivi_cache_defaults();
+        g.n_layers = 1, g.n_kv_heads = 2, g.n_heads = 2 * groups[n % 5], g.n_pages = 1;
+        g.head_dim = head_dims[n / 5];
+        g.kv.residual_tokens = 128;
+        for (int k = 0; k < 16; k++)
+            for (g.kv.group = 32; g.kv.group <= 128; g.kv.group *= 2) {
+                if (g.head_dim % g.kv.group) continue;
+                g.kv.k_bits = bits[k / 4], g.kv.v_bits = bits[k % 4];
+                CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+                if (!check_failed()) check_fit(&l);
+            }
+        for (int k = 0; k < 3; k++) {
+            g.kv.group = 128, g.kv.k_bits = plus[k][0], g.kv.v_bits = plus[k][1];
+            CHECK_OK(ki_cuda_layout_init(&l, &g, true, err));
+            if (!check_failed()) check_fit(&l);
+        }
+    }
+    /* the fastest shape where there is room, less where there is not, and refusals by name */
+    ki_decode_choice most, least;
+    CHECK(ki_decode_choose(&most, &l, limits[2]) && ki_decode_choose(&least, &l, limits[0]) &&
+              most.warps == 2 && least.warps == 2,
+          "k4v3+ at head size 256: %u and %u warps", most.warps, least.warps);
+    CHECK(ki_cuda_kernels_fit(&l, 40 << 10, &error) == KIVI_UNSUPPORTED &&
+              strstr(error.text, "head size 256") && strstr(error.text, "40960"),
+          "%s", error.text);
 }
 
 /* Which steps are cuDNN's to attend: against each row's own lines, and in words for `paper`. */
@@ -393,6 +458,10 @@ void check_cuda(void) {
     }
     if (check_case("cuda/parts")) {
         check_parts();
+        check_end();
+    }
+    if (check_case("cuda/shared")) {
+        check_shared();
         check_end();
     }
     if (check_case("cuda/whole")) {

@@ -144,11 +144,13 @@ static void product_init(product *p, ki_weight type, uint32_t n_rows, uint32_t n
     p->a.low = check_alloc(n * n_cols);
     p->a.scales = check_alloc(n * (n_cols / 32 + 1) * 4);
     p->a.sums = check_alloc(n * (n_cols / 16 + 1) * 4);
+    p->a.offsets = check_alloc(n * (n_cols / 32 + 1) * 4);
+    p->a.pairs = check_alloc(n * n_cols * 2);
 }
 
 static void product_deinit(product *p) {
     free(p->file), free(p->matrix.tiles), free(p->x), free(p->a.high), free(p->a.low),
-        free(p->a.scales), free(p->a.sums);
+        free(p->a.scales), free(p->a.sums), free(p->a.offsets), free(p->a.pairs);
 }
 
 static void matrix_rows(ki_weight type) {
@@ -286,8 +288,32 @@ static void matmul(ki_isa isa, ki_weight type) {
     }
     matmul_one(isa, type, 1, whole_blocks(type, 320), 1, false, &r);
     matmul_one(isa, type, 50, whole_blocks(type, 576), 2, false, &r);
+    matmul_one(isa, type, 20, whole_blocks(type, 640), 11, false, &r);
     if (type >= KI_WEIGHT_Q4_0) matmul_one(isa, type, 16, whole_blocks(type, 64), 9, true, &r);
     if (type < KI_WEIGHT_Q4_0) matmul_one(isa, type, 20, 48, 3, false, &r);
+    check_end();
+}
+
+/* A row that is not finite says so in its first scale, and the same rows follow it. */
+static void not_finite(ki_isa isa) {
+    if (!check_case_isa(isa, "dense/not-finite")) return;
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    const ki_dense_kernels *k = &ki_kernels_get(isa)->dense;
+    rng r = check_rng();
+    for (uint32_t at = 0; at < 320; at += 17) {
+        product p;
+        product_init(&p, KI_WEIGHT_Q4_1, 16, 320, 9, &r);
+        p.x[320 + at] = bad[at % 3];
+        float out[9 * 16];
+        for (size_t i = 0; i < 9; i++) k->quantize_row(&p.a, i);
+        k->matmul(out, 16, &p.matrix, 0, 1, &p.a, 9);
+        for (size_t i = 0; i < 9 * 16; i++)
+            CHECK(isnan(out[i]) == (i / 16 == 1), "column %u: row %zu is %g", at, i / 16,
+                  (double)out[i]);
+        k->matmul(out, 16, &p.matrix, 0, 1, &p.a, 2);
+        CHECK(!isnan(out[0]) && isnan(out[16]), "column %u, two rows", at);
+        product_deinit(&p);
+    }
     check_end();
 }
 
@@ -510,6 +536,7 @@ void check_dense(void) {
         for (int i = 0; i < KI_ISA_COUNT; i++) matmul((ki_isa)i, (ki_weight)t);
     }
     for (int i = 0; i < KI_ISA_COUNT; i++) {
+        not_finite((ki_isa)i);
         norm((ki_isa)i);
         rope((ki_isa)i);
         elementwise((ki_isa)i);

@@ -115,6 +115,8 @@ static void digest_matmul(ki_isa isa, ki_weight type) {
     static float x[N * COLS], out[N * ROWS], scales[N * COLS / 32];
     static int8_t high[N * COLS], low[N * COLS];
     static int32_t sums[N * COLS / KI_SUM_COLS];
+    static float offsets[N * COLS / 32];
+    static int16_t pairs[N * COLS];
     const ki_dense_kernels *k = &ki_kernels_get(isa)->dense;
     char name[64];
     snprintf(name, sizeof name, "matmul/type%d", (int)type);
@@ -125,8 +127,14 @@ static void digest_matmul(ki_isa isa, ki_weight type) {
     m.tiles = check_alloc(n_bytes);
     for (size_t i = 0; i < n_bytes; i++) m.tiles[i] = (uint8_t)(rng_u64(&r) & 0xbf);
     for (size_t i = 0; i < N * COLS; i++) x[i] = rng_normal(&r) * (i % 97 == 5 ? 30.0f : 1.0f);
-    ki_activations a = {
-        .n_cols = COLS, .x = x, .high = high, .low = low, .scales = scales, .sums = sums};
+    ki_activations a = {.n_cols = COLS,
+                        .x = x,
+                        .high = high,
+                        .low = low,
+                        .scales = scales,
+                        .sums = sums,
+                        .offsets = offsets,
+                        .pairs = pairs};
     for (size_t i = 0; i < N; i++) k->quantize_row(&a, i);
     k->matmul(out, ROWS, &m, 0, ROWS / 16, &a, N);
     uint64_t h = world_hash(out, sizeof out);

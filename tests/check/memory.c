@@ -58,6 +58,94 @@ static void plan(const kivi_kv_options *kv) {
     check_end();
 }
 
+/* ---- a prompt's larger ring on a device ---- */
+
+typedef struct counted_device { /* host memory that plays a device's, and the most rows it held */
+    ki_device device;
+    ki_mem mem;
+    uint64_t most_bytes;
+} counted_device;
+
+static kivi_status take(void **out, void *context, ki_tag tag, size_t n_bytes, kivi_error *err) {
+    counted_device *d = context;
+    KI_TRY(ki_alloc(out, &d->mem, tag, n_bytes, err));
+    d->most_bytes = KI_MAX(d->most_bytes, ki_mem_report(&d->mem).kv_residual);
+    return KIVI_OK;
+}
+static void give(void *context, void *block) { ki_free(&((counted_device *)context)->mem, block); }
+static void zero(void *context, void *to, size_t n_bytes) {
+    (void)context;
+    memset(to, 0, n_bytes);
+}
+static void copy(void *context, void *to, const void *from, size_t n_bytes) {
+    (void)context;
+    memcpy(to, from, n_bytes);
+}
+static void copy_ring(void *context, const ki_ring_copy *ring) {
+    (void)context, (void)ring; /* rows are nobody's here */
+}
+
+static void adapt(ki_layout *l) {
+    l->block_tokens = 32;
+    l->k_ring_blocks = (l->kv.residual_tokens + l->kv.rewind_tokens + 31 + 31) / 32;
+    l->v_ring_blocks = (l->kv.residual_tokens + 1 + l->kv.rewind_tokens + 31 + 31) / 32;
+    l->sink_blocks = (l->kv.sink_tokens + 31) / 32;
+}
+
+/* Prompts, generated tokens, steps of any size: whatever comes, the device never holds more rows
+ * than windows and the ring that is planned, and with whole steps it holds all of that. */
+static void prompt_ring(kivi_rule rule, uint32_t back) {
+    enum { CTX = 3000, ROWS = 256 };
+    if (!check_case("memory/prompt/rule-%d-back-%u", (int)rule, back)) return;
+    counted_device d = {.most_bytes = 0};
+    ki_mem mem;
+    rng r = check_rng();
+    ki_mem_init(&mem), ki_mem_init(&d.mem);
+    d.device = (ki_device){&d, &d.mem, take, give, zero, copy, copy_ring, NULL, NULL};
+    ki_cache_options o = {.geometry = world_small().geometry,
+                          .mem = &mem,
+                          .device = &d.device,
+                          .adapt = adapt,
+                          .max_sequences = 1,
+                          .max_tokens = CTX};
+    o.geometry.n_threads = 1, o.geometry.max_step_rows = ROWS, o.geometry.n_pages = CTX / 128 + 2;
+    o.geometry.kv = (kivi_kv_options){.residual_tokens = 64, .rewind_tokens = back, .rule = rule};
+    if (rule == KIVI_RULE_SPAN) o.geometry.kv.span_tokens = 384;
+    kivi_cache *cache = NULL;
+    CHECK_OK(ki_cache_create(&cache, &o, err));
+    uint64_t most = 0, planned = 0;
+    for (int round = 0; cache && round < 200 && !check_failed(); round++) {
+        kivi_seq *seq = NULL;
+        kivi_memory window;
+        CHECK_OK(kivi_seq_create(&seq, cache, err));
+        CHECK(ki_layout_plan(&window, &cache->layout, 1, 1), "plan");
+        planned = window.kv_residual + ki_layout_prompt_bytes(&cache->layout, ROWS, CTX);
+        bool whole = round % 2;
+        for (uint32_t n = 0; n < CTX && !check_failed();) {
+            uint32_t left = whole && n == 0 ? CTX : 1 + rng_below(&r, CTX - n);
+            CHECK_OK(kivi_seq_begin_prompt(seq, left, err));
+            while (left && !check_failed()) {
+                uint32_t rows = whole ? ROWS : 1 + rng_below(&r, ROWS);
+                rows = KI_MIN(left, rows);
+                CHECK_OK(kivi_seq_begin(seq, rows, err));
+                CHECK_OK(kivi_seq_commit(seq, err));
+                left -= rows, n += rows;
+            }
+            for (uint32_t k = rng_below(&r, 200); k && n < CTX; k--, n++) {
+                CHECK_OK(kivi_seq_begin(seq, 1, err));
+                CHECK_OK(kivi_seq_commit(seq, err));
+            }
+        }
+        kivi_seq_destroy(&seq);
+        most = KI_MAX(most, d.most_bytes);
+    }
+    CHECK(most == planned, "%llu bytes of 16-bit rows, planned %llu", (unsigned long long)most,
+          (unsigned long long)planned);
+    kivi_cache_destroy(&cache);
+    CHECK(atomic_load(&d.mem.n_blocks) == 0, "blocks left");
+    check_end();
+}
+
 /* ---- the failing allocation ---- */
 
 static kivi_status life(kivi_cache **cache, kivi_seq **a, kivi_seq **b, const world *w,
@@ -133,6 +221,8 @@ void check_memory(void) {
         kv.rule = (kivi_rule)(i % 3), kv.span_tokens = i % 3 == 2 ? 128 : 0;
         plan(&kv);
     }
+    for (int rule = 0; rule < 3; rule++)
+        for (uint32_t back = 0; back <= 40; back += 40) prompt_ring((kivi_rule)rule, back);
     sweep(KIVI_RULE_PAPER);
     sweep(KIVI_RULE_STREAM);
 }

@@ -738,6 +738,7 @@ static void check_rest() {
 
 #include "prompt_cases.cuh"
 #include "sdpa_cases.cuh"
+#include "small_cases.cuh"
 
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
@@ -752,7 +753,8 @@ int main(int argc, char **argv) {
         }
     }
     kivi_error error = {};
-    if (ki_cuda_kernels_init(&error) != KIVI_OK) {
+    uint32_t shared_bytes;
+    if (ki_cuda_kernels_init(&shared_bytes, &error) != KIVI_OK) {
         printf("skip check-cuda: %s\n", error.text);
         return 0;
     }
@@ -763,6 +765,8 @@ int main(int argc, char **argv) {
     check_oracle();
     check_prompts();
     check_sdpa();
+    check_small();
+    check_plain();
     printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;
 }

@@ -199,6 +199,8 @@ static void time_draws() {
 
 /* ---- products ---- */
 
+static ki_stream *few; /* of this program */
+
 enum { MOST = KI_STREAM_ROWS, BESIDE = 16 }; /* BESIDE: floats behind a row of out */
 
 struct product_case {
@@ -244,7 +246,7 @@ struct product_case {
     std::vector<float> get(ki_stream_call c, float begin) {
         std::vector<float> got((size_t)MOST * (n + BESIDE), begin);
         out.put(got.data(), got.size());
-        CHECK_OK(ki_stream_run(&c, NULL, err));
+        CHECK_OK(ki_stream_run(few, &c, NULL, err));
         MUST(cudaDeviceSynchronize());
         MUST(cudaMemcpy(got.data(), out.data, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
         for (uint32_t row = 0; row < MOST; row++)
@@ -283,10 +285,10 @@ static void compare_gated(product_case &p, uint32_t m) {
     for (ki_cuda_act act : {KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL}) {
         ki_stream_call c = p.call(0, m);
         c.out = rows.data, c.out_stride = p.n;
-        CHECK_OK(ki_stream_run(&c, NULL, err));
+        CHECK_OK(ki_stream_run(few, &c, NULL, err));
         ki_cuda_activate(apart.data, rows.data, act, m, p.n / 2, p.type, NULL);
         c.out = NULL, c.act_out = fused.data, c.act = act;
-        CHECK_OK(ki_stream_run(&c, NULL, err));
+        CHECK_OK(ki_stream_run(few, &c, NULL, err));
         CHECK(apart.get(0, n_out) == fused.get(0, n_out), "%u rows, activation %d: other bits", m,
               act);
     }
@@ -319,6 +321,9 @@ static void run_products(uint32_t n, uint32_t k, ki_cuda_type type) {
     CHECK(all == p.get(c, 0.25f), "other bits the second time");
     c.add = true;
     compare_product(p, p.get(c, 3), MOST, 3);
+    uint32_t n_maps = ki_stream_n_maps(few);
+    p.get(c, 3);
+    CHECK(ki_stream_n_maps(few) == n_maps, "maps of a product were made again");
     static const uint32_t counts[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64};
     for (uint32_t m : counts) {
         uint32_t first = below(r, MOST - m + 1);
@@ -467,7 +472,7 @@ struct product_chain {
             if (ki_stream_takes_norm(&c.norm, m, y.k)) c.raw = raw.data;
             else ki_cuda_norm_rows(x.data, raw.data, &c.norm, m, y.k, c.type, true, s);
         }
-        CHECK_OK(ki_stream_run(&c, s, err));
+        CHECK_OK(ki_stream_run(few, &c, s, err));
     }
     std::string report(double bytes, double us, int n) const {
         double gbs = bytes / us * 1e-3;
@@ -528,10 +533,18 @@ int main(int argc, char **argv) {
         return 0;
     }
     printf("seed %llu\n", (unsigned long long)run.seed);
+    ki_mem mem;
+    kivi_error err = {};
+    ki_mem_init(&mem);
+    if (ki_stream_create(&few, &mem, &err) != KIVI_OK) {
+        fprintf(stderr, "check-dense: %s\n", err.text);
+        return 1;
+    }
     check_draws();
     check_products();
     time_draws();
     time_products();
+    ki_stream_destroy(&few);
     printf("%u passed, %u failed, 0 skipped\n", run.n_passed, run.n_failed);
     return run.n_failed != 0;
 }

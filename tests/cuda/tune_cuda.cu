@@ -1,6 +1,6 @@
-/* tune-cuda: decode attention in other shapes of its kernel than those that kv_decode_shapes.cuh
- * picked, at several split sizes: what the choice rests on. tune-cuda [kivi2|plus|half [GB/s
- * [pdl]]]: of one kind, as shares of that stream, without plain launches. */
+/* tune-cuda: decode attention in other shapes of its kernel than those of kv_shared.h's list, at
+ * several split sizes: what the choice rests on. tune-cuda [kivi2|plus|half [GB/s [pdl]]]: of one
+ * kind, as shares of that stream, without plain launches. */
 #include "kv_bench.cuh"
 
 #include <stdio.h>
@@ -67,8 +67,8 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
                 kivi_status status = time_launches(
                     &us, bench_launches(b, mb / 2.0), 11,
                     [&](uint32_t launch, cudaStream_t stream) {
-                        return ki_cuda_decode_attend_by(&b.calls[launch % b.n_sets], k, stream,
-                                                        err);
+                        return ki_cuda_decode_attend_by(&b.calls[launch % b.n_sets], k, k->warps,
+                                                        stream, err);
                     },
                     err);
                 if (status != KIVI_OK) return status;

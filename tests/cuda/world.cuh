@@ -5,6 +5,7 @@
 #include "kv_cuda.h"
 #include "kv_plan.h"
 #include "kv_prompt.h"
+#include "plain.h"
 
 #include <cuda_runtime.h>
 #include <math.h>
@@ -89,9 +90,11 @@ struct world_options {
     kivi_rule rule;
     uint32_t span, window, n_seqs, max_tokens, split_tokens;
     bool plus, large_ring, pdl;
+    bool plain; /* the kernels of plain.h */
     uint32_t n_layers;
     bool late;              /* codes of all layers are made at the end of a step (kv_append.h) */
     uint64_t scratch_bytes; /* at most, of prompts; 0: plenty */
+    uint32_t shared_bytes;  /* of a thread block, as on another device; 0: what this one has */
 };
 
 static inline kivi_cache_geometry geometry_of(const world_options &o) {
@@ -99,6 +102,7 @@ static inline kivi_cache_geometry geometry_of(const world_options &o) {
     g.n_layers = o.n_layers, g.n_heads = o.n_heads, g.n_kv_heads = o.n_kv_heads;
     g.head_dim = o.head_dim;
     g.kv.k_bits = o.k_bits, g.kv.v_bits = o.v_bits, g.kv.group = o.group;
+    if (o.plus) g.kv.plus = KIVI_PLUS_ALL, g.kv.group = KI_PAGE_TOKENS;
     g.kv.residual_tokens = o.residual, g.kv.sink_tokens = o.sinks;
     g.kv.rule = o.rule, g.kv.span_tokens = o.span;
     g.window_tokens = o.window;
@@ -122,6 +126,13 @@ static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &
     for (size_t i = 0; i < q.size(); i++) q[i] = ki_f32_to_f16(r.normal());
 }
 
+static inline uint32_t device_shared_bytes() {
+    int device, n_bytes;
+    MUST(cudaGetDevice(&device));
+    MUST(cudaDeviceGetAttribute(&n_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return (uint32_t)n_bytes;
+}
+
 struct world {
     world_options o;
     ki_cuda_layout l;
@@ -141,7 +152,7 @@ struct world {
     void make(const world_options &options, uint32_t batch_rows, rng &r) {
         o = options;
         kivi_cache_geometry g = geometry_of(o);
-        CHECK_OK(ki_cuda_layout_init(&l, &g, o.plus, err));
+        CHECK_OK((o.plain ? ki_cuda_layout_any : ki_cuda_layout_init)(&l, &g, o.plus, err));
         table_stride = o.max_tokens / KI_PAGE_TOKENS + 2;
         n_pages = table_stride * o.n_seqs;
         k_blocks = o.large_ring ? o.max_tokens / 32 + 2 : l.k_ring_blocks;
@@ -174,7 +185,14 @@ struct world {
             state[i].k_blocks = k_blocks, state[i].v_blocks = v_blocks;
             state[i].table = i;
         }
-        cache = {l, pool.data, tables.data, table_stride, seqs.data, o.n_seqs, counters.data};
+        cache = {l,
+                 pool.data,
+                 tables.data,
+                 table_stride,
+                 seqs.data,
+                 o.n_seqs,
+                 counters.data,
+                 o.shared_bytes ? o.shared_bytes : device_shared_bytes()};
     }
     ki_prompt_step prompt_step() const { return {&l, state.data(), o.n_seqs, o.window, scratch.n}; }
     void put_state() {
@@ -217,6 +235,7 @@ struct world {
         put_state();
         poison(n_rows);
         ki_cuda_attend_call c = attend_call(0, n_rows, 1);
+        if (o.plain) return plain_step(n_rows, 1, false);
         CHECK_OK(ki_cuda_decode_plan(&c, NULL, err));
         for (uint32_t layer = 0; layer < o.n_layers; layer++) {
             ki_cuda_append_call a = append_call(layer, n_rows, 1);
@@ -229,9 +248,21 @@ struct world {
         if (o.late) CHECK_OK(ki_cuda_close(&first, o.n_layers, NULL, err));
         finish();
     }
+    void plain_step(uint32_t n_rows, uint32_t most, bool prompt) {
+        for (uint32_t layer = 0; layer < o.n_layers; layer++) {
+            ki_cuda_append_call a = append_call(layer, n_rows, most);
+            ki_cuda_attend_call c = attend_call(layer, n_rows, most);
+            if (!prompt) a.k_rows = a.v_rows = NULL, c.k_rows = c.v_rows = NULL;
+            CHECK_OK(ki_plain_append(&a, NULL, err));
+            CHECK_OK(ki_plain_attend(&c, NULL, err));
+            if (prompt) CHECK_OK(ki_plain_window(&a, NULL, err));
+        }
+        finish();
+    }
     void prompt(uint32_t n_rows, uint32_t most, bool attend) {
         put_state();
         poison(n_rows);
+        if (o.plain) return plain_step(n_rows, most, true);
         for (uint32_t layer = 0; layer < o.n_layers; layer++) {
             ki_cuda_append_call a = append_call(layer, n_rows, most);
             ki_cuda_attend_call c = attend_call(layer, n_rows, most);

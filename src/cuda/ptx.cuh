@@ -1,0 +1,108 @@
+/* ptx.cuh: instructions that C++ has no name for, each in one place: products, what reads and
+ * copies shared memory, and its barriers. */
+#ifndef KI_PTX_CUH
+#define KI_PTX_CUH
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#define KI_DEV static __device__ __forceinline__
+
+/* ---- products ---- */
+
+/* d += a b: a [16][16] f16, b [16][8] f16, d [16][8] f32. Lane 4 g + t holds of a rows g, g + 8 and
+ * columns 2 t, 2 t + 1 (a0, a1) and 2 t + 8, 2 t + 9 (a2, a3); of b rows (k) 2 t, 2 t + 1 (b0) and
+ * 2 t + 8, 2 t + 9 (b1) of column g; of d row g (d0, d1) and row g + 8 (d2, d3), columns 2 t and
+ * 2 t + 1. Float16 subnormals are kept. */
+KI_DEV void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+KI_DEV void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* ---- shared memory: addresses are 32-bit ---- */
+
+KI_DEV uint32_t ki_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+/* 8 x 8 matrices of 16 bits, four, or two, or four as their transposes; `at`: the lane's row. */
+KI_DEV void ki_read4(uint32_t &r0, uint32_t &r1, uint32_t &r2, uint32_t &r3, uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+                 : "r"(at)
+                 : "memory");
+}
+KI_DEV void ki_read4(uint32_t (&r)[4], uint32_t at) { ki_read4(r[0], r[1], r[2], r[3], at); }
+KI_DEV void ki_read2(uint32_t (&r)[2], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(at)
+                 : "memory");
+}
+KI_DEV void ki_read4_turned(uint32_t (&r)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+/* 16 bytes, or zeros. */
+KI_DEV void ki_copy16(uint32_t to, const void *from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+KI_DEV void ki_end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+KI_DEV void ki_wait_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+/* All groups but the newest N have come. */
+template <int N> KI_DEV void ki_wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* ---- barriers ---- */
+
+KI_DEV void ki_bar_init(uint32_t bar, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+KI_DEV void ki_bar_fence(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+KI_DEV void ki_bar_arrive(uint32_t bar) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(bar)
+                 : "memory");
+}
+KI_DEV void ki_bar_wait(uint32_t bar, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done)
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p; }"
+#else
+        asm volatile("{ .reg .pred p;\n"
+                     "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p; }"
+#endif
+                     : "=r"(done)
+                     : "r"(bar), "r"(parity)
+                     : "memory");
+}
+
+/* An arrival that waits for bytes of copies too (sm_90). */
+KI_DEV void ki_bar_expect(uint32_t bar, uint32_t n_bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(n_bytes)
+                 : "memory");
+#endif
+}
+
+#endif
