@@ -213,8 +213,8 @@ static uint32_t larger_ring(const ki_layout *l, uint64_t rows, uint32_t n_tokens
     return KI_MAX((uint32_t)KI_MIN(blocks, all), ring);
 }
 
-/* Rows from the line of the step's first one, R - 1 keys and R values before it, or the beginning of
- * its span, or (`paper`) of the whole prompt, and as many more as one may step back. */
+/* Rows from the line of the step's first one, R - 1 keys and R values before it, or the beginning
+ * of its span, or (`paper`) of the whole prompt, and as many more as one may step back. */
 void ki_layout_prompt_blocks(uint32_t *k, uint32_t *v, const ki_layout *l, uint32_t n_rows,
                              uint32_t n_tokens) {
     const kivi_kv_options *kv = &l->kv;

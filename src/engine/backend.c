@@ -168,8 +168,8 @@ void ki_engine_close_backend(kivi_engine *e) {
 
 /* ---- the plan ---- */
 
-/* By tag, to the byte: what is loaded, what the backend will take, pages, and the 16-bit rows of all
- * sessions; of one of them a prompt's larger ring as well. */
+/* By tag, to the byte: what is loaded, what the backend will take, pages, and the 16-bit rows of
+ * all sessions; of one of them a prompt's larger ring as well. */
 static kivi_status plan_device(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
                                const ki_backend_sizes *sizes, kivi_error *err) {
     const ki_backend *b = e->backend;
