@@ -15,7 +15,7 @@ struct kivi_engine {
     char vocab_fault[200]; /* why */
     kivi_cache *cache;
     kivi_memory planned; /* of a device: all that it will hold, */
-    uint64_t planned_prompt_bytes; /* and of it one prompt's larger ring */
+    uint64_t planned_prompt_bytes; /* and of it the larger rings of prompts */
     void *library;       /* libkivi-cuda.so, open as long as the backend; NULL: the CPU's */
     ki_backend *backend; /* where model and cache have their data and steps run */
     kivi_engine_options options;
