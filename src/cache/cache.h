@@ -59,11 +59,12 @@ uint32_t ki_layout_pages(const ki_layout *layout, uint32_t n_tokens, uint32_t st
  * computed. */
 bool ki_layout_plan(kivi_memory *out, const ki_layout *layout, uint64_t n_pages,
                     uint64_t n_sequences);
-/* Blocks of the larger ring of a prompt that ends at n_tokens at most and is fed in steps of at most
- * n_rows: room for any of its steps. The window's own where that is enough. */
+/* Blocks of the larger ring of a prompt of n_prompt rows that ends at n_tokens at most and is fed
+ * in steps of at most n_rows: room for any of its steps. The window's own where that is enough. */
 void ki_layout_prompt_blocks(uint32_t *k_blocks, uint32_t *v_blocks, const ki_layout *layout,
-                             uint32_t n_rows, uint32_t n_tokens);
-/* Its bytes, which are held beside the window's; 0: no prompt needs one. */
+                             uint32_t n_rows, uint32_t n_prompt, uint32_t n_tokens);
+/* Its bytes for the longest prompt of n_tokens, which are held beside the window's; 0: no prompt
+ * needs one. */
 uint64_t ki_layout_prompt_bytes(const ki_layout *layout, uint32_t n_rows, uint32_t n_tokens);
 
 /* ---- pages.c: the pool ---- */

@@ -213,25 +213,29 @@ static uint32_t larger_ring(const ki_layout *l, uint64_t rows, uint32_t n_tokens
     return KI_MAX((uint32_t)KI_MIN(blocks, all), ring);
 }
 
-/* Rows from the line of the step's first one, R - 1 keys and R values before it, or the beginning of
- * its span, or (`paper`) of the whole prompt, and as many more as one may step back. */
+/* Rows of a step and those before it that they read in 16 bit: `before`, what generated ones would,
+ * or from the beginning of the span, or of the prompt. */
+static uint64_t exact_rows(const ki_layout *l, uint64_t before, uint64_t n_rows,
+                           uint64_t n_prompt) {
+    uint64_t all = before + n_prompt, some = before + n_rows;
+    uint64_t span = (uint64_t)l->kv.span_tokens + n_rows;
+    if (l->kv.rule == KIVI_RULE_STREAM) return some;
+    return l->kv.rule == KIVI_RULE_PAPER ? all : KI_MAX(some, KI_MIN(span - 1, all));
+}
+
+/* Before it are up to R - 1 keys and R values, and as many more as one may step back. */
 void ki_layout_prompt_blocks(uint32_t *k, uint32_t *v, const ki_layout *l, uint32_t n_rows,
-                             uint32_t n_tokens) {
-    const kivi_kv_options *kv = &l->kv;
-    uint64_t r = kv->residual_tokens, back = kv->rewind_tokens;
-    uint64_t span = kv->rule == KIVI_RULE_SPAN ? kv->span_tokens : 1;
-    uint64_t rows = kv->rule == KIVI_RULE_PAPER ? n_tokens : KI_MIN(n_rows, n_tokens);
-    *k = kv->k_bits == 16
-             ? 0
-             : larger_ring(l, KI_MAX(r + back, span) - 1 + rows, n_tokens, l->k_ring_blocks);
-    *v = kv->v_bits == 16
-             ? 0
-             : larger_ring(l, KI_MAX(r + back, span - 1) + rows, n_tokens, l->v_ring_blocks);
+                             uint32_t n_prompt, uint32_t n_tokens) {
+    uint64_t back = (uint64_t)l->kv.residual_tokens + l->kv.rewind_tokens;
+    uint64_t k_rows = exact_rows(l, back - 1, n_rows, n_prompt),
+             v_rows = exact_rows(l, back, n_rows, n_prompt);
+    *k = l->kv.k_bits == 16 ? 0 : larger_ring(l, k_rows, n_tokens, l->k_ring_blocks);
+    *v = l->kv.v_bits == 16 ? 0 : larger_ring(l, v_rows, n_tokens, l->v_ring_blocks);
 }
 
 uint64_t ki_layout_prompt_bytes(const ki_layout *l, uint32_t n_rows, uint32_t n_tokens) {
     uint32_t k, v;
-    ki_layout_prompt_blocks(&k, &v, l, n_rows, n_tokens);
+    ki_layout_prompt_blocks(&k, &v, l, KI_MIN(n_rows, n_tokens), n_tokens, n_tokens);
     if (k == l->k_ring_blocks && v == l->v_ring_blocks) return 0;
     uint64_t blocks = (uint64_t)k + v, heads = (uint64_t)l->n_layers * l->n_kv_heads;
     return heads * blocks * l->block_tokens * l->head_dim * 2;

@@ -207,7 +207,7 @@ static kivi_status ensure_store(kivi_seq *seq, uint32_t k_line, uint32_t v_line,
     /* More steps are to come: one ring for all of them, for two would be held at once. */
     uint32_t all = seq->n_tokens + seq->run_left, k_all = 0, v_all = 0;
     uint32_t rows = KI_MIN(seq->run_left, seq->cache->max_step_rows);
-    if (end < all) ki_layout_prompt_blocks(&k_all, &v_all, l, rows, all);
+    if (end < all) ki_layout_prompt_blocks(&k_all, &v_all, l, rows, all - seq->run_start, all);
     k = KI_MAX(k, k_all), v = KI_MAX(v, v_all);
     ki_store larger;
     kivi_status status =

@@ -113,11 +113,10 @@ bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *l, kivi_er
 static kivi_status choose_kernels(ki_cuda_backend *b, kivi_error *err) {
     static const char *const types[] = {"float32", "float16", "bfloat16"};
     kivi_error why = {0};
-    uint32_t shared_bytes;
     char line[400];
     b->kernels = &plain;
     if (ki_cuda_is_fused(b, &b->layout, &why)) {
-        KI_TRY(ki_cuda_kernels_init(&shared_bytes, err));
+        KI_TRY(ki_cuda_kernels_init(&b->shared_bytes, err));
         b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
     }
     if (!b->log) return KIVI_OK;

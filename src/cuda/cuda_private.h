@@ -181,7 +181,7 @@ uint32_t ki_cuda_stream_rows(const ki_cuda_backend *b);
  * enough, and rows are in 16 bit. */
 bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_cuda_layout *layout,
                         const ki_backend_sizes *sizes);
-/* Whether the fused kernels serve a layout here; else the plain ones do, which need no workspace. */
+/* Whether the fused kernels serve a layout here; else the plain ones do, without a workspace. */
 bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *layout, kivi_error *why);
 
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err);

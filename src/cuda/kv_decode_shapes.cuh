@@ -1,5 +1,5 @@
-/* kv_decode_shapes.cuh: the kernels of one head size (KI_HEAD_DIM), included by kv_decode_<D>.cu, in
- * the order of kv_shared.h's list, which the choice goes by. */
+/* kv_decode_shapes.cuh: the kernels of one head size (KI_HEAD_DIM), included by kv_decode_<D>.cu,
+ * in the order of kv_shared.h's list, which the choice goes by. */
 #include "kv_decode.cuh"
 
 #define KI_PASTE(a, b) a##b

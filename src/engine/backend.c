@@ -168,8 +168,14 @@ void ki_engine_close_backend(kivi_engine *e) {
 
 /* ---- the plan ---- */
 
-/* By tag, to the byte: what is loaded, what the backend will take, pages, and the 16-bit rows of all
- * sessions; of one of them a prompt's larger ring as well. */
+/* Prompts that are fed in several steps at a time: as many as a scheduler admits by itself
+ * (serve.h's exact_bytes). */
+static uint32_t prompts_at_once(const kivi_engine *e, const ki_layout *layout) {
+    return layout->kv.rule == KIVI_RULE_PAPER ? 1 : KI_MIN(2u, e->options.max_sessions);
+}
+
+/* By tag, to the byte: what is loaded, what the backend will take, pages, and the 16-bit rows of
+ * all sessions, with the larger rings of prompts. */
 static kivi_status plan_device(kivi_engine *e, const ki_layout *layout, uint32_t n_pages,
                                const ki_backend_sizes *sizes, kivi_error *err) {
     const ki_backend *b = e->backend;
@@ -177,7 +183,8 @@ static kivi_status plan_device(kivi_engine *e, const ki_layout *layout, uint32_t
     b->api->plan(all, b, &e->model->config, layout, sizes);
     if (!ki_layout_plan(&cache, layout, n_pages, e->options.max_sessions))
         return KI_FAIL(err, ARG, "engine: %u pages are too many", n_pages);
-    e->planned_prompt_bytes = ki_layout_prompt_bytes(layout, sizes->n_rows, sizes->max_tokens);
+    e->planned_prompt_bytes = ki_layout_prompt_bytes(layout, sizes->n_rows, sizes->max_tokens) *
+                              prompts_at_once(e, layout);
     all->weights += ki_mem_report(b->device->mem).weights;
     all->kv_codes = cache.kv_codes;
     all->kv_scales = cache.kv_scales;
@@ -202,13 +209,13 @@ kivi_status ki_engine_check_plan(kivi_engine *e, const ki_layout *layout, uint32
     double rest = (double)(p->activations + p->workspace) / mib;
     ki_engine_log(e,
                   "device memory plan, MiB: weights %.1f, pages %.1f, windows of %u sessions %.1f, "
-                  "rows of a prompt in several steps %.1f, workspace %.1f, sum %.1f of %.1f",
+                  "rows of prompts in several steps %.1f, workspace %.1f, sum %.1f of %.1f",
                   weights, pages, e->options.max_sessions, windows, rows, rest, (double)all / mib,
                   (double)room / mib);
     if (layout->kv.rule == KIVI_RULE_PAPER) all -= prompt, rows = 0;
     if (all <= room) return KIVI_OK;
     return KI_FAIL(err, NOMEM,
-                   "device memory: weights %.0f, pages %.0f, windows %.0f, rows of a prompt %.0f "
+                   "device memory: weights %.0f, pages %.0f, windows %.0f, rows of prompts %.0f "
                    "and workspace %.0f MiB exceed %.0f MiB%s; fewer sessions, a shorter context or "
                    "fewer rows a step need less",
                    weights, pages, windows, rows, rest, (double)room / mib,

@@ -14,8 +14,8 @@ struct kivi_engine {
     kivi_vocab *vocab;     /* NULL: the file has none that is known; token ids still work */
     char vocab_fault[200]; /* why */
     kivi_cache *cache;
-    kivi_memory planned; /* of a device: all that it will hold, and of it one prompt's larger ring */
-    uint64_t planned_prompt_bytes;
+    kivi_memory planned; /* of a device: all that it will hold, */
+    uint64_t planned_prompt_bytes; /* and of it the larger rings of prompts */
     void *library;       /* libkivi-cuda.so, open as long as the backend; NULL: the CPU's */
     ki_backend *backend; /* where model and cache have their data and steps run */
     kivi_engine_options options;

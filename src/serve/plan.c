@@ -236,7 +236,8 @@ static bool add_item(kivi_scheduler *s, ki_choice *c) {
 
 uint64_t ki_exact_bytes(const kivi_scheduler *s, uint32_t n_prompt_rows, uint32_t n_rows) {
     const ki_layout *l = &s->machine.cache->layout;
-    uint64_t step = KI_MIN(n_rows, s->o.step_tokens), rows = step;
+    /* a sequence makes room for the largest step that the cache takes (cache.h) */
+    uint64_t step = KI_MIN(n_rows, s->machine.cache->max_step_rows), rows = step;
     if (l->kv.rule == KIVI_RULE_PAPER) rows = KI_MAX(n_prompt_rows, step);
     if (l->kv.rule == KIVI_RULE_SPAN)
         rows = KI_MAX(KI_MIN(n_prompt_rows, l->kv.span_tokens + step), step);

@@ -495,7 +495,7 @@ static bool counts(kivi_engine *e) {
 }
 
 /* What was planned before anything was taken is what is there, by tag and to the byte, when all
- * sessions are and one of them is fed a prompt in several steps. */
+ * sessions are and prompts are fed to them in several steps. */
 static bool planned(kivi_rule rule, const char *disable) {
     enum { ROWS = 64 };
     static int32_t prompt[CTX];
@@ -514,10 +514,13 @@ static bool planned(kivi_rule rule, const char *disable) {
              (unsigned long long)want.workspace, (unsigned long long)want.activations);
     for (int i = 0; i < 2; i++) MUST(kivi_session_create(&s[i], e, &err));
     tokens_of(prompt, 1, 0, CTX);
-    MUST(kivi_session_begin_prompt(s[0], CTX, &err));
+    int n = rule == KIVI_RULE_PAPER ? 1 : 2; /* prompts at once */
+    for (int i = 0; i < n; i++) MUST(kivi_session_begin_prompt(s[i], CTX, &err));
     uint64_t most = 0;
-    for (uint32_t at = 0; at < CTX; at += ROWS) {
-        kivi_step_item item = {.session = s[0], .tokens = prompt + at, .n_tokens = ROWS};
+    for (uint32_t k = 0; k < CTX / ROWS * (uint32_t)n; k++) {
+        kivi_step_item item = {.session = s[k % (uint32_t)n],
+                               .tokens = prompt + k / (uint32_t)n * ROWS,
+                               .n_tokens = ROWS};
         MUST(kivi_engine_step(e, &item, 1, &err));
         MUST(item.status);
         got = kivi_engine_device_memory(e);
