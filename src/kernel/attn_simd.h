@@ -5,7 +5,8 @@
 enum {
     QUERY_BLOCK = 4,      /* queries that share a loaded vector */
     FOLD_ROWS = 16,       /* (group, query) pairs that are folded together: lanes of one vector */
-    ROW = KI_MAX_HEAD_DIM /* elements from one row of scratch to the next */
+    ROW = KI_SCRATCH_ROW, /* elements from one row of scratch to the next */
+    BYTE_ROW = KI_SCRATCH_BYTE_ROW
 };
 
 /* Scratch of a worker:
@@ -27,7 +28,7 @@ static void scratch_carve(attn_scratch *s, void *memory) {
     s->masked = s->p + QUERY_BLOCK * ROW;
     s->x = s->masked + QUERY_BLOCK * ROW;
     s->high = (int8_t *)(s->x + FOLD_ROWS * ROW);
-    s->low = s->high + FOLD_ROWS * ROW;
+    s->low = s->high + FOLD_ROWS * BYTE_ROW;
 }
 
 /* ---- folding: x * scale as integers ---- */
@@ -118,7 +119,7 @@ KI_INLINE void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uin
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(top, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
-        vi sum = fold_row(s->high + r * ROW, s->low + r * ROW, s->x + r * ROW, inverse[r],
+        vi sum = fold_row(s->high + r * BYTE_ROW, s->low + r * BYTE_ROW, s->x + r * ROW, inverse[r],
                           ((r < n_low ? n : n / 4) + 63) / 64 * 64);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
@@ -166,7 +167,8 @@ KI_INLINE void dots_add(dots *sum, unsigned part, const part_dots *p, unsigned n
 KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned nq, unsigned nb,
                         const vp *codes) {
     for (unsigned i = 0; i < nq; i++) {
-        vp x = vp_set_bytes(s->high + at + i * ROW), y = vp_set_bytes(s->low + at + i * ROW);
+        const size_t row = at + i * BYTE_ROW;
+        vp x = vp_set_bytes(s->high + row), y = vp_set_bytes(s->low + row);
         for (unsigned b = 0; b < nb; b++) {
             p->high[b][i] = vs_dot(p->high[b][i], codes[b], x);
             p->low[b][i] = vs_dot(p->low[b][i], codes[b], y);
@@ -208,7 +210,7 @@ KI_INLINE void dot_word(part_dots *p, const attn_scratch *s, size_t at, unsigned
 KI_INLINE void dot_words(dots *sum, attn_scratch *s, unsigned row, unsigned nq, unsigned nb,
                          const code_plane *c, unsigned n_words, unsigned bits) {
     const unsigned per_word = 8 / word_bits(bits), at_once = KI_NARROW_SUMS(bits) / per_word;
-    const size_t at = (size_t)row * ROW;
+    const size_t at = (size_t)row * BYTE_ROW;
     dots_clear(sum, nq, nb);
     for (unsigned w0 = 0; w0 < n_words; w0 += at_once)
         for (unsigned part = 0; part < KI_PARTS; part++) {
@@ -237,7 +239,7 @@ KI_INLINE void dot_wide(dots *sum, const attn_scratch *s, unsigned row, unsigned
                 vp v = vp_load(wide + (size_t)(quad / 4) * 16, part);
                 codes[b] = vp_field(v, 2 * (quad % 4), vp_set(0x03030303));
             }
-            dot_quad(&p, s, (size_t)row * ROW + fold_at(i), nq, nb, codes);
+            dot_quad(&p, s, (size_t)row * BYTE_ROW + fold_at(i), nq, nb, codes);
         }
         dots_add(sum, part, &p, nq, nb);
     }
@@ -249,9 +251,9 @@ KI_INLINE void dot_bytes(dots *sum, attn_scratch *s, unsigned row, unsigned nq,
     for (unsigned i = 0; i < nq; i++) sum->high[0][i] = sum->low[0][i] = vi_set(0);
     for (unsigned w = 0; w < n_words; w++, words += stride) {
         vb codes = vi_load((const int32_t *)words);
-        size_t at = (size_t)row * ROW + fold_at(w);
+        size_t at = (size_t)row * BYTE_ROW + fold_at(w);
         ask_ahead(s);
-        for (unsigned i = 0; i < nq; i++, at += ROW) {
+        for (unsigned i = 0; i < nq; i++, at += BYTE_ROW) {
             sum->high[0][i] = vi_dot_u8(sum->high[0][i], codes, vi_set_bytes(s->high + at));
             sum->low[0][i] = vi_dot_u8(sum->low[0][i], codes, vi_set_bytes(s->low + at));
         }
@@ -487,15 +489,22 @@ KI_INLINE void exact_values(const ki_attn_tile *t, float *const *acc, const floa
         for (unsigned j = 0; j < n_vectors; j++) vf_store(acc[i] + c + j * 16, sum[j][i]);
 }
 
+/* 64 channels, as many at a time as there are registers for. */
+KI_INLINE void exact_values_64(const ki_attn_tile *t, float *const *acc, const float *const *p,
+                               unsigned c, unsigned from, unsigned to, unsigned nq) {
+    const unsigned n = KI_PARTS == 1 || nq == 1 ? 4 : nq == 2 ? 2 : 1;
+    for (unsigned j = 0; j < 4; j += n) exact_values(t, acc, p, c + j * 16, from, to, nq, n);
+}
+
 static void add_exact_range(const ki_attn_tile *t, float *const *acc, const float *const *p,
                             unsigned nq, unsigned from, unsigned to) {
     unsigned c = 0;
     if (from >= to) return;
     for (; c + 64 <= t->head_dim; c += 64) {
-        if (nq == 4) exact_values(t, acc, p, c, from, to, 4, 4);
-        else if (nq == 3) exact_values(t, acc, p, c, from, to, 3, 4);
-        else if (nq == 2) exact_values(t, acc, p, c, from, to, 2, 4);
-        else exact_values(t, acc, p, c, from, to, 1, 4);
+        if (nq == 4) exact_values_64(t, acc, p, c, from, to, 4);
+        else if (nq == 3) exact_values_64(t, acc, p, c, from, to, 3);
+        else if (nq == 2) exact_values_64(t, acc, p, c, from, to, 2);
+        else exact_values_64(t, acc, p, c, from, to, 1);
     }
     for (; c < t->head_dim; c += 16)
         for (unsigned i = 0; i < nq; i++) exact_values(t, acc + i, p + i, c, from, to, 1, 1);

@@ -18,11 +18,12 @@ enum { QUANTIZE_BLOCKS = 8 };
 
 /* Sixteen integers from column `at` of a row on, as products read them. */
 KI_INLINE void store_integers(ki_activations *a, size_t at, vi q) {
+#ifdef KI_DOT16
+    vi_store_integers(a->high + at, a->low + at, a->pairs + at, q);
+#else
     vi h = vi_sar(vi_add(q, vi_set(64)), 7);
     vi_store_i8(a->high + at, h);
     vi_store_i8(a->low + at, vi_sub(q, vi_shl(h, 7)));
-#ifdef KI_DOT16
-    vi_store_pairs16(a->pairs + at, q);
 #endif
 }
 
