@@ -28,6 +28,10 @@
 
 enum { KI_TILE_BLOCKS = KI_PAGE_TOKENS / KI_LANES, KI_MAX_HEAD_DIM = 256 };
 
+/* From one row of scratch to the next, in numbers and in bytes: a cache line more than a power of
+ * two, or all rows would lie in the same few sets of level 1. */
+enum { KI_SCRATCH_ROW = KI_MAX_HEAD_DIM + 16, KI_SCRATCH_BYTE_ROW = KI_MAX_HEAD_DIM + 64 };
+
 /* Where a tile's keys and values are. Planes of a kind that does not quantize are NULL. */
 typedef struct ki_attn_tile {
     unsigned head_dim, k_group, v_group, k_bits, v_bits;

@@ -5,7 +5,8 @@
 enum {
     QUERY_BLOCK = 4,      /* queries that share a loaded vector */
     FOLD_ROWS = 16,       /* (group, query) pairs that are folded together: lanes of one vector */
-    ROW = KI_MAX_HEAD_DIM /* elements from one row of scratch to the next */
+    ROW = KI_SCRATCH_ROW, /* elements from one row of scratch to the next */
+    BYTE_ROW = KI_SCRATCH_BYTE_ROW
 };
 
 /* Scratch of a worker:
@@ -27,7 +28,7 @@ static void scratch_carve(attn_scratch *s, void *memory) {
     s->masked = s->p + QUERY_BLOCK * ROW;
     s->x = s->masked + QUERY_BLOCK * ROW;
     s->high = (int8_t *)(s->x + FOLD_ROWS * ROW);
-    s->low = s->high + FOLD_ROWS * ROW;
+    s->low = s->high + FOLD_ROWS * BYTE_ROW;
 }
 
 /* A function of its own: its loops get the registers that its callers' would take. */
@@ -139,7 +140,7 @@ static KI_APART void fold_rows(attn_scratch *s, const float *x, unsigned nq, con
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(top, vf_set(1e-30f)))); /* finite for a row of 0 */
     for (unsigned r = 0; r < n_rows; r++) {
-        vi sum = fold_row(s->high + r * ROW, s->low + r * ROW, s->x + r * ROW, inverse[r],
+        vi sum = fold_row(s->high + r * BYTE_ROW, s->low + r * BYTE_ROW, s->x + r * ROW, inverse[r],
                           ((r < n_low ? n : n / 4) + 63) / 64 * 64);
         bias[r] = vf_fma(vf_from_vi(sum), vf_set(-centre * s->step[r]), bias[r]);
     }
@@ -199,7 +200,7 @@ KI_INLINE void part_add(vi sum[2][QUERY_BLOCK], const part_dots *p, unsigned byt
 /* A quad of codes of each part of nb vectors times the bytes at `at` of nq rows. */
 KI_INLINE void dot_quad(part_dots *p, const attn_scratch *s, size_t at, unsigned bytes, unsigned nq,
                         unsigned nb, const vp *codes) {
-    for (unsigned i = 0; i < nq; i++, at += ROW) {
+    for (unsigned i = 0; i < nq; i++, at += BYTE_ROW) {
         vp x = codes[0], y = x;
         if (bytes & HIGH) x = vp_set_bytes(s->high + at);
         if (bytes & LOW) y = vp_set_bytes(s->low + at);
@@ -244,7 +245,7 @@ KI_INLINE void dot_words(vi sum[2][QUERY_BLOCK], attn_scratch *s, const code_row
         part_dots p;
         part_clear(&p, nq, nb);
         for (unsigned w4 = w0; w4 < end; w4 += 4) {
-            const size_t at = (size_t)c->row * ROW + fold_at(w4 * per_word);
+            const size_t at = (size_t)c->row * BYTE_ROW + fold_at(w4 * per_word);
             for (unsigned j = 0; j < KI_MIN(end - w4, 4u); j++) {
                 const unsigned near = per_word == 4 ? j * 4 : j % 2 * 32 + j / 2 * 4;
                 if (bytes & HIGH) ask_ahead(s);
@@ -262,9 +263,9 @@ KI_INLINE void dot_bytes(vi sum[2][QUERY_BLOCK], attn_scratch *s, const code_row
     for (unsigned i = 0; i < nq; i++) high[i] = low[i] = vi_set(0);
     for (unsigned w = 0; w < c->n_words; w++) {
         vb codes = vi_load((const int32_t *)c->words + w * c->stride + vector * c->apart);
-        size_t at = (size_t)c->row * ROW + fold_at(w);
+        size_t at = (size_t)c->row * BYTE_ROW + fold_at(w);
         ask_ahead(s);
-        for (unsigned i = 0; i < nq; i++, at += ROW) {
+        for (unsigned i = 0; i < nq; i++, at += BYTE_ROW) {
             high[i] = vi_dot_u8(high[i], codes, vi_set_bytes(s->high + at));
             low[i] = vi_dot_u8(low[i], codes, vi_set_bytes(s->low + at));
         }
@@ -285,7 +286,7 @@ KI_INLINE void dot_stream(vi sum[2][QUERY_BLOCK], const attn_scratch *s, const c
             vp word = vp_load(c->words + quad / 4 * c->stride, v % KI_PARTS);
             codes[v] = vp_field(word, 2 * (quad % 4), vp_set(0x03030303));
         }
-        dot_quad(&p, s, (size_t)c->row * ROW + fold_at(i), bytes, nq, nb, codes);
+        dot_quad(&p, s, (size_t)c->row * BYTE_ROW + fold_at(i), bytes, nq, nb, codes);
     }
     part_add(sum, &p, bytes, nq, nb);
 }
@@ -555,15 +556,22 @@ KI_INLINE void exact_values(const ki_attn_tile *t, float *const *acc, const floa
         for (unsigned j = 0; j < n_vectors; j++) vf_store(acc[i] + c + j * 16, sum[j][i]);
 }
 
+/* 64 channels, as many at a time as there are registers for. */
+KI_INLINE void exact_values_64(const ki_attn_tile *t, float *const *acc, const float *const *p,
+                               unsigned c, unsigned from, unsigned to, unsigned nq) {
+    const unsigned n = KI_PARTS == 1 || nq == 1 ? 4 : nq == 2 ? 2 : 1;
+    for (unsigned j = 0; j < 4; j += n) exact_values(t, acc, p, c + j * 16, from, to, nq, n);
+}
+
 static void add_exact_range(const ki_attn_tile *t, float *const *acc, const float *const *p,
                             unsigned nq, unsigned from, unsigned to) {
     unsigned c = 0;
     if (from >= to) return;
     for (; c + 64 <= t->head_dim; c += 64) {
-        if (nq == 4) exact_values(t, acc, p, c, from, to, 4, 4);
-        else if (nq == 3) exact_values(t, acc, p, c, from, to, 3, 4);
-        else if (nq == 2) exact_values(t, acc, p, c, from, to, 2, 4);
-        else exact_values(t, acc, p, c, from, to, 1, 4);
+        if (nq == 4) exact_values_64(t, acc, p, c, from, to, 4);
+        else if (nq == 3) exact_values_64(t, acc, p, c, from, to, 3);
+        else if (nq == 2) exact_values_64(t, acc, p, c, from, to, 2);
+        else exact_values_64(t, acc, p, c, from, to, 1);
     }
     for (; c < t->head_dim; c += 16)
         for (unsigned i = 0; i < nq; i++) exact_values(t, acc + i, p + i, c, from, to, 1, 1);

@@ -18,16 +18,17 @@ enum { QUANTIZE_BLOCKS = 8 };
 
 /* Sixteen integers from column `at` of a row on, as products read them. */
 KI_INLINE void store_integers(ki_activations *a, size_t at, vi q) {
+#ifdef KI_DOT16
+    vi_store_integers(a->high + at, a->low + at, a->pairs + at, q);
+#else
     vi h = vi_sar(vi_add(q, vi_set(64)), 7);
     vi_store_i8(a->high + at, h);
     vi_store_i8(a->low + at, vi_sub(q, vi_shl(h, 7)));
-#ifdef KI_DOT16
-    vi_store_pairs16(a->pairs + at, q);
 #endif
 }
 
-/* n <= QUANTIZE_BLOCKS blocks from the b-th of all rows' on; false, and nothing done, where a number
- * is not finite. */
+/* n <= QUANTIZE_BLOCKS blocks from the b-th of all rows' on; false, and nothing done, where a
+ * number is not finite. */
 KI_INLINE bool quantize_blocks(ki_activations *a, size_t b, unsigned n) {
     const float *x = a->x + b * 32;
     vf rows[16], finite = vf_set(0.0f);
@@ -100,8 +101,8 @@ KI_INLINE unsigned narrow_quads(unsigned bits) { return bits <= 4 ? 8 : bits == 
 
 enum { SHARE_ROWS = KI_PARTS }; /* activation rows that share a loaded code */
 
-/* sum[r] = n operands of 16 rows times the activations from `at` on, four an operand, of nr rows, as
- * 128 high + low. */
+/* sum[r] = n operands of 16 rows times the activations from `at` on, four an operand, of nr rows,
+ * as 128 high + low. */
 KI_INLINE void dot_codes(vi *sum, const vb *w, const ki_activations *a, size_t at, unsigned nr,
                          unsigned n, unsigned bits) {
     vs h[SHARE_ROWS][KI_PARTS], l[SHARE_ROWS][KI_PARTS];
@@ -237,9 +238,10 @@ KI_INLINE void matmul_tile(float *out, size_t out_stride, const uint8_t *tile, k
 
 /* ---- many rows: codes of 16 bits ----
  *
- * Codes of a tile are unpacked to 16 bits once, some hundred columns at a time, which level 1 holds,
- * and all rows go through them, WIDE_ROWS together, sums in registers. A product of two pairs is one
- * instruction with one addition, where bytes take two of each, and nothing needs to be widened. */
+ * Codes of a tile are unpacked to 16 bits once, some hundred columns at a time, which level 1
+ * holds, and all rows go through them, WIDE_ROWS together, sums in registers. A product of two
+ * pairs is one instruction with one addition, where bytes take two of each, and nothing needs to be
+ * widened. */
 #ifdef KI_DOT16
 enum {
     WIDE_ROWS = 8 / KI_PARTS, /* their sums and accumulators fill the registers */

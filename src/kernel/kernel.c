@@ -26,5 +26,5 @@ const ki_kernels *ki_kernels_get(ki_isa isa) {
 /* Must cover scratch_carve in attn_simd.h: three times four rows and sixteen folded ones of floats,
  * sixteen of two planes of bytes. */
 size_t ki_attn_scratch_bytes(void) {
-    return (size_t)KI_MAX_HEAD_DIM * ((3 * 4 + 16) * sizeof(float) + 16 * 2);
+    return (3 * 4 + 16) * KI_SCRATCH_ROW * sizeof(float) + 16 * 2 * KI_SCRATCH_BYTE_ROW;
 }

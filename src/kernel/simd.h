@@ -641,16 +641,21 @@ KI_INLINE vi vi_add_part128(vi acc, unsigned part, vs a) {
 /* Without sums of byte products in 32 bit (KI_DOT16), numbers of 16 bits are multiplied where there
  * are rows enough: vi_dot16(acc, a, b) adds the two products of signed 16-bit numbers of each lane,
  * vi_sub16 takes them apart from one another; sixteen numbers are stored in order 0 2 1 3 of each
- * four, in which the even and the odd bytes of a lane meet them. */
+ * four, in which the even and the odd bytes of a lane meet them, and as bytes, 128 high + low. */
 #ifdef KI_DOT16
-KI_INLINE void vi_store_pairs16(int16_t *p, vi a) {
+KI_INLINE void vi_store_integers(int8_t *high, int8_t *low, int16_t *pairs, vi a) {
 #if defined(__AVX512F__)
     __m256i w = _mm512_cvtepi32_epi16(a);
 #else
     __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
 #endif
+    __m256i h = _mm256_srai_epi16(_mm256_add_epi16(w, _mm256_set1_epi16(64)), 7);
+    __m256i l = _mm256_sub_epi16(w, _mm256_slli_epi16(h, 7));
+    __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(h, l), 0xd8);
+    _mm_storeu_si128((__m128i *)high, _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128((__m128i *)low, _mm256_extracti128_si256(bytes, 1));
     w = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(w, 0xd8), 0xd8);
-    _mm256_storeu_si256((__m256i *)p, w);
+    _mm256_storeu_si256((__m256i *)pairs, w);
 }
 KI_INLINE vi vi_set_pair16(const int16_t *two) {
     int32_t w;

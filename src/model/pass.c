@@ -12,6 +12,9 @@
  * costs more. */
 enum { ROWS_WORTH_SHARING = 4 };
 
+/* From this many rows on a product is long enough for more tasks than a decode step's. */
+enum { MANY_ROWS = 64 };
+
 /* ---- the arena ---- */
 
 static kivi_status take(void *out, ki_arena *a, size_t rows, size_t row_bytes, kivi_error *err) {
@@ -166,8 +169,8 @@ void ki_pass_multiply(ki_pass *p, uint32_t n_rows, const ki_product *products, s
                          .n_rows = n_rows,
                          .x = &x};
     for (size_t i = 0; i < n_products; i++) call.n_tiles += tiles_of(products[i].matrix);
-    uint32_t n_tasks = ki_workers_count(p->cache->workers) *
-                       4; /* small enough to even out, large enough to take */
+    /* small enough to even out, large enough to take */
+    uint32_t n_tasks = ki_workers_count(p->cache->workers) * (n_rows < MANY_ROWS ? 4 : 16);
     call.tiles_per_task = (call.n_tiles + n_tasks - 1) / n_tasks;
     ki_workers_run(p->cache->workers, product_task, &call,
                    (call.n_tiles + call.tiles_per_task - 1) / call.tiles_per_task);
