@@ -115,7 +115,7 @@ CUDA_SRC := $(wildcard src/cuda/*.cu)
 CUDA_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/%.cu.o)
 # The kernels of the cache take minutes: only their own headers count for them.
 KV_HEADERS := $(filter-out $(addprefix %/kv_,append.h append.cuh bench.h bench.cuh prompt.h quant.cuh), \
-              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) include/kivi.h include/kivi_cache.h
+              $(wildcard src/cuda/kv_*.h src/cuda/kv_*.cuh)) src/cuda/pdl.cuh include/kivi.h include/kivi_cache.h
 CUDA_HEADERS := $(wildcard src/cuda/*.h src/cuda/*.cuh tests/cuda/*.cuh) include/*.h src/load/load.h
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-fvisibility=hidden \
               $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(INC)

@@ -10,6 +10,7 @@
 #define KI_KV_DECODE_CUH
 #include "kv_rows.cuh"
 #include "kv_tile.cuh"
+#include "pdl.cuh"
 
 struct decode_args {
     ki_cuda_layout l;
@@ -730,8 +731,9 @@ template <class S> static cudaError_t decode_prepare(void) {
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e != cudaSuccess) return e;
-    return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                bytes);
+    e = cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             bytes);
+    return e == cudaSuccess ? ki_share_multiprocessors(ki_decode_kernel<S>) : e;
 }
 
 kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
