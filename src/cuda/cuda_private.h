@@ -154,6 +154,7 @@ typedef struct ki_cuda_backend {
     float *vectors, *rope_freq; /* norms and biases; [n_ropes][D / 2] */
     ki_cuda_norms *norms;       /* [n_layers], host */
     ki_cuda_norm output_norm;
+    uint32_t n_streamed;        /* products of few rows of this pass so far */
     uint8_t *up, *down;         /* pinned host memory: upload and result */
     float *host_logits;         /* [logit rows][stride], fetched on demand */
     uint64_t *fetched, n_steps; /* [logit rows]: the step each was fetched of */

@@ -7,6 +7,7 @@
  * reads first: the value that left the window becomes codes (attention of this step still reads it
  * in 16 bit). */
 #include "kv_append.cuh"
+#include "pdl.cuh"
 
 enum { ROW_WARPS = 4, ROW_THREADS = 32 * ROW_WARPS };
 
@@ -463,6 +464,7 @@ kivi_status ki_cuda_append_rows(const ki_cuda_append_call *c, void *stream, kivi
     bool is_wide = c->type == KI_CUDA_F32;
     auto launch = [&](void (*kernel)(append_args, uint32_t, uint32_t)) {
         uint32_t n = n_seqs * (l->n_kv_heads + n_queries);
+        KI_TRY(ki_cuda_check(ki_share_multiprocessors(kernel), "append", err));
         return ki_cuda_check(ki_launch(kernel, (n + ROW_WARPS - 1) / ROW_WARPS, ROW_THREADS, 0,
                                        c->pdl, stream, a, n_seqs, n_queries),
                              "append", err);

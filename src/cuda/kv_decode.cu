@@ -1,6 +1,7 @@
 /* kv_decode.cu: the plan of a step, the merge of splits, and the choice of a kernel. */
 #include "kv_decode.cuh"
 #include "kv_launch.h"
+#include "pdl.cuh"
 
 /* ---- the plan: one thread block writes the list of work items ---- */
 
@@ -200,6 +201,9 @@ static const decode_kernel *table_of(uint32_t head_dim) {
 
 kivi_status ki_cuda_decode_prepare(kivi_error *err) {
     static const uint32_t dims[] = {64, 80, 96, 128, 256};
+    cudaError_t e = ki_share_multiprocessors(ki_merge_kernel<false>);
+    if (e == cudaSuccess) e = ki_share_multiprocessors(ki_merge_kernel<true>);
+    KI_TRY(ki_cuda_check(e, "shared memory of the merge", err));
     for (uint32_t d : dims)
         for (const decode_kernel *k = table_of(d); k->head_dim; k++)
             KI_TRY(ki_cuda_check(k->prepare(), "shared memory of a decode kernel", err));

@@ -9,25 +9,10 @@
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_launch.h"
-#include "kv_rows.cuh"
 #include "kv_shared.h"
+#include "kv_slow.cuh"
 #include "kv_tile.cuh"
-
-struct decode_args {
-    ki_cuda_layout l;
-    const uint8_t *pool;
-    const uint32_t *tables;
-    const ki_cuda_seq *seqs;
-    const uint16_t *q;
-    void *out;
-    const uint32_t *n_items;
-    const ki_plan_item *items;
-    float *states; /* [items][H][2], then [items][H][D] */
-    float *state_acc;
-    uint32_t table_stride, layer, out_stride, heads, chunks, unit_bytes;
-    ki_cuda_type out_type;
-    float factor; /* scale log2(e) */
-};
+#include "pdl.cuh"
 
 /* A kernel's shape. Bits and groups 0: known at run time. NB: blocks of a unit. PLUS: the plus
  * kinds, and no others. HEADS: most query heads of a KV head that it takes; fewer than 8 leave
@@ -423,10 +408,6 @@ template <class S> KI_DEV void convert_units(warp_state<S> &st, float low, float
 
 /* ---- slow blocks ---- */
 
-struct slow_place { /* a block's bytes; NULL where they are not needed */
-    const uint8_t *page, *k16, *v16;
-};
-
 /* Keys: token by token from codes or from 16 bit. Invisible ones get -inf. */
 template <class S>
 KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan_item &item,
@@ -435,7 +416,7 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
     float exact[2][4] = {};
     uint32_t sinks = l.k_bits == 16 ? 0 : l.sink_tokens, base = block * KI_SUB_TOKENS;
     uint32_t in_page = base % KI_PAGE_TOKENS;
-    if (at.page) {
+    if (at.k_codes) {
         const uint8_t *sub = at.page + l.head_bytes + in_page / KI_SUB_TOKENS * l.sub_bytes;
         unit_scores<S, 1>(s, l, at.page, sub, in_page, st, lane);
     }
@@ -453,8 +434,8 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
 
 template <class S>
 KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_plan_item &item,
-                        uint32_t block, const slow_place &at, const float (&s)[2][4],
-                        uint32_t lane) {
+                        uint32_t block, const slow_place &at, exact_values<S> &values,
+                        const float (&s)[2][4], uint32_t lane) {
     float coded[2][4], exact[2][4];
     uint32_t sinks = l.v_bits == 16 ? 0 : l.sink_tokens, base = block * KI_SUB_TOKENS;
 #pragma unroll
@@ -467,7 +448,7 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
             coded[i][e] = is_exact ? 0 : s[i][e];
         }
     uint32_t p[4];
-    if (at.page) {
+    if (at.v_codes) {
         const uint8_t *sub =
             at.page + l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
         uint32_t bits = S::v_bits(l);
@@ -488,50 +469,22 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        for_frags<S::NJ, 16>(at.v16, lane,
-                             [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                                 mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
-                             });
+        values.each(at.v16, lane,
+                    [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                        mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+                    });
     }
-}
-
-/* Whether visible tokens of a block are read from codes, or in 16 bit. */
-KI_DEV bool reads_codes(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
-                        uint32_t sinks) {
-    uint32_t from = max(max(item.first, sinks), base);
-    return from < min(min(exact_from, item.end), base + KI_SUB_TOKENS);
-}
-KI_DEV bool reads_exact(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
-                        uint32_t sinks) {
-    uint32_t end = min(item.end, base + KI_SUB_TOKENS), from = max(item.first, base);
-    return max(exact_from, from) < end || from < min(sinks, end);
 }
 
 template <class S>
 KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_item &item,
-                       const ki_cuda_seq &seq, uint32_t head, uint32_t block, uint32_t lane) {
-    const ki_cuda_layout &l = a.l;
-    uint32_t base = block * KI_SUB_TOKENS;
-    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
-             v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
-    bool k_codes = reads_codes(item, base, item.k_exact, k_sinks);
-    bool v_codes = reads_codes(item, base, item.v_exact, v_sinks);
-    slow_place at = {};
-    const uint8_t *page = nullptr;
-    if (k_codes || v_codes) {
-        uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
-        page = a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
-    }
-    if (reads_exact(item, base, item.k_exact, k_sinks))
-        at.k16 = exact_block(l, seq, a.layer, head, block, 0);
-    if (reads_exact(item, base, item.v_exact, v_sinks))
-        at.v16 = exact_block(l, seq, a.layer, head, block, 1);
+                       const slow_place &at, uint32_t block, uint32_t lane) {
+    exact_values<S> values;
     float s[2][4] = {};
-    at.page = k_codes ? page : nullptr;
-    slow_scores<S>(s, l, item, block, at, st, lane);
+    values.load(at.v16, lane);
+    slow_scores<S>(s, a.l, item, block, at, st, lane);
     soften<S, 2>(s, st, 0);
-    at.page = v_codes ? page : nullptr;
-    slow_values<S>(st, l, item, block, at, s, lane);
+    slow_values<S>(st, a.l, item, block, at, values, s, lane);
 }
 
 /* ---- merging ---- */
@@ -661,6 +614,17 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);
         else pipe.issue_nothing();
     }
+    const ki_cuda_seq seq = a.seqs[item.slot];
+    auto block_of = [&](uint32_t k) {
+        return k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
+    };
+    slow_place next = {};
+    for (uint32_t n = item.part.slow_end, k = item.part.slow_begin + warp, first = k; k < n;
+         k += S::warps()) {
+        slow_place at = find_slow(a, item, seq, head, block_of(k));
+        bring_slow<S>(a, at, block_of(k), lane);
+        if (k == first) next = at;
+    }
     ki_pdl_wait();
     ki_pdl_launch();
 
@@ -681,13 +645,12 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
             }
         __syncthreads();
     }
-    if (item.part.slow_begin < item.part.slow_end) {
-        const ki_cuda_seq seq = a.seqs[item.slot];
-        for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::warps()) {
-            uint32_t block =
-                k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
-            slow_block<S>(st, a, item, seq, head, block, lane);
-        }
+    for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::warps()) {
+        slow_place now = next;
+        uint32_t block = block_of(k);
+        if (k + S::warps() < item.part.slow_end)
+            next = find_slow(a, item, seq, head, block_of(k + S::warps()));
+        slow_block<S>(st, a, item, now, block, lane);
     }
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
@@ -698,8 +661,8 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
             fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS,
                          lane);
         __syncwarp();
-        uint32_t next = i + S::STAGES;
-        if (next < stream.n) pipe.issue(next, stream.at(a, item, next, head, warp, lane), lane);
+        uint32_t later = i + S::STAGES;
+        if (later < stream.n) pipe.issue(later, stream.at(a, item, later, head, warp, lane), lane);
         else pipe.issue_nothing();
     }
     convert_units<S>(st, row_unit(v_bits), row8_unit(v_bits));
@@ -722,8 +685,10 @@ struct decode_kernel {
 
 /* As much shared memory as a thread block can have. */
 template <class S> static cudaError_t decode_prepare(void) {
-    return cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (int)ki_most_shared_bytes());
+    cudaError_t e =
+        cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)ki_most_shared_bytes());
+    return e == cudaSuccess ? ki_share_multiprocessors(ki_decode_kernel<S>) : e;
 }
 
 kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,

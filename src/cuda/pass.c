@@ -18,10 +18,15 @@ static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m)
     return m <= ki_cuda_stream_rows(b) && !(s->decode && b->fixed_rows);
 }
 
+/* Products of few rows stand in one chain, whatever comes between them. */
+static ki_stream_part next_part(ki_cuda_backend *b) {
+    return b->n_streamed++ % 2 ? KI_STREAM_SMALL : KI_STREAM_LARGE;
+}
+
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
-static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, float *out,
-                              size_t stride, const ki_matrix *weight, uint32_t n, const void *x,
-                              uint32_t m, bool add, kivi_error *err) {
+static kivi_status product_to(ki_cuda_backend *b, const ki_cuda_shape *s, float *out, size_t stride,
+                              const ki_matrix *weight, uint32_t n, const void *x, uint32_t m,
+                              bool add, kivi_error *err) {
     ki_gemm_shape shape = {.n = n, .k = weight->n_cols, .out_stride = stride};
     ki_stream_call few = {.out = out,
                           .out_stride = stride,
@@ -33,7 +38,10 @@ static kivi_status product_to(const ki_cuda_backend *b, const ki_cuda_shape *s, 
                           .type = b->type,
                           .workspace = b->buffers.sums,
                           .add = add};
-    if (is_few(b, s, m)) return ki_stream_run(b->few, &few, b->memory.stream, err);
+    if (is_few(b, s, m)) {
+        few.part = next_part(b);
+        return ki_stream_run(b->few, &few, b->memory.stream, err);
+    }
     if (s->decode && b->fixed_rows) m = b->fixed_rows; /* buffers have so many rows */
     return ki_gemm_run(b->gemm, out, weight->tiles, x, &shape, m, add, b->memory.stream, err);
 }
@@ -216,7 +224,7 @@ typedef struct normed_call {
 } normed_call;
 
 static kivi_status normed_product(const layer_call *c, const normed_call *p, kivi_error *err) {
-    const ki_cuda_backend *b = c->b;
+    ki_cuda_backend *b = c->b;
     const ki_cuda_buffers *r = &b->buffers;
     uint32_t m = c->shape->n_rows, k = p->weight->n_cols;
     bool few = is_few(b, c->shape, m);
@@ -231,6 +239,7 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
                            .workspace = b->buffers.sums,
                            .act_out = p->act_out,
                            .act = p->act};
+    if (few) call.part = next_part(b);
     if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {
         call.raw = r->x, call.norm = *p->norm;
         return ki_stream_run(b->few, &call, b->memory.stream, err);
@@ -355,6 +364,7 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
     const ki_config *c = &b->model->config;
     cudaStream_t stream = b->memory.stream;
     layer_call call = {.b = b, .shape = s, .kv = b->kv};
+    b->n_streamed = 0;
     call.kv.n_seqs = s->n_seqs;
     KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
                          "results", err));

@@ -9,8 +9,9 @@
 
 /* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
 enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
-/* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. */
-enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024 };
+/* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. OWN_BYTES: what a thread
+ * block takes beside its stages: barriers, alignment, and what the system keeps. */
+enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024, OWN_BYTES = 2560 };
 enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
 /* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher
  * then, and each block reads fewer columns of x. */
@@ -18,12 +19,17 @@ enum { CLUSTER = 4, NORM_ROWS = 4 };
 
 /* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
 typedef struct plan {
-    uint32_t tiles;               /* of a thread block */
+    uint32_t tiles, n_full;       /* of each of the first n_full clusters; others have one less */
     uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
     uint32_t n_blocks, cluster;
 } plan;
+
+/* How boxes are copied on sm_90: weights of a cluster of `tiles`, and of one with one less. */
+typedef struct maps {
+    CUtensorMap full, less, rows;
+} maps;
 
 static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
 
@@ -31,6 +37,7 @@ static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.
  * x], then rows of x that are held. */
 typedef struct place {
     uint32_t first; /* output; of gate and up: pair */
+    uint32_t tiles, stage_bytes;
     uint32_t rank, first_part;
     uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
 } place;
@@ -43,7 +50,7 @@ static __device__ __forceinline__ void bring_weights(const ki_stream_call &c, co
                                                      uint32_t to) {
     uint32_t full = at.full + 8 * to, where = at.ring + to * p.stage_bytes;
     uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
-    ki_begin_stage(full, p.stage_bytes);
+    ki_begin_stage(full, at.stage_bytes);
     for (uint32_t q = 0; q < p.here; q++) {
         ki_bring(where, w, at.first, col, full);
         if (c.act_out) ki_bring(where + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
@@ -204,8 +211,8 @@ static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
     uint32_t w_at[TILES], x_at;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        uint32_t tile = min(s.group + i * s.n_groups, p.tiles - 1);
-        uint32_t row = c.act_out ? up * p.tiles * 8 + tile * 8 + low : tile * TILE + up * 8 + low;
+        uint32_t tile = min(s.group + i * s.n_groups, at.tiles - 1);
+        uint32_t row = c.act_out ? up * at.tiles * 8 + tile * 8 + low : tile * TILE + up * 8 + low;
         w_at[i] = row * BOX_BYTES + ((lane >> 4) ^ low) * 16;
     }
     if (ROWS)
@@ -246,15 +253,15 @@ static __device__ __forceinline__ uint32_t pitch_of(const plan &p) { return outp
 
 template <int COLS, int TILES>
 static __device__ __forceinline__ void put_sums(const float (&acc)[TILES][COLS][4], float *sums,
-                                                bool gated, const plan &p) {
+                                                bool gated, const plan &p, uint32_t tiles) {
     const share s = share_of(p);
     uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, pitch = pitch_of(p);
     float *to = sums + s.part * COLS * 8 * pitch;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         uint32_t tile = s.group + i * s.n_groups;
-        uint32_t at = gated ? tile * 8 + g : tile * TILE + g, next = gated ? p.tiles * 8 : 8;
-        if (tile >= p.tiles) continue;
+        uint32_t at = gated ? tile * 8 + g : tile * TILE + g, next = gated ? tiles * 8 : 8;
+        if (tile >= tiles) continue;
 #pragma unroll
         for (int j = 0; j < COLS; j++)
 #pragma unroll
@@ -277,7 +284,7 @@ static __device__ __forceinline__ float total(const plan &p, uint32_t at, uint32
 template <int COLS>
 static __device__ __forceinline__ void finish(const ki_stream_call &c, const plan &p,
                                               const place &at) {
-    uint32_t n_here = c.act_out ? p.tiles * 8 : outputs_of(p), pitch = pitch_of(p);
+    uint32_t n_here = at.tiles * (c.act_out ? TILE / 2 : TILE), pitch = pitch_of(p);
     uint32_t n_all = c.act_out ? c.n / 2 : c.n, part_bytes = COLS * 8 * pitch * 4;
     for (uint32_t o = threadIdx.x + at.rank * THREADS; o < n_here * c.m; o += THREADS * p.cluster) {
         uint32_t m = o / n_here, i = o % n_here, from = at.ring + (m * pitch + i) * 4;
@@ -302,14 +309,18 @@ static __device__ __forceinline__ void sync_all(const plan &p) {
  * here, 0: x is read. */
 template <class T, int COLS, int TILES, int ROWS>
 static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
-    stream(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap rows,
-           const __grid_constant__ ki_stream_call c, const __grid_constant__ plan p) {
+    stream(const __grid_constant__ maps by, const __grid_constant__ ki_stream_call c,
+           const __grid_constant__ plan p) {
     extern __shared__ uint8_t memory[];
     __shared__ uint64_t bars[2][MOST_STAGES];
     uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
     place at;
     at.rank = blockIdx.x % p.cluster;
-    at.first = blockIdx.x / p.cluster * p.tiles * (c.act_out ? TILE / 2 : TILE);
+    uint32_t number = blockIdx.x / p.cluster, n_full = min(number, p.n_full);
+    bool is_full = number < p.n_full;
+    at.tiles = is_full ? p.tiles : p.tiles - 1;
+    at.first = (number * (p.tiles - 1) + n_full) * (c.act_out ? TILE / 2 : TILE);
+    at.stage_bytes = p.stage_bytes - p.here * (p.tiles - at.tiles) * TILE * BOX_BYTES;
     at.first_part = at.rank * p.here;
     at.ring = base + skip, at.held = at.ring + p.ring_bytes;
     at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]);
@@ -324,9 +335,10 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
     ki_pdl_launch();
     float acc[TILES][COLS][4] = {};
     if (threadIdx.x >= MULTIPLIERS) {
-        const ki_boxes w = {&weights, (const uint8_t *)c.weight,           c.n,
-                            c.k,      outputs_of(p) / (c.act_out ? 2 : 1), ki_leave_first()};
-        const ki_boxes x = {&rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
+        const ki_boxes w = {
+            is_full ? &by.full : &by.less,         (const uint8_t *)c.weight, c.n, c.k,
+            at.tiles * TILE / (c.act_out ? 2 : 1), ki_leave_first()};
+        const ki_boxes x = {&by.rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
         if (threadIdx.x - MULTIPLIERS < KI_FILLERS) fill(c, p, at, w, x);
     } else {
         if constexpr (ROWS > 0)
@@ -337,7 +349,7 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
     ki_pdl_wait();   /* before what others wrote is added to, or written over */
     __syncthreads(); /* the ring was read */
     if (threadIdx.x < MULTIPLIERS)
-        put_sums<COLS, TILES>(acc, (float *)(memory + skip), c.act_out != NULL, p);
+        put_sums<COLS, TILES>(acc, (float *)(memory + skip), c.act_out != NULL, p, at.tiles);
     sync_all(p);
     finish<COLS>(c, p, at);
     if (p.cluster > 1) ki_cluster_sync(); /* a block stays until its sums were read */
@@ -347,27 +359,44 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
 
 static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-static plan plan_of(const ki_stream_call &c, uint32_t cols, uint32_t n_sms, bool bulk,
-                    uint32_t most_bytes) {
+typedef struct device {
+    uint32_t n_sms, n_clusters, most_bytes; /* clusters that have a multiprocessor for each block */
+    bool bulk;                              /* what the kernel was compiled for */
+} device;
+
+/* What the stages may take. A multiprocessor has room for a large one and a small one, and neither
+ * for two large ones nor for a third. */
+static uint32_t budget_of(const ki_stream_call &c, const device &d, uint32_t rounds) {
+    uint32_t all = d.most_bytes + 1024, small = all * 3 / 8;
+    if (!d.bulk || rounds > 1 || c.part == KI_STREAM_EVEN) return RING_BYTES;
+    return c.part == KI_STREAM_SMALL ? small : all - small - 2 * OWN_BYTES;
+}
+
+static plan plan_of(const ki_stream_call &c, uint32_t cols, const device &d) {
     plan p = {};
     uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
     p.parts = ki_stream_parts(c.n);
     p.chunks = over(over(c.k, CHUNK), p.parts);
-    p.cluster = bulk && p.parts > 1 ? CLUSTER : 1;
+    p.cluster = d.bulk && p.parts > 1 ? CLUSTER : 1;
     p.here = p.parts / p.cluster;
-    uint32_t share = MOST_TILES * (WARPS / p.here) / p.cluster; /* most tiles of a block */
-    uint32_t rounds = over(n_tiles, n_sms * share);
-    p.tiles = over(n_tiles, n_sms * rounds) * p.cluster;
-    p.n_blocks = over(n_tiles, p.tiles) * p.cluster;
+    uint32_t share = MOST_TILES * (WARPS / p.here); /* most tiles of a cluster */
+    uint32_t at_once = p.cluster > 1 ? d.n_clusters : d.n_sms,
+             rounds = over(n_tiles, at_once * share);
+    uint32_t n_clusters = min(n_tiles, at_once * rounds);
+    p.tiles = over(n_tiles, n_clusters);
+    p.n_full = n_tiles - n_clusters * (p.tiles - 1);
+    p.n_blocks = n_clusters * p.cluster;
     p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
     p.stage_bytes = p.here * p.part_bytes;
     p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
-    uint32_t held = c.m * p.held_bytes, fit = (RING_BYTES - held) / p.stage_bytes;
-    uint32_t most = (most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
+    uint32_t held = c.m * p.held_bytes, fit = (budget_of(c, d, rounds) - held) / p.stage_bytes;
+    uint32_t most = (d.most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
     p.n_stages = min(p.chunks, min(max(2u, min(fit, (uint32_t)MOST_STAGES)), max(1u, most)));
     p.ring_bytes = max(p.n_stages * p.stage_bytes,
                        over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
     p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
+    if (d.bulk && rounds == 1 && c.part == KI_STREAM_LARGE)
+        p.shared_bytes = max(p.shared_bytes, (d.most_bytes + 1024) / 2);
     return p;
 }
 
@@ -393,7 +422,8 @@ struct ki_stream {
     kept_map maps[N_MAPS];
     ki_mem *mem;
     encode_fn encode; /* the driver's; NULL where the kernels copy by themselves */
-    uint32_t n_sms, most_bytes, n_encoded;
+    device about;
+    uint32_t n_encoded;
     uint32_t ready, wide_ready; /* a bit for each kernel whose attributes were set */
 };
 
@@ -407,19 +437,45 @@ static cudaError_t find_encode(encode_fn *out) {
     return found == cudaDriverEntryPointSuccess ? cudaSuccess : cudaErrorSymbolNotFound;
 }
 
+static cudaLaunchAttribute cluster_of(uint32_t n_blocks) {
+    cudaLaunchAttribute a = {};
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = n_blocks, a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    return a;
+}
+
+/* How many clusters find multiprocessors of their own: their blocks lie in one part of the chip,
+ * whose number of multiprocessors is not always a multiple of four. */
+static cudaError_t count_clusters(device *d) {
+    auto kernel = stream<__half, 1, 1, 0>;
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = cluster_of(CLUSTER);
+    int n = 0;
+    config.gridDim = CLUSTER;
+    config.blockDim = THREADS;
+    config.dynamicSmemBytes = d->most_bytes - BARRIER_BYTES;
+    config.attrs = &attribute, config.numAttrs = 1;
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)config.dynamicSmemBytes);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&n, kernel, &config);
+    d->n_clusters = n < 1 ? 1 : (uint32_t)n;
+    return e;
+}
+
 static cudaError_t ask_device(ki_stream *s) {
-    cudaFuncAttributes about;
-    int device = 0, n_sms = 0, most_bytes = 0;
-    cudaError_t e = cudaFuncGetAttributes(&about, stream<__half, 1, 1, 0>);
-    if (e == cudaSuccess) e = cudaGetDevice(&device);
+    cudaFuncAttributes kernel;
+    int number = 0, n_sms = 0, most_bytes = 0;
+    device *d = &s->about;
+    cudaError_t e = cudaFuncGetAttributes(&kernel, stream<__half, 1, 1, 0>);
+    if (e == cudaSuccess) e = cudaGetDevice(&number);
     if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, number);
     if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
     if (e != cudaSuccess) return e;
-    s->n_sms = (uint32_t)n_sms, s->most_bytes = (uint32_t)most_bytes;
-    /* what the kernels were compiled for */
-    return about.ptxVersion >= 90 ? find_encode(&s->encode) : cudaSuccess;
+    *d = (device){(uint32_t)n_sms, 1, (uint32_t)most_bytes, kernel.ptxVersion >= 90};
+    if (d->bulk) e = find_encode(&s->encode);
+    return d->bulk && e == cudaSuccess ? count_clusters(d) : e;
 }
 
 extern "C" kivi_status ki_stream_create(ki_stream **out, ki_mem *mem, kivi_error *err) {
@@ -479,7 +535,7 @@ template <class T, int COLS, int TILES, int ROWS> static cudaError_t make_ready(
     uint32_t bit = 1u << (SHAPE * 4 + (TILES - 1) * 2 + number_of(T()));
     if (s->ready & bit) return cudaSuccess;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)(s->most_bytes - BARRIER_BYTES));
+                                         (int)(s->about.most_bytes - BARRIER_BYTES));
     if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
     if (e == cudaSuccess) s->ready |= bit;
     return e;
@@ -487,15 +543,24 @@ template <class T, int COLS, int TILES, int ROWS> static cudaError_t make_ready(
 
 /* ---- launches ---- */
 
+static cudaError_t make_maps(maps *by, ki_stream *s, const ki_stream_call &c, const plan &p,
+                             uint32_t cols) {
+    uint32_t rows = TILE / (c.act_out ? 2 : 1), n_clusters = p.n_blocks / p.cluster;
+    cudaError_t e = ki_stream_map(&by->full, s, c.weight, c.n, c.k, p.tiles * rows);
+    if (e == cudaSuccess && p.n_full < n_clusters)
+        e = ki_stream_map(&by->less, s, c.weight, c.n, c.k, (p.tiles - 1) * rows);
+    if (e == cudaSuccess && !c.raw) e = ki_stream_map(&by->rows, s, c.x, c.m, c.k, cols * 8);
+    return e;
+}
+
 template <class T, int COLS, int TILES, int ROWS>
 static cudaError_t launch(ki_stream *s, const ki_stream_call &c, const plan &p, void *stream_) {
-    CUtensorMap weights = {}, rows = {};
+    maps by = {};
     cudaError_t e = make_ready<T, COLS, TILES, ROWS>(s);
-    if (s->encode && e == cudaSuccess)
-        e = ki_stream_map(&weights, s, c.weight, c.n, c.k, p.tiles * TILE / (c.act_out ? 2 : 1));
+    if (s->encode && e == cudaSuccess) e = make_maps(&by, s, c, p, COLS);
     if (e != cudaSuccess) return e;
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[2] = {{}, cluster_of(p.cluster)};
     config.gridDim = p.n_blocks;
     config.blockDim = THREADS;
     config.dynamicSmemBytes = p.shared_bytes;
@@ -504,15 +569,12 @@ static cudaError_t launch(ki_stream *s, const ki_stream_call &c, const plan &p, 
     config.numAttrs = p.cluster > 1 ? 2 : 1;
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = p.cluster;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    return cudaLaunchKernelEx(&config, stream<T, COLS, TILES, ROWS>, weights, rows, c, p);
+    return cudaLaunchKernelEx(&config, stream<T, COLS, TILES, ROWS>, by, c, p);
 }
 
 template <class T, int COLS, int ROWS>
 static cudaError_t plan_and_launch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    plan p = plan_of(c, COLS, s->n_sms, s->encode != NULL, s->most_bytes);
+    plan p = plan_of(c, COLS, s->about);
     return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(s, c, p, stream_)
                                     : launch<T, COLS, 1, ROWS>(s, c, p, stream_);
 }
@@ -521,7 +583,8 @@ template <class T>
 static cudaError_t dispatch(ki_stream *s, const ki_stream_call &c, void *stream_) {
     if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
     if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
-    if (s->encode) return ki_stream_wide(c, {s, &s->wide_ready, s->n_sms, stream_});
+    if (s->encode && c.m > NORM_ROWS)
+        return ki_stream_wide(c, {s, &s->wide_ready, s->about.n_sms, stream_});
     if (c.m <= 8) return plan_and_launch<T, 1, 0>(s, c, stream_);
     if (c.m <= 16) return plan_and_launch<T, 2, 0>(s, c, stream_);
     if (c.m <= 32) return plan_and_launch<T, 4, 0>(s, c, stream_);

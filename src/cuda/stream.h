@@ -8,6 +8,12 @@
  * filled before the kernel before this one has ended (programmatic dependent launch), and leaves
  * room for the ring of the one behind it, so that memory is never idle between two products.
  *
+ * Places. Each multiprocessor should have one thread block of a product: one with two takes longer
+ * than the others, and all wait for it. But blocks are placed where there is room, and there is
+ * room for two as soon as it is not taken by the product before. So products behind each other
+ * take turns: a small ring, a large one that fills more than half of a multiprocessor. Then where a
+ * large block is there is room for one small block, and the other way round.
+ *
  * Order of sums. Columns are cut into 1, 4 or 8 parts, by n alone; each part is one float32 chain
  * over steps of 16 columns, in their order; the parts are added in theirs. It depends on neither m
  * nor a row's place nor the device's size: a row has the same bits in every batch of up to 64. */
@@ -27,6 +33,9 @@ enum { KI_STREAM_ROWS = 64 };
  * them so), then sums. */
 enum { KI_STREAM_COUNTER_BYTES = 4096, KI_STREAM_WORKSPACE_BYTES = 12 << 20 };
 
+/* Its place in a chain. EVEN: rings of half a multiprocessor, two blocks of any product. */
+typedef enum ki_stream_part { KI_STREAM_EVEN, KI_STREAM_LARGE, KI_STREAM_SMALL } ki_stream_part;
+
 /* out[m][n] (+)= sum over k of x[m][k] weight[n][k]; m 1 to 64, k a multiple of 8; type F16 or
  * BF16; weight and x 16-byte aligned. With act_out instead of out: gate and up are the first and
  * the second half of the n rows, and act_out[m][n / 2] of `type` is act(gate) up, the bits that
@@ -39,6 +48,7 @@ typedef struct ki_stream_call {
     ki_cuda_type type;
     bool add;
     void *workspace; /* KI_STREAM_WORKSPACE_BYTES */
+    ki_stream_part part;
     void *act_out;   /* NULL: out */
     ki_cuda_act act; /* SILU_MUL or GELU_MUL */
     /* Instead of x, where ki_stream_takes_norm: x is norm(raw), raw [m][k] float32, the bits that

@@ -1,0 +1,107 @@
+/* kv_slow.cuh: where decode attention finds the blocks that it reads straight from memory (window,
+ * sinks, what does not fill a unit), and how a warp asks for them before it needs them: at short
+ * contexts a step waits for these trips, one behind the other. */
+#ifndef KI_KV_SLOW_CUH
+#define KI_KV_SLOW_CUH
+#include "kv_rows.cuh"
+#include "kv_tile.cuh"
+
+struct decode_args {
+    ki_cuda_layout l;
+    const uint8_t *pool;
+    const uint32_t *tables;
+    const ki_cuda_seq *seqs;
+    const uint16_t *q;
+    void *out;
+    const uint32_t *n_items;
+    const ki_plan_item *items;
+    float *states; /* [items][H][2], then [items][H][D] */
+    float *state_acc;
+    uint32_t table_stride, layer, out_stride, heads, chunks, unit_bytes;
+    ki_cuda_type out_type;
+    float factor; /* scale log2(e) */
+};
+
+struct slow_place { /* a block's bytes; null where they are not needed */
+    const uint8_t *page, *k16, *v16;
+    bool k_codes, v_codes;
+};
+
+/* The 16-bit values of a block, which a warp asks for before it needs the scores: that is one trip
+ * to memory for both. Rows that are too long for the registers are read when they are needed. */
+template <class S> struct exact_values {
+    static constexpr bool HELD = S::D <= 128;
+    uint4 fours[HELD ? 2 * S::NJ : 1];
+
+    __device__ __forceinline__ void load(const uint8_t *v16, uint32_t lane) {
+        if constexpr (HELD)
+#pragma unroll
+            for (int k = 0; k < 2 * S::NJ; k++) {
+                uint4 &w = fours[k];
+                w = make_uint4(0, 0, 0, 0);
+                if (v16) /* volatile: stays where it is */
+                    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                                 : "l"((const uint4 *)v16 + lane + k * 32));
+            }
+    }
+    template <class F>
+    __device__ __forceinline__ void each(const uint8_t *v16, uint32_t lane, F f) {
+        if constexpr (HELD) {
+#pragma unroll
+            for (int k = 0; k < 2 * S::NJ; k++)
+                f(k / 2, k % 2, fours[k].x, fours[k].y, fours[k].z, fours[k].w);
+        } else for_frags<S::NJ, 16>(v16, lane, f);
+    }
+};
+
+/* Whether visible tokens of a block are read from codes, or in 16 bit. */
+KI_DEV bool reads_codes(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
+                        uint32_t sinks) {
+    uint32_t from = max(max(item.first, sinks), base);
+    return from < min(min(exact_from, item.end), base + KI_SUB_TOKENS);
+}
+KI_DEV bool reads_exact(const ki_plan_item &item, uint32_t base, uint32_t exact_from,
+                        uint32_t sinks) {
+    uint32_t end = min(item.end, base + KI_SUB_TOKENS), from = max(item.first, base);
+    return max(exact_from, from) < end || from < min(sinks, end);
+}
+
+KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, const ki_cuda_seq &seq,
+                            uint32_t head, uint32_t block) {
+    const ki_cuda_layout &l = a.l;
+    uint32_t base = block * KI_SUB_TOKENS;
+    uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
+             v_sinks = l.v_bits == 16 ? 0 : l.sink_tokens;
+    slow_place at = {};
+    at.k_codes = reads_codes(item, base, item.k_exact, k_sinks);
+    at.v_codes = reads_codes(item, base, item.v_exact, v_sinks);
+    if (at.k_codes || at.v_codes) {
+        uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
+        at.page =
+            a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
+    }
+    if (reads_exact(item, base, item.k_exact, k_sinks))
+        at.k16 = exact_block(l, seq, a.layer, head, block, 0);
+    if (reads_exact(item, base, item.v_exact, v_sinks))
+        at.v16 = exact_block(l, seq, a.layer, head, block, 1);
+    return at;
+}
+
+/* Brings bytes into the cache that all multiprocessors share: the kernel before this one may still
+ * write some of them. */
+KI_DEV void bring_near(const uint8_t *at, uint32_t n_bytes, uint32_t lane) {
+    for (uint32_t i = lane * 128; at && i < n_bytes; i += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
+}
+
+template <class S>
+KI_DEV void bring_slow(const decode_args &a, const slow_place &at, uint32_t block, uint32_t lane) {
+    const uint8_t *sub = at.page + a.l.head_bytes + block % KI_SUBS * a.l.sub_bytes;
+    bring_near(at.page ? sub : nullptr, a.l.sub_bytes, lane);
+    bring_near(at.page, a.l.head_bytes, lane);
+    bring_near(at.k16, S::D * 2 * KI_SUB_TOKENS, lane);
+    bring_near(at.v16, S::D * 2 * KI_SUB_TOKENS, lane);
+}
+
+#endif
