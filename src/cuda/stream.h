@@ -1,12 +1,13 @@
 /* stream.h: products of up to 64 rows, for which time is what reading the weights once takes.
  *
- * Shapes. weight [n][k] and rows x [m][k] of `type`; out [m][n] float32. On sm_90a most of them are
- * stream_wide.h's. What is left, and all on sm_80, is stream.cu's: a thread block makes 16 to
- * 256 outputs of all rows: one producer warp brings weights and rows into a ring of stages in
- * shared memory, 64 columns a stage (tensor copies on sm_90, cp.async before), eight warps multiply
- * them with mma.m16n8k16, weights as the tall operand. Weights depend on nothing: the ring is
- * filled before the kernel before this one has ended (programmatic dependent launch), and leaves
- * room for the ring of the one behind it, so that memory is never idle between two products.
+ * Shapes. weight [n][k] and rows x [m][k] of `type`; out [m][n] float32. On sm_90a those of more
+ * than 4 rows are stream_wide.h's. What is left, and all on sm_80, is stream.cu's: a thread block
+ * makes 16 to 256 outputs of all rows: one producer warp brings weights and rows into a ring of
+ * stages in shared memory, 64 columns a stage (tensor copies on sm_90, cp.async before), eight
+ * warps multiply them with mma.m16n8k16, weights as the tall operand. Weights depend on nothing:
+ * the ring is filled before the kernel before this one has ended (programmatic dependent launch),
+ * and leaves room for the ring of the one behind it, so that memory is never idle between two
+ * products.
  *
  * Places. Each multiprocessor should have one thread block of a product: one with two takes longer
  * than the others, and all wait for it. But blocks are placed where there is room, and there is

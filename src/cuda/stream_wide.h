@@ -1,4 +1,4 @@
-/* stream_wide.h: stream.h's products on sm_90a, but those of rows that they normalize.
+/* stream_wide.h: stream.h's products of more than 4 rows on sm_90a.
  *
  * A block has the outputs of up to 128 rows of weights, of one of stream.h's parts of the columns.
  * One thread brings boxes of 64 columns, of weights and of x, into a ring in shared memory; one or

@@ -160,10 +160,11 @@ KI_INLINE void ask_ahead(attn_scratch *s) {
 /* Bits of a code that stand in the words; the third of three has a plane of its own. */
 KI_INLINE unsigned word_bits(unsigned bits) { return bits == 3 ? 2 : bits; }
 
-/* Codes of n_vectors vectors of 16 tokens (keys) or channels (values), and the folded rows that meet
- * them, from `row` on, one a query. `words`, `apart` from them those of the next vector, `stride`
- * those of the next word. third: of 3-bit codes, laid out as the words are, two of them to one.
- * first: of a stream (dot_stream). Query i's results go to out[i], or are added to what is there. */
+/* Codes of n_vectors vectors of 16 tokens (keys) or channels (values), and the folded rows that
+ * meet them, from `row` on, one a query. `words`, `apart` from them those of the next vector,
+ * `stride` those of the next word. third: of 3-bit codes, laid out as the words are, two of them to
+ * one. first: of a stream (dot_stream). Query i's results go to out[i], or are added to what is
+ * there. */
 typedef struct code_rows {
     const uint32_t *words, *third;
     size_t apart, stride;

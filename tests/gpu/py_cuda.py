@@ -161,6 +161,28 @@ def repeats():
                 assert cuda(folder, tokens, '--residual', 32, *options).tobytes() == first.tobytes()
 
 
+# Kernels of a step begin while others still run, and only products of many bytes take long enough for one to overtake
+# another: two layers of Llama-2-7B's shapes, and what each part does to it.
+WIDE = dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=4096, intermediate_size=11008,
+            num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, hidden_act='silu',
+            max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=False, torch_dtype='float16')
+
+
+def wide_repeats(kv):
+    folder = scratch(f'wide-{kv}')
+    os.makedirs(folder, exist_ok=True)
+    write(f'wide-{kv}/config.json', WIDE)
+    tokens = [int(t) for t in np.random.default_rng(7).integers(3, 32000, 420)]
+    for part in ('', 'close', 'norms', 'stream', 'fused'):
+        with case(f'repeat/wide-{kv}' + (f'-without-{part}' if part else '')):
+            runs = [cuda(folder, tokens, '--dummy-weights', 1, '--dummy-type', 'f16', '--kv', kv, '--prompt', 140,
+                         '--ctx', 512, env={'KIVI_DISABLE': part} if part else {}) for _ in range(2)]
+            assert np.isfinite(runs[0]).all()
+            rows = np.flatnonzero((runs[0] != runs[1]).any(-1))
+            assert not len(rows), f'rows {rows[:8]} of {len(rows)} differ, by at most {np.abs(runs[0] - runs[1]).max()}'
+
+
 # ---- parts of the engine that can be left out ----
 
 def parts(kv):
@@ -325,6 +347,8 @@ for one in CPU_CASES:
 for kv in ('kivi2', 'kivi2+', 'f16'):
     later(parts, kv)
 later(repeats)
+for kv in ('kivi2', 'kivi2+', 'f16'):
+    later(wide_repeats, kv)
 later(weight_types)
 later(command)
 later(smollm2)
