@@ -285,9 +285,10 @@ def print_md(o, found):
 def print_scaling(o):
     """Decoding by number of threads; llama.cpp fills its cache with the most of them, which is not timed."""
     o.batches, rows = [1], []
-    for o.threads in o.scaling:
+    for threads in o.scaling:
+        o.threads = threads
         found = measure(o)
-        rows.append((o.threads, [middle(found['decode', d, 1])[name] for name in o.names for d in o.depths]))
+        rows.append((threads, [middle(found['decode', d, 1])[name] for name in o.names for d in o.depths]))
     head = ['threads', *(f'{name.replace(":", " ")} at {d:,}' for name in o.names for d in o.depths)]
     print('| ' + ' | '.join(head) + ' |\n|' + '---:|' * len(head))
     for threads, speeds in rows:
