@@ -3,7 +3,7 @@
  * would flatter the caches). A repetition forks the filled sessions, runs, and drops the forks; the
  * first one warms up and is not counted. Ids are drawn beforehand: nothing is sampled or tokenized.
  *
- * Prompts of a batch run one after the other; generated tokens of a batch share a step. */
+ * Prompts of a batch share steps where they fit, as generated tokens do. */
 #include "commands.h"
 
 #include <inttypes.h>
@@ -113,10 +113,31 @@ static kivi_status start(bench *b, const test *t) {
 
 /* ---- one repetition ---- */
 
+static kivi_status run_step(bench *b, kivi_step_item *items, uint32_t n) {
+    kivi_status status = kivi_engine_step(b->engine, items, n, &b->err);
+    for (uint32_t i = 0; i < n && !status; i++)
+        if ((status = items[i].status)) b->err = items[i].error;
+    return status;
+}
+
+/* Whole prompts share a step as long as they fit; one that is longer than a step is cut. */
 static kivi_status run_prompts(bench *b, const test *t) {
+    kivi_step_item items[MAX_BATCH];
+    uint32_t most = b->info->step_rows, at_once = t->n_prompt < most ? most / t->n_prompt : 1;
     kivi_status status = KIVI_OK;
     for (uint32_t i = 0; i < t->n_batch && !status; i++)
-        status = kivi_session_prompt(b->running[i], b->ids + i + t->n_depth, t->n_prompt, &b->err);
+        status = kivi_session_begin_prompt(b->running[i], t->n_prompt, &b->err);
+    for (uint32_t first = 0, n; first < t->n_batch && !status; first += n) {
+        n = t->n_batch - first < at_once ? t->n_batch - first : at_once;
+        for (uint32_t done = 0, rows; done < t->n_prompt && !status; done += rows) {
+            rows = t->n_prompt - done < most ? t->n_prompt - done : most;
+            for (uint32_t i = 0; i < n; i++)
+                items[i] = (kivi_step_item){.session = b->running[first + i],
+                                            .tokens = b->ids + first + i + t->n_depth + done,
+                                            .n_tokens = rows};
+            status = run_step(b, items, n);
+        }
+    }
     return status;
 }
 
@@ -125,10 +146,7 @@ static kivi_status generate_step(bench *b, const test *t, uint32_t at) {
     for (uint32_t i = 0; i < t->n_batch; i++)
         items[i] = (kivi_step_item){
             .session = b->running[i], .tokens = b->ids + i + t->n_depth + at, .n_tokens = 1};
-    kivi_status status = kivi_engine_step(b->engine, items, t->n_batch, &b->err);
-    for (uint32_t i = 0; i < t->n_batch && !status; i++)
-        if ((status = items[i].status)) b->err = items[i].error;
-    return status;
+    return run_step(b, items, t->n_batch);
 }
 
 static kivi_status generate(bench *b, const test *t, double *step_seconds) {

@@ -31,6 +31,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KIVI = os.environ.get('KIVI_BIN') or os.path.join(ROOT, 'build', 'kivi')
+os.environ['KIVI_DEVICE'] = 'cpu'  # also where there is a GPU, which kivi would take
 PACKAGE, VERSION = 'llama-cpp-python', '0.3.36'
 KINDS = 'llama:f16,llama:q8_0,llama:q4_0,kivi:f16,kivi:kivi4,kivi:kivi2,kivi:kivi2+'
 LLAMA_TYPES = {'f16': 'GGML_TYPE_F16', 'q8_0': 'GGML_TYPE_Q8_0', 'q4_0': 'GGML_TYPE_Q4_0',

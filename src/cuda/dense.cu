@@ -268,7 +268,7 @@ static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows
                           : head < h.n_heads + h.n_kv_heads ? h.k_weight
                                                             : NULL;
     for (uint32_t i = lane; i < h.head_dim; i += 32) {
-        float v = x[i] + (h.bias ? h.bias[head * h.head_dim + i] : 0.0f);
+        float v = ki_fresh(x + i) + (h.bias ? h.bias[head * h.head_dim + i] : 0.0f);
         x[i] = v;
         square += v * v;
     }

@@ -21,9 +21,9 @@ template <bool WIDE> struct raw_pair {
     /* at is even, rows are aligned to two elements */
     __device__ __forceinline__ void load(const void *x, uint64_t at) {
         if constexpr (WIDE) {
-            uint2 y = *(const uint2 *)((const uint32_t *)x + at);
+            uint2 y = ki_fresh((const uint2 *)((const uint32_t *)x + at));
             two[0] = y.x, two[1] = y.y;
-        } else two[0] = *(const uint32_t *)((const uint16_t *)x + at);
+        } else two[0] = ki_fresh((const uint32_t *)((const uint16_t *)x + at));
     }
     __device__ __forceinline__ float2 value(ki_cuda_type type) const {
         if constexpr (WIDE) return make_float2(__uint_as_float(two[0]), __uint_as_float(two[1]));
@@ -420,7 +420,8 @@ KI_DEV void put_codes(const value_row<D> &v, const ki_cuda_layout &l, uint8_t *s
 }
 
 /* Values of n_layers layers from a.layer on, a warp each. What it reads was written in earlier
- * steps, so the work is done before the wait. */
+ * steps, and yet it waits first: with its work before the wait and the product before it let in
+ * early, too, one step in some hundred had other logits (SPEED.md, "Not the same bits"). */
 template <int D>
 static __global__ void __launch_bounds__(ROW_THREADS)
     ki_values_kernel(const __grid_constant__ append_args args, uint32_t n_seqs, uint32_t n_layers) {
@@ -432,6 +433,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     append_args a = args;
     const ki_cuda_layout &l = args.l;
     uint32_t head = index % l.n_kv_heads, rest = index / l.n_kv_heads, slot = rest % n_seqs;
+    ki_pdl_wait();
+    ki_pdl_launch();
     ki_cuda_seq s = {};
     a.layer = args.layer + rest / n_seqs;
     if (rest / n_seqs < n_layers) s = a.seqs[slot];
@@ -447,8 +450,6 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         else quantize_row<D>(v, l, sub, t, lane);
         put_codes<D>(v, l, sub, t, lane);
     }
-    ki_pdl_wait();
-    ki_pdl_launch();
 }
 
 /* ---- host calls ---- */
