@@ -125,10 +125,10 @@ static kivi_status run_prompts(bench *b, const test *t) {
     kivi_step_item items[MAX_BATCH];
     uint32_t most = b->info->step_rows, at_once = t->n_prompt < most ? most / t->n_prompt : 1;
     kivi_status status = KIVI_OK;
-    for (uint32_t i = 0; i < t->n_batch && !status; i++)
-        status = kivi_session_begin_prompt(b->running[i], t->n_prompt, &b->err);
     for (uint32_t first = 0, n; first < t->n_batch && !status; first += n) {
         n = t->n_batch - first < at_once ? t->n_batch - first : at_once;
+        for (uint32_t i = 0; i < n && !status; i++)
+            status = kivi_session_begin_prompt(b->running[first + i], t->n_prompt, &b->err);
         for (uint32_t done = 0, rows; done < t->n_prompt && !status; done += rows) {
             rows = t->n_prompt - done < most ? t->n_prompt - done : most;
             for (uint32_t i = 0; i < n; i++)

@@ -117,7 +117,7 @@ def main():
     prompts, short = texts(o.at_once, o.prompt), texts(2, 8, 2)
     ends = (0, 2)  # <|endoftext|> and <|im_end|> of SmolLM2
     with Server(KIVI, o.model, '--threads', o.threads, '--ctx', ctx, '--max-num-seqs', o.at_once, '--kv', o.kv,
-                '--rule', o.rule, '--no-prefix-cache') as s:
+                '--rule', o.rule, '--no-prefix-cache', '--device', 'cpu') as s:
         load(s.port, short, 4, ends, ignore_eos=True)  # warm
         ours = say(f'kivi serve, {o.kv}, {o.rule}', load(s.port, prompts, o.answer, ends, ignore_eos=True))
         assert s.stop() == 0

@@ -74,11 +74,11 @@ static __device__ moments row_moments(const float *x, uint32_t n, const ki_cuda_
     moments m = {0, 0};
     float sum = 0, square = 0;
     if (norm.bias) {
-        for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS) sum += ki_fresh(x + i);
+        for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS) sum += x[i];
         m.mean = block_sum(sum) / (float)n;
     }
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS) {
-        float d = ki_fresh(x + i) - m.mean;
+        float d = x[i] - m.mean;
         square += d * d;
     }
     m.scale = 1.0f / sqrtf(block_sum(square) / (float)n + norm.eps);
@@ -87,7 +87,7 @@ static __device__ moments row_moments(const float *x, uint32_t n, const ki_cuda_
 
 static __device__ __forceinline__ float normed(const float *x, uint32_t i, moments m,
                                                const ki_cuda_norm norm) {
-    float v = (ki_fresh(x + i) - m.mean) * m.scale * norm.weight[i];
+    float v = (x[i] - m.mean) * m.scale * norm.weight[i];
     return norm.bias ? v + norm.bias[i] : v;
 }
 
@@ -107,7 +107,7 @@ static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm,
     size_t at = (size_t)blockIdx.x * n;
     moments m = row_moments(delta + at, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        x[at + i] = ki_fresh(x + at + i) + normed(delta + at, i, m, norm);
+        x[at + i] += normed(delta + at, i, m, norm);
 }
 
 /* The same for rows that fit into a block's registers, FOURS float4 a thread: a row is read once,
@@ -154,8 +154,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
-        v[k] = i < n / 4 ? ki_fresh((const float4 *)from + row + i) : zero;
-        old[k] = i < n / 4 && x ? ki_fresh((const float4 *)x + row + i) : zero;
+        v[k] = i < n / 4 ? ((const float4 *)from)[row + i] : zero;
+        old[k] = i < n / 4 && x ? ((const float4 *)x)[row + i] : zero;
     }
     float scale = center(v, n, norm.bias != NULL, norm.eps);
 #pragma unroll
@@ -199,7 +199,7 @@ static __global__ void __launch_bounds__(RMS_THREADS)
 #pragma unroll
         for (int k = 0; k < FOURS; k++) {
             uint32_t i = threadIdx.x + RMS_THREADS * s + ROW_THREADS * k;
-            v[s][k] = i < n / 4 ? ki_fresh(x + i) : zero;
+            v[s][k] = i < n / 4 ? x[i] : zero;
         }
 #pragma unroll
     for (int s = 0; s < RMS_SHARE; s++) {
@@ -268,7 +268,7 @@ static __global__ void adjust_heads(float *qkv, ki_cuda_heads h, uint32_t n_rows
                           : head < h.n_heads + h.n_kv_heads ? h.k_weight
                                                             : NULL;
     for (uint32_t i = lane; i < h.head_dim; i += 32) {
-        float v = ki_fresh(x + i) + (h.bias ? h.bias[head * h.head_dim + i] : 0.0f);
+        float v = x[i] + (h.bias ? h.bias[head * h.head_dim + i] : 0.0f);
         x[i] = v;
         square += v * v;
     }
@@ -352,10 +352,10 @@ static __global__ void activate(void *out, const float *in, ki_cuda_act act, uin
     if (i >= n) return;
     float v;
     if (act == KI_CUDA_GELU) {
-        float x = ki_fresh(in + row * n + i);
+        float x = in[row * n + i];
         v = x * (1.0f + erff(x * 0.7071067812f)) * 0.5f;
     } else {
-        v = ki_gated(act, ki_fresh(in + row * 2 * n + i), ki_fresh(in + row * 2 * n + n + i));
+        v = ki_gated(act, in[row * 2 * n + i], in[row * 2 * n + n + i]);
     }
     ki_store(out, row * n + i, v, type);
 }
@@ -376,7 +376,7 @@ static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, co
     size_t to = (size_t)blockIdx.x * n;
     float bad = 0;
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        bad += (__float_as_uint(ki_fresh(from + i)) & 0x7f800000u) == 0x7f800000u ? 1.0f : 0.0f;
+        bad += (__float_as_uint(from[i]) & 0x7f800000u) == 0x7f800000u ? 1.0f : 0.0f;
     bad = block_sum(bad);
     if (threadIdx.x == 0) finite[blockIdx.x] = bad == 0;
     moments m = row_moments(from, n, norm);

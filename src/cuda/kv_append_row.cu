@@ -21,9 +21,9 @@ template <bool WIDE> struct raw_pair {
     /* at is even, rows are aligned to two elements */
     __device__ __forceinline__ void load(const void *x, uint64_t at) {
         if constexpr (WIDE) {
-            uint2 y = ki_fresh((const uint2 *)((const uint32_t *)x + at));
+            uint2 y = *(const uint2 *)((const uint32_t *)x + at);
             two[0] = y.x, two[1] = y.y;
-        } else two[0] = ki_fresh((const uint32_t *)((const uint16_t *)x + at));
+        } else two[0] = *(const uint32_t *)((const uint16_t *)x + at);
     }
     __device__ __forceinline__ float2 value(ki_cuda_type type) const {
         if constexpr (WIDE) return make_float2(__uint_as_float(two[0]), __uint_as_float(two[1]));

@@ -124,12 +124,11 @@ KI_DEV merge_state merge_splits(const merge_args &a, uint64_t first, uint32_t he
         for (int k = 0; k < MERGE_BATCH; k++) {
             uint64_t at = (first + s + k * step) * a.n_heads + head;
             bool here = s + k * step < n;
-            ml[k] = here ? ki_fresh(a.states + at) : make_float2(-1e30f, 0);
+            ml[k] = here ? a.states[at] : make_float2(-1e30f, 0);
 #pragma unroll
             for (uint32_t i = 0; i < 2; i++)
-                acc[k][i] = here && lane + i * 32 < n_fours
-                                ? ki_fresh(a.acc + at * n_fours + lane + i * 32)
-                                : make_float4(0, 0, 0, 0);
+                acc[k][i] = here && lane + i * 32 < n_fours ? a.acc[at * n_fours + lane + i * 32]
+                                                            : make_float4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int k = 0; k < MERGE_BATCH; k++) merge_into(state, ml[k].x, ml[k].y, acc[k]);

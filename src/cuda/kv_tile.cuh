@@ -11,7 +11,6 @@
 #define KI_KV_TILE_CUH
 #include "kv_mma.cuh"
 #include "kv_plan.h"
-#include "pdl.cuh"
 
 constexpr float CODE_UNIT = 16777216.0f; /* 2^24 */
 KI_DEV float row_unit(uint32_t bits) { return bits == 16 ? 1.0f : CODE_UNIT; }
@@ -110,7 +109,7 @@ template <int NJ> struct queries {
         const uint32_t *row = (const uint32_t *)head_rows + lane % 4;
 #pragma unroll
         for (int k = 0; k < 2 * NJ; k++) {
-            q[k] = is_head ? ki_fresh(row + 4 * k) : 0;
+            q[k] = is_head ? row[4 * k] : 0;
             largest = fmaxf(largest, fmaxf(fabsf(low_half(q[k])), fabsf(high_half(q[k]))));
         }
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));

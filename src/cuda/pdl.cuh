@@ -19,11 +19,6 @@ static __device__ __forceinline__ void ki_pdl_wait(void) {
 #endif
 }
 
-/* Reads what another kernel of the step wrote, past the cache of the multiprocessor. The wait makes
- * visible what the kernel just before wrote; of what an earlier one changed (x, which each product
- * adds to) there may still be a line that a thread block here read before that. */
-template <class T> static __device__ __forceinline__ T ki_fresh(const T *at) { return __ldcg(at); }
-
 static __device__ __forceinline__ void ki_pdl_launch(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

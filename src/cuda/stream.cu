@@ -128,7 +128,7 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
             for (int f = 0; f < FOURS; f++) {
                 uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
                 bool in = i < n_fours && m < (int)c.m;
-                v[m][s][f] = in ? ki_fresh((const float4 *)c.raw + (size_t)m * n_fours + i) : zero;
+                v[m][s][f] = in ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
             }
 #pragma unroll
     for (int m = 0; m < ROWS; m++)
@@ -295,7 +295,7 @@ static __device__ __forceinline__ void finish(const ki_stream_call &c, const pla
             ki_store(c.act_out, (size_t)m * n_all + at.first + i, y, c.type);
         } else {
             float *to = c.out + m * c.out_stride + at.first + i;
-            *to = c.add ? ki_fresh(to) + v : v;
+            *to = c.add ? *to + v : v;
         }
     }
 }

@@ -191,8 +191,7 @@ static __device__ __forceinline__ void finish(const ki_stream_call &c, const pla
             const float *from = c.out + row[e] * c.out_stride + at.first;
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                old[e][k] =
-                    c.add && col[e] + k * step < n_here ? ki_fresh(from + col[e] + k * step) : 0;
+                old[e][k] = c.add && col[e] + k * step < n_here ? from[col[e] + k * step] : 0;
         }
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
