@@ -3,17 +3,20 @@
 machine, with the same requests.
 
   compare_serving.py MODEL.gguf PYTHON [--at-once 16] [--prompt 1024] [--answer 128] [--threads 2] [--kv kivi2]
+                     [--reps 3]
 
 PYTHON is an interpreter that can `import llama_cpp.server` (pip install "llama-cpp-python[server]"). Each server gets
 the same texts at the same time, none of which ends early; what counts is generated tokens a second from the first
 request to the last answer. llama.cpp's own batched decode is its library without a server (compare_llama.py): each
-prompt in batches of 512 rows, then steps of a row of each sequence. Prints a line for each and the ratios."""
+prompt in batches of 512 rows, then steps of a row of each sequence. Prints a line for each and the ratios. With --reps
+kivi and the batched decode run in turn as often, and the ratios are of their medians; the server runs once."""
 import argparse
 import http.client
 import json
 import os
 import random
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -100,6 +103,31 @@ def batched(o):
     return float(done.stdout), o.at_once * o.prompt, o.at_once * o.answer
 
 
+def serve_kivi(o, ctx, prompts, short, ends):
+    with Server(KIVI, o.model, '--threads', o.threads, '--ctx', ctx, '--max-num-seqs', o.at_once, '--kv', o.kv,
+                '--rule', o.rule, '--no-prefix-cache', '--device', 'cpu') as s:
+        load(s.port, short, 4, ends, ignore_eos=True)  # warm
+        speed = say(f'kivi serve, {o.kv}, {o.rule}', load(s.port, prompts, o.answer, ends, ignore_eos=True))
+        assert s.stop() == 0
+    return speed
+
+
+def serve_llama(o, ctx, prompts, short, ends):
+    port = free_port()
+    process = subprocess.Popen(
+        [o.python, '-m', 'llama_cpp.server', '--model', o.model, '--n_ctx', str(ctx), '--n_threads', str(o.threads),
+         '--n_threads_batch', str(o.threads), '--port', str(port), '--host', '127.0.0.1', '--cache', 'false'],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        Server.until(lambda: process.poll() is not None or answers(port), 'llama_cpp.server answers', 60)
+        assert process.poll() is None, 'llama_cpp.server ended'
+        load(port, short, 4, ends)
+        return say('llama_cpp.server, f16', load(port, prompts, o.answer, ends))
+    finally:
+        process.kill()
+        process.wait()
+
+
 def main():
     if sys.argv[1:2] == ['--llama-job']:
         return llama_job(json.loads(sys.argv[2]))
@@ -112,30 +140,19 @@ def main():
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--kv', default='kivi2')
     parser.add_argument('--rule', default='stream')
+    parser.add_argument('--reps', type=int, default=1)
     o = parser.parse_args()
     ctx = o.prompt + o.answer + 64
     prompts, short = texts(o.at_once, o.prompt), texts(2, 8, 2)
     ends = (0, 2)  # <|endoftext|> and <|im_end|> of SmolLM2
-    with Server(KIVI, o.model, '--threads', o.threads, '--ctx', ctx, '--max-num-seqs', o.at_once, '--kv', o.kv,
-                '--rule', o.rule, '--no-prefix-cache', '--device', 'cpu') as s:
-        load(s.port, short, 4, ends, ignore_eos=True)  # warm
-        ours = say(f'kivi serve, {o.kv}, {o.rule}', load(s.port, prompts, o.answer, ends, ignore_eos=True))
-        assert s.stop() == 0
-    port = free_port()
-    process = subprocess.Popen(
-        [o.python, '-m', 'llama_cpp.server', '--model', o.model, '--n_ctx', str(ctx), '--n_threads', str(o.threads),
-         '--n_threads_batch', str(o.threads), '--port', str(port), '--host', '127.0.0.1', '--cache', 'false'],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        Server.until(lambda: process.poll() is not None or answers(port), 'llama_cpp.server answers', 60)
-        assert process.poll() is None, 'llama_cpp.server ended'
-        load(port, short, 4, ends)
-        theirs = say('llama_cpp.server, f16', load(port, prompts, o.answer, ends))
-    finally:
-        process.kill()
-        process.wait()
-    alone = say('llama.cpp, batched decode, f16', batched(o))
-    print(f'kivi / llama_cpp.server: {ours / theirs:.2f}; kivi / batched decode: {ours / alone:.2f}')
+    ours, alone = [], []
+    for _ in range(o.reps):
+        ours.append(serve_kivi(o, ctx, prompts, short, ends))
+        alone.append(say('llama.cpp, batched decode, f16', batched(o)))
+    theirs = serve_llama(o, ctx, prompts, short, ends)
+    middle = statistics.median(ours)
+    print(f'kivi / llama_cpp.server: {middle / theirs:.2f}; kivi / batched decode: '
+          f'{middle / statistics.median(alone):.2f}')
     return 0
 
 
