@@ -100,8 +100,8 @@ def evaluate():
             assert abs(math.log(a['ppl'] / b['ppl'])) <= 0.05, (a, b)
 
 
-def says(server, text, **body):
-    return server.complete(prompt=text, max_tokens=16, **body)['choices'][0]
+def says(server, text, max_tokens=16, **body):
+    return server.complete(prompt=text, max_tokens=max_tokens, **body)['choices'][0]
 
 
 def serve():
@@ -149,6 +149,44 @@ def serve():
         server.stop()
 
 
+def counted(server, name):
+    """A counter or gauge of /metrics."""
+    for line in server.get('/metrics')[1].decode().splitlines():
+        if line.split('{')[0].split(' ')[0] == f'kivi:{name}':
+            return float(line.split()[-1])
+    raise AssertionError(f'no kivi:{name} in /metrics')
+
+
+def pages():
+    """What moves a sequence's pages on a device. A prompt that is cut elsewhere has other last bits there, so answers
+    are compared as far as the CPU's are."""
+    if not MODEL:
+        return
+    options = ('--ctx', 1024, '--max-num-seqs', 6, '--rule', 'stream', '--kv', 'kivi2', *CUDA)
+    prompts = [f'{PROMPTS[i % 3]} number {i}. ' + ' '.join(f'Item {j} is {i * j}.' for j in range(60)) for i in range(6)]
+    ample = Server(KIVI, MODEL, *options)
+    with case('serve/prefix-hit-as-a-miss'):
+        miss = says(ample, prompts[0])['text']
+        before = counted(ample, 'prefix_cache_hits_total')
+        hit = says(ample, prompts[0])['text']
+        assert counted(ample, 'prefix_cache_hits_total') - before >= 128, 'nothing was found'
+        assert common(miss, hit) >= 8, (miss, hit)
+    with case('serve/choices-share-a-prompt'):
+        a = ample.complete(prompt=prompts[1], max_tokens=12, n=3)['choices']
+        assert len(a) == 3 and len({c['text'] for c in a}) == 1, a  # greedy: whoever shares sees the same
+    alone = [says(ample, p, max_tokens=300, ignore_eos=True)['text'] for p in prompts]
+    ample.stop()
+    tight = Server(KIVI, MODEL, *options, '--kv-memory', 10, '--no-prefix-cache')
+    with case('serve/preempted-and-resumed'):
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            jobs = [pool.submit(tight.complete, prompt=p, max_tokens=300, ignore_eos=True) for p in prompts]
+            among = [j.result()['choices'][0]['text'] for j in jobs]
+        assert counted(tight, 'num_preemptions_total') > 0, 'all had room'
+        for a, b in zip(alone, among):
+            assert common(a, b) >= 8, (a, b)
+    tight.stop()
+
+
 found = kivi('info', os.path.join(GOLDEN, 'llama-gqa'), *CUDA)
 if found.code == 4:
     with case('cuda'):
@@ -161,4 +199,5 @@ for kind in ('f16', 'kivi2', 'kivi2+'):
 chat()
 evaluate()
 serve()
+pages()
 finish()
