@@ -40,12 +40,10 @@
  * that time and moves the newest rows back with ki_cuda_ring_copy.
  *
  * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers
- * only. ki_cuda_append and ki_cuda_close with pdl read the value that left the window, and write
- * its codes, before they wait for the kernel before them: two steps of a sequence in a layer must
- * have another kernel between them (attention is one). A call with pdl may start to read pages,
- * tables and the plan while the kernel before it in the stream ends: that kernel must be one that
- * waits for its own predecessor (all of these do, and any kernel launched without pdl), and not
- * ki_cuda_decode_plan.
+ * only. Appends and closes with pdl wait for the kernel before them and then begin. Attention with
+ * pdl may start to read pages, tables and the plan while the kernel before it in the stream ends:
+ * that kernel must be one that waits for its own predecessor (all of these do, and any kernel
+ * launched without pdl), and not ki_cuda_decode_plan.
  *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends
