@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 
-from blackbox import KIVI, SCRATCH, bad, case, finish, good, logits, scratch, skip, start, write
+from blackbox import KIVI, SCRATCH, UNDER, bad, case, finish, good, logits, scratch, skip, start, write
 from convert_files import make_folder
 from serve_client import Server, read_events
 
@@ -651,6 +651,18 @@ def limits():
             assert s.complete(prompt='x', max_tokens=2)
 
 
+WORK = ((TEXT, {'prompt': 'x', 'max_tokens': 1}),
+        (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 1}))
+
+
+def check_unready(status, data, retry, why):
+    """An answer to new work that is not taken now."""
+    assert status == 503 and 1 <= int(retry) <= 60, (status, retry, data)
+    error = json.loads(data)['error']
+    assert why in error['message'] and error['type'] == 'unavailable_error', error
+    assert error['code'] == 503 and error['param'] is None, error
+
+
 def stops_only_the_engine(pid):
     """The first thread of a child, which runs the steps, stands still until the returned call; None: not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -666,12 +678,13 @@ def stops_only_the_engine(pid):
 def stall_once(s, go_on):
     """What a stopped engine looks like. TimeoutError: it was stopped while it held a lock that answers need, which no
     step does for long."""
-    def ask(path):
+    def ask(path, body=None):
         link = s.connect(5)
         try:
-            link.request('GET', path)
+            link.request('POST' if body else 'GET', path, json.dumps(body) if body else None,
+                         {'Content-Type': 'application/json'} if body else {})
             answer = link.getresponse()
-            return answer.status, answer.read()
+            return (answer.status, answer.read(), answer.getheader('Retry-After'))[:3 if body else 2]
         finally:
             link.close()
     try:
@@ -683,7 +696,10 @@ def stall_once(s, go_on):
             raise TimeoutError
         assert status == 503 and b'stalled' in body, (status, body)
         assert waited > 9, f'after {waited:.1f} s'  # what "stalled" means
-        assert ask('/health')[0] == 200
+        assert ask('/health')[0] == 200 and ask('/v1/models')[0] == 200
+        assert b'kivi:num_requests_running' in ask('/metrics')[1]
+        for path, body in WORK:
+            check_unready(*ask(path, body), 'stalled')
         s.until(lambda: any('stalled: no progress' in x for x in s.lines[n_before:]), 'the log says it', 5)
         told = next(i for i, x in enumerate(s.lines) if i >= n_before and 'stalled: no progress' in x)
         s.until(lambda: len(s.lines) > told + 1, 'the log has the state', 5)
@@ -708,9 +724,35 @@ def stalls():
                 link.close()
                 assert left, 'stopped at a lock, five times'
         s.until(lambda: s.get('/ready')[0] == 200, 'ready again', 10)
-        assert answer.readline() is not None
+        assert answer.readline() is not None and answer.readline() is not None  # one that ran goes on
+        for path, body in WORK:
+            assert s.post(path, body)[0] == 200, path
         link.close()
         s.until(lambda: pages(s) == 0, 'the pages are free', 10)
+
+
+def loading():
+    # Some 200 MB of random weights: a second or two, while the port opens within milliseconds of the first line.
+    n_layers = 2 if UNDER else 8
+    model = make_folder('llama-gqa', name='hf-larger', hidden_size=1024, intermediate_size=4096,
+                        num_hidden_layers=n_layers)
+    with case('while the model loads: 503 with Retry-After; health, metrics and the page answer'), \
+            Server(KIVI, model, *COMMON, ready=False) as s:
+        n_refused = 0
+        while s.get('/ready')[0] == 503:
+            path, body = WORK[n_refused % 2]
+            status, headers, data = s.ask('POST', path, body)
+            if status == 200:  # it was loaded between the two
+                break
+            check_unready(status, data, headers.get('Retry-After', 0), 'being loaded')
+            if n_refused == 0:
+                assert s.get('/health')[0] == s.get('/')[0] == s.get('/version')[0] == 200
+                assert b'kivi:http_connections' in s.get('/metrics')[1]
+            n_refused += 1
+            time.sleep(0.01)
+        assert n_refused > 0, 'it was loaded before the first question'
+        s.until(lambda: s.get('/ready')[0] == 200, 'it is loaded')
+        assert s.post(*WORK[0])[0] == 200
 
 
 @contextlib.contextmanager
@@ -894,6 +936,7 @@ slow_readers()
 drains()
 limits()
 stalls()
+loading()
 slow_log()
 keys()
 batches()
