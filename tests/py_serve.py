@@ -1021,3 +1021,20 @@ slow_log()
 keys()
 batches()
 finish()
+    def figures_of(*more):
+        args = ('-n', '20', '-c', '4', '--input-len', '8', '--output-len', '24', '--seed', '1', '-o', 'json')
+        return json.loads(good('bench', 'serve', f'http://127.0.0.1:{s.port}', *args, *more).text)
+    with case('bench serve: a request rate is kept'):
+        # Arrivals are random (exponential gaps), but the seed is fixed: the 19 gaps are 1.9 s in the mean at 10/s, and
+        # never does the last request leave before its time. Half of that is far more than 20 such requests take.
+        slow, slower = figures_of('--request-rate', '10'), figures_of('--request-rate', '5')
+        assert slow['completed'] == slower['completed'] == 20
+        assert slow['duration'] > 19 / 10 / 2 and slower['duration'] > 19 / 5 / 2, (slow, slower)
+    with case('bench serve: goodput'):
+        huge = figures_of('--goodput-ttft', '1e9', '--goodput-tpot', '1e9')
+        assert huge['request_goodput'] == huge['request_throughput'] > 0, huge
+        for limit in (('--goodput-ttft', '1e-6'), ('--goodput-tpot', '1e-6'),
+                      ('--goodput-ttft', '1e9', '--goodput-tpot', '1e-6')):
+            none = figures_of(*limit)
+            assert none['request_goodput'] == 0 and none['completed'] == 20, (limit, none)
+
