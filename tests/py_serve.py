@@ -885,6 +885,38 @@ def slow_log():
 
 
 def keys():
+def text_log():
+    with case('the log as text: a line a request with its fields, no key and no prompt'), \
+            Server(KIVI, MODEL, *DUMMY, '--log-format', 'text', '--api-key', 'the-key') as s:
+        def ask(name, path, body=None, key='the-key'):
+            return s.ask('POST' if body else 'GET', path, body,
+                         {'Authorization': 'Bearer ' + key, 'X-Request-Id': name})[0]
+        words = {'prompt': 'secret words', 'max_tokens': 3, 'ignore_eos': True, 'user': 'secret user'}
+        assert ask('whole', TEXT, words) == 200 and ask('streamed', TEXT, {**words, 'stream': True}) == 200
+        assert ask('chat', CHAT, {'messages': [{'role': 'user', 'content': 'secret words'}], 'max_tokens': 3,
+                                  'ignore_eos': True}) == 200
+        assert ask('wrong', TEXT, {**words, 'stop': ['secret'] * 100}) == 400
+        assert ask('nobody', TEXT, words, key='secret key') == 401 and ask('nothing', '/secret') == 404
+        assert ask('models', '/v1/models') == 200
+        start = r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z 127\.0\.0\.1 '
+        work = r' prompt=%s cached=0 generated=3 queue=\d+\.\d{3}s first=\d+\.\d{3}s rate=\d+\.\d/s finish=length%s ' \
+               'preempted=0'
+        n = len(s.post('/tokenize', {'prompt': 'secret words'}, {'Authorization': 'Bearer the-key'})[1]['tokens'])
+        want = {'whole': f'POST {TEXT} 200', 'streamed': f'POST {TEXT} 200', 'chat': f'POST {CHAT} 200',
+                'wrong': f'POST {TEXT} 400', 'nobody': f'POST {TEXT} 401', 'nothing': r'GET \? 404',
+                'models': 'GET /v1/models 200'}
+        s.until(lambda: all(any(f's {name}' in x for x in s.lines) for name in want), 'the lines are there', 10)
+        assert s.stop() == 0
+        s.reader.join(10)
+        for name, what in want.items():
+            rest = {'whole': work % (n, ''), 'streamed': work % (n, ' stream'), 'chat': work % (r'\d+', '')}
+            line = f'{start}{what} \\d+\\.\\d{{3}}s {name}' + rest.get(name, '')
+            lines = [x for x in s.lines if f's {name}' in x]
+            assert len(lines) == 1 and re.fullmatch(line, lines[0]), (line, lines)
+        assert not any('secret' in x or 'the-key' in x for x in s.lines), s.lines
+        assert any(x.startswith('kivi: listening at ') for x in s.lines) and s.lines[-1] == 'kivi: ended', s.lines
+
+
     path = write('keys.txt', '# our keys\nfirst-key\n\nsecond-key \n')
     with case('API keys'), Server(KIVI, MODEL, *COMMON, '--api-key', 'third', '--api-key-file', path) as s:
         for key in ('first-key', 'second-key', 'third'):
@@ -1038,3 +1070,4 @@ finish()
             none = figures_of(*limit)
             assert none['request_goodput'] == 0 and none['completed'] == 20, (limit, none)
 
+text_log()
