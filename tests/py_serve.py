@@ -6,6 +6,7 @@ import ctypes
 import http.client
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -884,7 +885,6 @@ def slow_log():
         assert process.wait(30) == 0
 
 
-def keys():
 def text_log():
     with case('the log as text: a line a request with its fields, no key and no prompt'), \
             Server(KIVI, MODEL, *DUMMY, '--log-format', 'text', '--api-key', 'the-key') as s:
@@ -917,6 +917,7 @@ def text_log():
         assert any(x.startswith('kivi: listening at ') for x in s.lines) and s.lines[-1] == 'kivi: ended', s.lines
 
 
+def keys():
     path = write('keys.txt', '# our keys\nfirst-key\n\nsecond-key \n')
     with case('API keys'), Server(KIVI, MODEL, *COMMON, '--api-key', 'third', '--api-key-file', path) as s:
         for key in ('first-key', 'second-key', 'third'):
@@ -1015,6 +1016,29 @@ def batches():
             again = [json.loads(x)['custom_id'] for x in f]
         assert sorted(again) == sorted(json.loads(x)['custom_id'] for x in lines), again
         assert len(again) == len(set(again)), again
+    with case('a batch has a progress bar on a terminal, and none in a file'):
+        ours, theirs = pty.openpty()
+        with start('batch', MODEL, source, scratch('out-bar.jsonl'), *DUMMY, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL, stderr=theirs) as process:
+            os.close(theirs)
+            seen = b''
+            while True:
+                try:
+                    piece = os.read(ours, 4096)
+                except OSError:  # the other end is closed
+                    break
+                seen += piece
+            os.close(ours)
+        assert process.returncode == 0, (process.returncode, seen)
+        bars = re.findall(rb'\r\[(#*)(\.*)\] (\d+) answered, (\d+) failed, (\d+) at work, \d+\.\d\d/s\x1b\[K', seen)
+        assert len(bars) >= 2 and all(len(full) + len(rest) == 30 for full, rest, *_ in bars), seen
+        assert bars[-1] == (b'#' * 30, b'', b'38', b'3', b'0'), bars[-1]  # two refused, one line no JSON
+        assert b'38 answered, 3 refused or failed' in seen.split(b'\n')[-2], seen
+        with open(scratch('errors.txt'), 'wb') as f:
+            good('batch', MODEL, source, scratch('out-file.jsonl'), *DUMMY, stderr=f)
+        with open(scratch('errors.txt'), 'rb') as f:
+            errors = f.read()
+        assert errors.count(b'\n') == 1 and b'38 answered' in errors and not re.search(rb'[\r\x1b#]', errors), errors
     with case('what a batch refuses'):
         bad(2, 'batch', MODEL, source, says='batch needs')
         bad(5, 'batch', MODEL, scratch('nothing.jsonl'), scratch('o2.jsonl'), says='nothing.jsonl')
@@ -1033,26 +1057,6 @@ def bench(s):
         bad(2, 'bench', 'serve', 'ftp://x', says='http://')
         bad(5, 'bench', 'serve', 'http://127.0.0.1:9', says='no answer')
 
-
-with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
-                 bench):
-        try:
-            part(server)
-        except Exception as e:
-            with case(part.__name__):
-                raise AssertionError(f'{type(e).__name__}: {e}')
-    with case('it ends with 0'):
-        assert server.stop() == 0
-slow_readers()
-drains()
-limits()
-stalls()
-loading()
-slow_log()
-keys()
-batches()
-finish()
     def figures_of(*more):
         args = ('-n', '20', '-c', '4', '--input-len', '8', '--output-len', '24', '--seed', '1', '-o', 'json')
         return json.loads(good('bench', 'serve', f'http://127.0.0.1:{s.port}', *args, *more).text)
@@ -1070,4 +1074,24 @@ finish()
             none = figures_of(*limit)
             assert none['request_goodput'] == 0 and none['completed'] == 20, (limit, none)
 
+
+with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
+                 bench):
+        try:
+            part(server)
+        except Exception as e:
+            with case(part.__name__):
+                raise AssertionError(f'{type(e).__name__}: {e}')
+    with case('it ends with 0'):
+        assert server.stop() == 0
+slow_readers()
+drains()
+limits()
+stalls()
+loading()
+slow_log()
 text_log()
+keys()
+batches()
+finish()
