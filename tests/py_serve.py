@@ -6,6 +6,7 @@ import ctypes
 import http.client
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import threading
 import time
 
-from blackbox import KIVI, SCRATCH, bad, case, finish, good, logits, scratch, skip, start, write
+from blackbox import KIVI, SCRATCH, UNDER, bad, case, finish, good, logits, scratch, skip, start, write
 from convert_files import make_folder
 from serve_client import Server, read_events
 
@@ -406,7 +407,62 @@ def malformed(s):
         s.until(s.idle, 'all ended')
 
 
+def stops_only_the_engine(pid):
+    """The first thread of a child, which runs the steps, stands still until the returned call; None: not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    seize, interrupt, detach = 0x4206, 0x4207, 17
+    if libc.ptrace(seize, pid, None, None):
+        return None
+    assert libc.ptrace(interrupt, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    os.waitpid(pid, 0x40000000)  # __WALL: it has stopped
+    return lambda: libc.ptrace(detach, pid, None, None)
+
+
+def leave_in_a_step(s):
+    """The steps from the moment that three clients leave until nothing of them is left; None: no thread can be stopped
+    here. TimeoutError: the engine was stopped while it held a lock that answers need."""
+    links = []
+    for _ in range(3):
+        # Not streamed: nothing is written to it, so no failing write shows that it is gone.
+        links.append(s.connect())
+        links[-1].request('POST', TEXT, json.dumps({'prompt': 'abc', 'max_tokens': 8000, 'ignore_eos': True}),
+                          {'Content-Type': 'application/json'})
+    s.until(lambda: s.metrics()['num_requests_running'] == 3, 'three run')
+    go_on = stops_only_the_engine(s.process.pid)
+    if not go_on:
+        return None
+    try:
+        before = s.metrics(5)
+        assert before['num_requests_running'] == 3, before
+    finally:
+        for link in links:
+            link.close()
+        go_on()
+    s.until(s.idle, 'they are cancelled')
+    after = s.metrics()  # nothing runs: there are no more steps
+    assert after['kv_pages{state="used"}'] == after['kv_pages{state="cached"}'], after
+    return after['engine_steps_total'] - before['engine_steps_total']
+
+
 def leavers(s):
+    with case('a client that leaves: noticed within a step, its pages free after the next'):
+        # The engine stands still while they leave, so its steps are counted from that moment on. At most three: the one
+        # that was under way, or was done and not yet in the metrics, the one after which they are looked for, and one
+        # for the metrics of the end. The keeper, which also looks every 100 ms, would take a hundred of these steps.
+        s.until(lambda: pages(s) == 0, 'nothing holds pages')
+        for _ in range(5):
+            for _ in range(5):
+                try:
+                    steps = leave_in_a_step(s)
+                    break
+                except TimeoutError:
+                    s.until(s.idle, 'they are cancelled')
+            else:
+                raise AssertionError('stopped at a lock, five times')
+            if steps is None:
+                skip('no thread can be stopped here (ptrace is not allowed)')
+            assert steps <= 3, f'{steps:.0f} steps'
     with case('a client that leaves is noticed, and its pages are free'):
         s.until(lambda: pages(s) == 0, 'nothing holds pages')
         before = s.metrics()
@@ -421,7 +477,7 @@ def leavers(s):
         took = time.monotonic() - begun
         s.until(lambda: pages(s) == 0, 'the pages are free', 5)
         after = s.metrics()
-        assert took < 5, f'{took} s'  # milliseconds, but on a machine that is busy
+        assert took < 5, f'{took} s'  # milliseconds, but on a machine that is busy; the case above counts steps
         assert after['clients_left_total'] == before['clients_left_total'] + 3
         assert after['request_success_total{finished_reason="abort"}'] == \
             before['request_success_total{finished_reason="abort"}'] + 3
@@ -528,34 +584,67 @@ def check_metrics(s):
         assert not any('secret' in x for x in s.lines)
 
 
+def unread(s, body):
+    """A connection whose request is sent and whose answer nobody reads."""
+    data = json.dumps(body).encode()
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    link.connect(('127.0.0.1', s.port))
+    link.sendall(b'POST /v1/completions HTTP/1.0\r\nHost: a\r\nContent-Type: application/json\r\n'
+                 b'Content-Length: %d\r\n\r\n' % len(data) + data)
+    return link
+
+
+def until_paused(s):
+    """Until the system's buffers are full, too: before that what was paused goes on again. The metrics then."""
+    seen = []
+
+    def stays():
+        m = s.metrics()
+        seen.append(m if m['num_requests_paused'] == 1 else None)
+        time.sleep(0.1)
+        return len(seen) > 3 and all(seen[-3:]) and len({x['generation_tokens_total'] for x in seen[-3:]}) == 1
+    s.until(stays, 'it is paused')
+    return seen[-1]
+
+
 def slow_readers():
     with case('a slow reader: paused, then dropped; others go on'), \
-            Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', '2') as s:
-        link = socket.socket()
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        link.connect(('127.0.0.1', s.port))
-        body = json.dumps({'prompt': 'x', 'max_tokens': 6000, 'ignore_eos': True, 'stream': True,
-                           'logprobs': 5}).encode()
-        link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
-                     b'Content-Length: %d\r\n\r\n' % len(body) + body)
-        s.until(lambda: s.metrics()['num_requests_paused'] == 1, 'it is paused')
-        made = s.metrics()['generation_tokens_total']
-        assert made < 6000, made
-        assert len(s.complete(prompt='hello', max_tokens=50, ignore_eos=True)['choices'][0]['text']) > 0
-        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped', 20)
+            Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', 20 if UNDER else 4) as s:
+        body = {'prompt': 'x', 'max_tokens': 6000, 'ignore_eos': True, 'stream': True, 'logprobs': 5, 'temperature': 0}
+        other = dict(prompt='hello', max_tokens=50, ignore_eos=True)
+        alone = s.complete(**other)['choices'][0]['text']
+        link = s.connect()
+        link.request('POST', TEXT, json.dumps(body), {'Content-Type': 'application/json'})
+        ends = [0]  # where each event of the answer ends
+        for block in link.getresponse().read().split(b'\n\n')[:-2]:
+            ends.append(ends[-1] + len(block) + 2)
+        link.close()
+        assert len(ends) > 5900, len(ends)  # a token may have no event of its own
+        s.settle()
+        before = s.metrics()['generation_tokens_total']
+        link = unread(s, body)
+        beside = s.complete(**other)['choices'][0]['text']
+        m = until_paused(s)
+        made = int(m['generation_tokens_total'] - before) - 50
+        # The buffer and the event that crosses its bound, a block of libmicrohttpd's (32 KiB), what the system keeps
+        # for the sender (64 KiB, which Linux doubles) and for the reader (4 KiB, the same), the head: all else would be
+        # a buffer without a bound. The whole answer is more than ten times that.
+        bound = (4 + 32 + 2 * 64 + 2 * 4 + 1 + 4) << 10
+        assert ends[min(made, len(ends) - 1)] < bound < ends[-1] / 10, (made, ends[made], bound, ends[-1])
+        again = s.complete(**other)['choices'][0]['text']
+        s.until(lambda: s.metrics()['num_requests_running'] <= 1, 'the other has ended')
+        assert s.metrics()['generation_tokens_total'] == m['generation_tokens_total'] + 50  # paused: none of its own
+        assert beside == again == alone, (beside, again, alone)
+        s.until(lambda: s.metrics()['slow_clients_dropped_total'] == 1, 'it is dropped')
         s.until(lambda: s.idle() and pages(s) == 0, 'its pages are free', 10)
         link.close()
     with case('a slow reader that wakes gets everything'), \
             Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', '30') as s:
         want = s.complete(prompt='x', max_tokens=2500, ignore_eos=True)['choices'][0]['text']
-        link = socket.socket()
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        link.connect(('127.0.0.1', s.port))
+        link = unread(s, {'prompt': 'x', 'max_tokens': 2500, 'ignore_eos': True, 'stream': True, 'logprobs': 5,
+                          'temperature': 0})
         link.settimeout(60)
-        body = json.dumps({'prompt': 'x', 'max_tokens': 2500, 'ignore_eos': True, 'stream': True, 'logprobs': 5,
-                           'temperature': 0}).encode()
-        link.sendall(b'POST /v1/completions HTTP/1.0\r\nHost: a\r\nContent-Type: application/json\r\n'
-                     b'Content-Length: %d\r\n\r\n' % len(body) + body)
         s.until(lambda: s.metrics()['num_requests_paused'] == 1, 'it is paused')
         data = b''
         while True:
@@ -651,27 +740,28 @@ def limits():
             assert s.complete(prompt='x', max_tokens=2)
 
 
-def stops_only_the_engine(pid):
-    """The first thread of a child, which runs the steps, stands still until the returned call; None: not allowed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-    seize, interrupt, detach = 0x4206, 0x4207, 17
-    if libc.ptrace(seize, pid, None, None):
-        return None
-    assert libc.ptrace(interrupt, pid, None, None) == 0, os.strerror(ctypes.get_errno())
-    os.waitpid(pid, 0x40000000)  # __WALL: it has stopped
-    return lambda: libc.ptrace(detach, pid, None, None)
+WORK = ((TEXT, {'prompt': 'x', 'max_tokens': 1}),
+        (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 1}))
+
+
+def check_unready(status, data, retry, why):
+    """An answer to new work that is not taken now."""
+    assert status == 503 and 1 <= int(retry) <= 60, (status, retry, data)
+    error = json.loads(data)['error']
+    assert why in error['message'] and error['type'] == 'unavailable_error', error
+    assert error['code'] == 503 and error['param'] is None, error
 
 
 def stall_once(s, go_on):
     """What a stopped engine looks like. TimeoutError: it was stopped while it held a lock that answers need, which no
     step does for long."""
-    def ask(path):
+    def ask(path, body=None):
         link = s.connect(5)
         try:
-            link.request('GET', path)
+            link.request('POST' if body else 'GET', path, json.dumps(body) if body else None,
+                         {'Content-Type': 'application/json'} if body else {})
             answer = link.getresponse()
-            return answer.status, answer.read()
+            return (answer.status, answer.read(), answer.getheader('Retry-After'))[:3 if body else 2]
         finally:
             link.close()
     try:
@@ -683,7 +773,14 @@ def stall_once(s, go_on):
             raise TimeoutError
         assert status == 503 and b'stalled' in body, (status, body)
         assert waited > 9, f'after {waited:.1f} s'  # what "stalled" means
-        assert ask('/health')[0] == 200
+        assert ask('/health')[0] == 200 and ask('/v1/models')[0] == 200
+        assert b'kivi:num_requests_running' in ask('/metrics')[1]
+        for path, body in WORK:
+            try:
+                refused = ask(path, body)
+            except TimeoutError:  # not a lock: the questions above needed the same ones
+                raise AssertionError('work was taken in while nothing moves')
+            check_unready(*refused, 'stalled')
         s.until(lambda: any('stalled: no progress' in x for x in s.lines[n_before:]), 'the log says it', 5)
         told = next(i for i, x in enumerate(s.lines) if i >= n_before and 'stalled: no progress' in x)
         s.until(lambda: len(s.lines) > told + 1, 'the log has the state', 5)
@@ -708,9 +805,35 @@ def stalls():
                 link.close()
                 assert left, 'stopped at a lock, five times'
         s.until(lambda: s.get('/ready')[0] == 200, 'ready again', 10)
-        assert answer.readline() is not None
+        assert answer.readline() is not None and answer.readline() is not None  # one that ran goes on
+        for path, body in WORK:
+            assert s.post(path, body)[0] == 200, path
         link.close()
         s.until(lambda: pages(s) == 0, 'the pages are free', 10)
+
+
+def loading():
+    # Some 200 MB of random weights: a second or two, while the port opens within milliseconds of the first line.
+    n_layers = 2 if UNDER else 8
+    model = make_folder('llama-gqa', name='hf-larger', hidden_size=1024, intermediate_size=4096,
+                        num_hidden_layers=n_layers)
+    with case('while the model loads: 503 with Retry-After; health, metrics and the page answer'), \
+            Server(KIVI, model, *COMMON, ready=False) as s:
+        n_refused = 0
+        while s.get('/ready')[0] == 503:
+            path, body = WORK[n_refused % 2]
+            status, headers, data = s.ask('POST', path, body)
+            if status == 200:  # it was loaded between the two
+                break
+            check_unready(status, data, headers.get('Retry-After', 0), 'being loaded')
+            if n_refused == 0:
+                assert s.get('/health')[0] == s.get('/')[0] == s.get('/version')[0] == 200
+                assert b'kivi:http_connections' in s.get('/metrics')[1]
+            n_refused += 1
+            time.sleep(0.01)
+        assert n_refused > 0, 'it was loaded before the first question'
+        s.until(lambda: s.get('/ready')[0] == 200, 'it is loaded')
+        assert s.post(*WORK[0])[0] == 200
 
 
 @contextlib.contextmanager
@@ -760,6 +883,38 @@ def slow_log():
         fill_log(link, 1 << 18)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def text_log():
+    with case('the log as text: a line a request with its fields, no key and no prompt'), \
+            Server(KIVI, MODEL, *DUMMY, '--log-format', 'text', '--api-key', 'the-key') as s:
+        def ask(name, path, body=None, key='the-key'):
+            return s.ask('POST' if body else 'GET', path, body,
+                         {'Authorization': 'Bearer ' + key, 'X-Request-Id': name})[0]
+        words = {'prompt': 'secret words', 'max_tokens': 3, 'ignore_eos': True, 'user': 'secret user'}
+        assert ask('whole', TEXT, words) == 200 and ask('streamed', TEXT, {**words, 'stream': True}) == 200
+        assert ask('chat', CHAT, {'messages': [{'role': 'user', 'content': 'secret words'}], 'max_tokens': 3,
+                                  'ignore_eos': True}) == 200
+        assert ask('wrong', TEXT, {**words, 'stop': ['secret'] * 100}) == 400
+        assert ask('nobody', TEXT, words, key='secret key') == 401 and ask('nothing', '/secret') == 404
+        assert ask('models', '/v1/models') == 200
+        start = r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z 127\.0\.0\.1 '
+        work = r' prompt=%s cached=0 generated=3 queue=\d+\.\d{3}s first=\d+\.\d{3}s rate=\d+\.\d/s finish=length%s ' \
+               'preempted=0'
+        n = len(s.post('/tokenize', {'prompt': 'secret words'}, {'Authorization': 'Bearer the-key'})[1]['tokens'])
+        want = {'whole': f'POST {TEXT} 200', 'streamed': f'POST {TEXT} 200', 'chat': f'POST {CHAT} 200',
+                'wrong': f'POST {TEXT} 400', 'nobody': f'POST {TEXT} 401', 'nothing': r'GET \? 404',
+                'models': 'GET /v1/models 200'}
+        s.until(lambda: all(any(f's {name}' in x for x in s.lines) for name in want), 'the lines are there', 10)
+        assert s.stop() == 0
+        s.reader.join(10)
+        for name, what in want.items():
+            rest = {'whole': work % (n, ''), 'streamed': work % (n, ' stream'), 'chat': work % (r'\d+', '')}
+            line = f'{start}{what} \\d+\\.\\d{{3}}s {name}' + rest.get(name, '')
+            lines = [x for x in s.lines if f's {name}' in x]
+            assert len(lines) == 1 and re.fullmatch(line, lines[0]), (line, lines)
+        assert not any('secret' in x or 'the-key' in x for x in s.lines), s.lines
+        assert any(x.startswith('kivi: listening at ') for x in s.lines) and s.lines[-1] == 'kivi: ended', s.lines
 
 
 def keys():
@@ -861,6 +1016,29 @@ def batches():
             again = [json.loads(x)['custom_id'] for x in f]
         assert sorted(again) == sorted(json.loads(x)['custom_id'] for x in lines), again
         assert len(again) == len(set(again)), again
+    with case('a batch has a progress bar on a terminal, and none in a file'):
+        ours, theirs = pty.openpty()
+        with start('batch', MODEL, source, scratch('out-bar.jsonl'), *DUMMY, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL, stderr=theirs) as process:
+            os.close(theirs)
+            seen = b''
+            while True:
+                try:
+                    piece = os.read(ours, 4096)
+                except OSError:  # the other end is closed
+                    break
+                seen += piece
+            os.close(ours)
+        assert process.returncode == 0, (process.returncode, seen)
+        bars = re.findall(rb'\r\[(#*)(\.*)\] (\d+) answered, (\d+) failed, (\d+) at work, \d+\.\d\d/s\x1b\[K', seen)
+        assert len(bars) >= 2 and all(len(full) + len(rest) == 30 for full, rest, *_ in bars), seen
+        assert bars[-1] == (b'#' * 30, b'', b'38', b'3', b'0'), bars[-1]  # two refused, one line no JSON
+        assert b'38 answered, 3 refused or failed' in seen.split(b'\n')[-2], seen
+        with open(scratch('errors.txt'), 'wb') as f:
+            good('batch', MODEL, source, scratch('out-file.jsonl'), *DUMMY, stderr=f)
+        with open(scratch('errors.txt'), 'rb') as f:
+            errors = f.read()
+        assert errors.count(b'\n') == 1 and b'38 answered' in errors and not re.search(rb'[\r\x1b#]', errors), errors
     with case('what a batch refuses'):
         bad(2, 'batch', MODEL, source, says='batch needs')
         bad(5, 'batch', MODEL, scratch('nothing.jsonl'), scratch('o2.jsonl'), says='nothing.jsonl')
@@ -879,6 +1057,23 @@ def bench(s):
         bad(2, 'bench', 'serve', 'ftp://x', says='http://')
         bad(5, 'bench', 'serve', 'http://127.0.0.1:9', says='no answer')
 
+    def figures_of(*more):
+        args = ('-n', '20', '-c', '4', '--input-len', '8', '--output-len', '24', '--seed', '1', '-o', 'json')
+        return json.loads(good('bench', 'serve', f'http://127.0.0.1:{s.port}', *args, *more).text)
+    with case('bench serve: a request rate is kept'):
+        # Arrivals are random (exponential gaps), but the seed is fixed: the 19 gaps are 1.9 s in the mean at 10/s, and
+        # never does the last request leave before its time. Half of that is far more than 20 such requests take.
+        slow, slower = figures_of('--request-rate', '10'), figures_of('--request-rate', '5')
+        assert slow['completed'] == slower['completed'] == 20
+        assert slow['duration'] > 19 / 10 / 2 and slower['duration'] > 19 / 5 / 2, (slow, slower)
+    with case('bench serve: goodput'):
+        huge = figures_of('--goodput-ttft', '1e9', '--goodput-tpot', '1e9')
+        assert huge['request_goodput'] == huge['request_throughput'] > 0, huge
+        for limit in (('--goodput-ttft', '1e-6'), ('--goodput-tpot', '1e-6'),
+                      ('--goodput-ttft', '1e9', '--goodput-tpot', '1e-6')):
+            none = figures_of(*limit)
+            assert none['request_goodput'] == 0 and none['completed'] == 20, (limit, none)
+
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
     for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
@@ -894,7 +1089,9 @@ slow_readers()
 drains()
 limits()
 stalls()
+loading()
 slow_log()
+text_log()
 keys()
 batches()
 finish()

@@ -48,9 +48,9 @@ class Server:
     def connect(self, timeout=WAIT_S):
         return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout)
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None, headers=None, timeout=WAIT_S):
         """(status, headers, bytes) of one request on a connection of its own."""
-        link = self.connect()
+        link = self.connect(timeout)
         try:
             sent = {'Content-Type': 'application/json'} if body is not None else {}
             data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
@@ -94,10 +94,10 @@ class Server:
         assert out and out[-1] == '[DONE]', f'no [DONE] at the end: {out[-2:]}'
         return out[:-1]
 
-    def metrics(self):
+    def metrics(self, timeout=WAIT_S):
         """name{labels without model and engine} -> number."""
         out = {}
-        for line in self.get('/metrics')[1].decode().splitlines():
+        for line in self.ask('GET', '/metrics', timeout=timeout)[2].decode().splitlines():
             if line.startswith('#'):
                 continue
             name, value = line.rsplit(' ', 1)

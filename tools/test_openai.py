@@ -8,7 +8,9 @@ own exception types, timeouts, cancellation, the asynchronous client. One line a
 import asyncio
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -150,14 +152,40 @@ def cases(server, model):
             asynchronous]
 
 
+def overloaded(args):
+    """429 while the queue is full and 503 while the server drains, on a server of its own that runs one at a time."""
+    with Server(KIVI, *args, '--max-num-seqs', '1', '--max-num-queued-reqs', '1') as server:
+        c = openai.OpenAI(base_url=f'http://127.0.0.1:{server.port}/v1', api_key='x', max_retries=0)
+        model = c.models.list().data[0].id
+        ask = dict(model=model, prompt='x', max_tokens=1)
+        long = dict(ask, max_tokens=2000, extra_body={'ignore_eos': True})
+        running = c.completions.create(**long, stream=True)
+        next(iter(running))
+        waiting = threading.Thread(target=lambda: c.completions.create(**ask))
+        waiting.start()
+        server.until(lambda: server.metrics()['num_requests_waiting'] == 1, 'one waits')
+        e = raises(openai.RateLimitError, 429, c.completions.create, **ask)
+        assert e.code == 'queue_full' and e.type == 'rate_limit_error', e
+        assert 1 <= int(e.response.headers['Retry-After']) <= 60, e.response.headers
+        server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: server.ask('GET', '/ready')[0] == 503, 'it drains')
+        e = raises(openai.InternalServerError, 503, c.completions.create, **ask)
+        assert e.type == 'unavailable_error' and 1 <= int(e.response.headers['Retry-After']) <= 60, e
+        running.close()
+        waiting.join(60)
+        assert not waiting.is_alive() and server.process.wait(60) == 0
+
+
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     with Server(KIVI, *sys.argv[1:], '--served-model-name', 'small', '--api-key', 'a-key') as server:
         server_get = server.ask
-        server.ask = lambda method, path, body=None, headers=None: server_get(
-            method, path, body, {'Authorization': 'Bearer a-key', **(headers or {})})
-        for function in cases(server, 'small'):
+        server.ask = lambda method, path, body=None, headers=None, **more: server_get(
+            method, path, body, {'Authorization': 'Bearer a-key', **(headers or {})}, **more)
+        def busy():
+            overloaded(sys.argv[1:])
+        for function in [*cases(server, 'small'), busy]:
             try:
                 function()
                 ok, why = True, ''

@@ -46,6 +46,13 @@ params_context server_context(const server *s) {
                             s->o.model_name, s->o.chat_format, s->o.parse_special};
 }
 
+const char *server_unready(const server *s) {
+    return !atomic_load(&s->loaded)    ? "the model is being loaded"
+           : atomic_load(&s->draining) ? "the server is going down"
+           : atomic_load(&s->stalled)  ? "no progress: the engine is stalled"
+                                       : NULL;
+}
+
 /* ---- connections ---- */
 
 static void on_connection(void *user, struct MHD_Connection *connection, void **context,
@@ -333,13 +340,9 @@ static bool check_head(exchange *e, const char *method, const char *path) {
         f->code = "invalid_api_key";
         return false;
     }
-    if (e->to->needs_model && !atomic_load(&s->loaded)) {
-        refuse_with(f, 503, NULL, "the model is being loaded");
-        f->retry_s = 1;
-        return false;
-    }
-    if (e->to->is_work && atomic_load(&s->draining)) {
-        refuse_with(f, 503, NULL, "the server is going down");
+    const char *why = server_unready(s);
+    if (why && (e->to->is_work || (e->to->needs_model && !atomic_load(&s->loaded)))) {
+        refuse_with(f, 503, NULL, "%s", why);
         f->retry_s = 1;
         return false;
     }

@@ -40,10 +40,7 @@ static enum MHD_Result get_health(exchange *e) {
 
 static enum MHD_Result get_ready(exchange *e) {
     fault f;
-    const char *why = !atomic_load(&e->s->loaded)    ? "the model is being loaded"
-                      : atomic_load(&e->s->draining) ? "the server is going down"
-                      : atomic_load(&e->s->stalled)  ? "no progress: the engine is stalled"
-                                                     : NULL;
+    const char *why = server_unready(e->s);
     if (!why) return get_health(e);
     refuse_with(&f, 503, NULL, "%s", why);
     return respond_fault(e, &f);

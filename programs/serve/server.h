@@ -96,6 +96,8 @@ struct server {
 
 uint64_t now_us(void);
 params_context server_context(const server *s);
+/* Why no new work is taken now: loading, draining or stalled; NULL: it is. */
+const char *server_unready(const server *s);
 
 /* ---- log.c: one line an event to standard error ----
  * Between start and stop a thread of its own writes them, and a reader that stops delays nobody:
