@@ -15,8 +15,8 @@ llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
 --long measures eight windows of 8,192 tokens of all essays, one after another, and of the King James Bible where
 --bible names it (Debian's bible-kjv: `bible gen1:1-job1:1 >FILE`). The reference's windows of the essays are not known
 to the token and it gives no standard errors there, so a row agrees within two of our own; on the Bible it was run on
-these very tokens, and a row agrees within two of its errors. With --gemma, --model is the file of Gemma 3 270M, for those
-who accept its terms and have it (tools/fetch_model.sh gemma3-270m): eight windows of 4,096 tokens of the essays.
+these very tokens, and a row agrees within two of its errors. With --gemma, --model is the file of Gemma 3 270M, for
+those who accept its terms and have it (tools/fetch_model.sh gemma3-270m): eight windows of 4,096 tokens of the essays.
 The exit status is 1 when something does not agree. KIVI_BIN is the kivi to use (build/kivi).
 """
 import argparse
