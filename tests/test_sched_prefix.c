@@ -84,7 +84,8 @@ static void check_new(chain *seen, size_t *n_seen, const char *what, named n) {
     seen[(*n_seen)++] = c;
 }
 
-/* One prompt under another model, setting of the cache or salt is another prefix, from the root on. */
+/* One prompt under another model, setting of the cache or salt is another prefix from the root
+ * on. */
 static void test_names_of_settings(void **state) {
     (void)state;
     static chain seen[MAX_NAMES];
