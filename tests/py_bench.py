@@ -12,7 +12,10 @@ import sys
 from blackbox import GOLDEN, ROOT, bad, case, finish, good, kivi
 
 SMALL = os.path.join(GOLDEN, 'llama-gqa')
-KINDS = ('f16', 'kivi2')
+# name, the kinds of keys and values that its rows tell
+TYPES = {'f16': ('f16', 'f16'), 'kivi2': ('kivi2', 'kivi2'), 'kivi2+': ('kivi2+', 'kivi2+'),
+         'k4v2+': ('kivi4+', 'kivi2+'), 'k4v3+': ('kivi4+', 'kivi3+')}
+KINDS = tuple(TYPES)
 COMMON = ('--kv', ','.join(KINDS), '-p', '40,0', '-n', '3', '-d', '0,130', '-b', '1,3', '-r', '2',
           '--threads', '2')
 TEXT = 'build_commit cpu_info isa model_filename model_type kv type_k type_v test_time'.split()
@@ -71,7 +74,7 @@ with case('bench/model'):
     for r in rows:
         assert r['model_filename'] == SMALL and r['n_threads'] == 2 and r['n_ubatch'] == 512, r
         assert re.fullmatch(r'llama 0\.5M BF16', r['model_type']), r['model_type']
-        assert r['type_k'] == r['type_v'] == r['kv'], r
+        assert (r['type_k'], r['type_v']) == TYPES[r['kv']], r
         assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ', r['test_time']), r['test_time']
 
 with case('bench/kv-bytes'):

@@ -8,10 +8,11 @@ tokenizer to be known. eval adds up in doubles in another order than numpy, and 
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 
-from blackbox import GOLDEN, UNDER, bad, case, finish, good, kivi, logits, scratch, write
+from blackbox import GOLDEN, ROOT, UNDER, bad, case, finish, good, kivi, logits, scratch, write
 
 CTX, SKIP = 96, 20
 
@@ -211,7 +212,17 @@ def refused():
         assert result.code == 2 and result.out == b'' and f'--ctx {CTX}' in result.errors, result
 
 
+def verdicts():
+    """tools/eval_quality.py: far below a reference that gives no error is neither agreement nor a failure."""
+    sys.path.insert(0, os.path.join(ROOT, 'tools'))
+    from eval_quality import verdict
+    with case('eval/quality-verdicts'):
+        said = [verdict(apart, se) for apart in (-2.1, -2, 0, 2, 2.1) for se in (None, 0.1)]
+        assert said == ['below', 'DIFFERS', *['agrees'] * 6, 'DIFFERS', 'DIFFERS'], said
+
+
 numbers()
+verdicts()
 if not UNDER:
     same_everywhere()
 shape()

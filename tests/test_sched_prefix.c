@@ -23,6 +23,143 @@ static void test_sha256(void **state) {
     check_sha("a", 1000000, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
+/* ---- names ---- */
+
+enum { PAGE = KI_PAGE_TOKENS, NAMED_PAGES = 3, MAX_NAMES = 64 };
+
+/* All that a name is made of. */
+typedef struct named {
+    uint64_t fingerprint;
+    kivi_kv_options kv;
+    const char *salt; /* NULL: none */
+    int32_t prompt[NAMED_PAGES * PAGE];
+} named;
+typedef struct chain {
+    uint8_t of_pages[NAMED_PAGES + 1][KI_SHA256_BYTES];
+} chain;
+
+static named some_name(void) {
+    named n = {.fingerprint = 0x123456789abcdef0u,
+               .kv = {.k_bits = 4,
+                      .v_bits = 2,
+                      .plus = KIVI_PLUS | KIVI_PLUS_TURN,
+                      .group = 128,
+                      .residual_tokens = 256,
+                      .sink_tokens = 16,
+                      .rule = KIVI_RULE_SPAN,
+                      .span_tokens = 384},
+               .salt = "key"};
+    for (int i = 0; i < NAMED_PAGES * PAGE; i++) n.prompt[i] = i * 7 + 1;
+    return n;
+}
+
+/* The names of a prompt's whole pages, as the search for them makes them: only the settings of the
+ * cache are looked at, so none needs to be there. */
+static chain names_of(const named *n) {
+    ki_mem mem;
+    ki_mem_init(&mem);
+    kivi_cache cache = {.layout.kv = n->kv};
+    ki_machine machine = {.cache = &cache, .fingerprint = n->fingerprint};
+    ki_prefixes p = {.mem = &mem, .machine = &machine, .unit_tokens = PAGE, .n = 1};
+    ki_request q = {.r = {.prompt = n->prompt, .n_prompt = NAMED_PAGES * PAGE, .salt = n->salt}};
+    ki_choice c = {.request = &q};
+    chain out;
+    q.r.n_salt_bytes = n->salt ? strlen(n->salt) : 0;
+    assert_null(ki_prefix_find(&p, &c));
+    assert_non_null(q.chain);
+    memcpy(out.of_pages, q.chain, sizeof out.of_pages);
+    ki_free(&mem, q.chain);
+    return out;
+}
+
+/* Nothing of the chain is that of any before it. */
+static void check_new(chain *seen, size_t *n_seen, const char *what, named n) {
+    chain c = names_of(&n), again = names_of(&n);
+    assert_memory_equal(&c, &again, sizeof c);
+    for (size_t i = 0; i < *n_seen; i++)
+        for (int page = 0; page <= NAMED_PAGES; page++)
+            if (!memcmp(c.of_pages[page], seen[i].of_pages[page], KI_SHA256_BYTES))
+                fail_msg("%s: page %d is named as that of chain %zu", what, page, i);
+    assert_true(*n_seen < MAX_NAMES);
+    seen[(*n_seen)++] = c;
+}
+
+/* One prompt under another model, setting of the cache or salt is another prefix from the root
+ * on. */
+static void test_names_of_settings(void **state) {
+    (void)state;
+    static chain seen[MAX_NAMES];
+    size_t n_seen = 0;
+    check_new(seen, &n_seen, "the first", some_name());
+#define OTHER(...)                                                                                 \
+    do {                                                                                           \
+        named n = some_name();                                                                     \
+        __VA_ARGS__;                                                                               \
+        check_new(seen, &n_seen, #__VA_ARGS__, n);                                                 \
+    } while (0)
+    OTHER(n.fingerprint++);
+    OTHER(n.fingerprint ^= (uint64_t)1 << 63); /* all eight bytes count */
+    OTHER(n.kv.k_bits = 2);
+    OTHER(n.kv.v_bits = 3);
+    OTHER(n.kv.k_bits = 2, n.kv.v_bits = 4); /* k4v2, turned round */
+    OTHER(n.kv.k_bits = n.kv.v_bits = 16);
+    OTHER(n.kv.plus = 0);
+    for (uint32_t part = KIVI_PLUS_WIDE; part < KIVI_PLUS_ALL; part *= 2) OTHER(n.kv.plus ^= part);
+    OTHER(n.kv.group = 32);
+    OTHER(n.kv.residual_tokens = 128);
+    OTHER(n.kv.residual_tokens = 384, n.kv.span_tokens = 256); /* turned round, too */
+    OTHER(n.kv.sink_tokens = 0);
+    OTHER(n.kv.rule = KIVI_RULE_STREAM);
+    OTHER(n.kv.rule = KIVI_RULE_PAPER);
+    OTHER(n.kv.span_tokens = 256);
+    OTHER(n.salt = NULL);
+    OTHER(n.salt = "kez");
+    OTHER(n.salt = "ke");
+#undef OTHER
+    named n = some_name(); /* what a name does not depend on */
+    n.kv.rewind_tokens = 77;
+    chain c = names_of(&n);
+    assert_memory_equal(&c, &seen[0], sizeof c);
+}
+
+/* A page has its name from all tokens up to its end. */
+static void test_names_of_tokens(void **state) {
+    (void)state;
+    named n = some_name();
+    chain first = names_of(&n);
+    for (int changed = 0; changed < NAMED_PAGES * PAGE; changed += PAGE - 1) {
+        n = some_name();
+        n.prompt[changed] ^= 1 << 20;
+        chain c = names_of(&n);
+        for (int page = 0; page <= NAMED_PAGES; page++) {
+            bool is_same = !memcmp(c.of_pages[page], first.of_pages[page], KI_SHA256_BYTES);
+            if (is_same != (page * PAGE <= changed))
+                fail_msg("token %d is changed, the name of %d pages is %s", changed, page,
+                         is_same ? "not" : "too");
+        }
+    }
+}
+
+/* The root, byte for byte: the words that tell it from other digests, the model, the settings as
+ * 32-bit words, the tokens of a page, the salt. */
+static void test_name_of_root(void **state) {
+    (void)state;
+    named n = some_name();
+    const uint32_t words[] = {4,   2,  KIVI_PLUS | KIVI_PLUS_TURN, 128, 256, 16, KIVI_RULE_SPAN,
+                              384, 128};
+    uint8_t text[13 + 8 + sizeof words + 3] = "kivi prefix 1", *at = text + 13;
+    memcpy(at, &n.fingerprint, 8), at += 8;
+    memcpy(at, words, sizeof words), at += sizeof words;
+    memcpy(at, "key", 3);
+    uint8_t want[KI_SHA256_BYTES];
+    ki_sha256 h;
+    ki_sha256_init(&h);
+    ki_sha256_add(&h, text, sizeof text);
+    ki_sha256_end(want, &h);
+    chain c = names_of(&n);
+    assert_memory_equal(c.of_pages[0], want, sizeof want);
+}
+
 /* ---- prefixes ---- */
 
 static uint32_t cached_of(tale *t) {
@@ -123,8 +260,9 @@ static void test_eviction(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        UNIT(test_sha256),      UNIT(test_prefix_stream), UNIT(test_prefix_turns),
-        UNIT(test_prefix_span), UNIT(test_prefix_paper),  UNIT(test_eviction),
+        UNIT(test_sha256),       UNIT(test_names_of_settings), UNIT(test_names_of_tokens),
+        UNIT(test_name_of_root), UNIT(test_prefix_stream),     UNIT(test_prefix_turns),
+        UNIT(test_prefix_span),  UNIT(test_prefix_paper),      UNIT(test_eviction),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,6 +9,7 @@ with 77 when there is no Chromium."""
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -161,6 +162,14 @@ def check(value, what='an assertion failed'):
     assert value, what
 
 
+def size(text):
+    """Bytes that the page shows as "1.2 MiB", and how far they may be from what it rounded."""
+    found = re.fullmatch(r'(\d+(?:\.(\d+))?) (B|KiB|MiB|GiB)', text)
+    assert found, f'{text!r} is no number of bytes'
+    unit = 1024 ** ('B', 'KiB', 'MiB', 'GiB').index(found[3])
+    return float(found[1]) * unit, 0.5 * unit / 10 ** len(found[2] or '')
+
+
 def main():
     args = sys.argv[1:]
     shots = None
@@ -204,6 +213,12 @@ def drive(cases, browser, server, url, where):
         check(shown == tab.run('turns[1].text').replace('```', ''), 'what is shown is not what was said')
         check('tokens' in tab.run("document.querySelector('.turn.assistant .tools').textContent"), 'no count')
 
+    def ask(messages):
+        """The answer to what the page sends, as the server gives it to others; the options are those of the page."""
+        options = tab.run('options')
+        names = ('temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'max_tokens', 'seed')
+        return server.chat(messages, **{name: options[name] for name in names})['choices'][0]['message']['content']
+
     def stop():
         set_options(max_tokens=600)
         tab.say('Write a long story about a lighthouse.')
@@ -216,6 +231,9 @@ def drive(cases, browser, server, url, where):
 
     def edit():
         set_options(max_tokens=12)
+        story = tab.run('turns[2].text')
+        tab.run('window.sent = []; window.plain_fetch = fetch; window.fetch = (url, more) => { '
+                'if (more?.body) sent.push(JSON.parse(more.body)); return plain_fetch(url, more); }')
         tab.run("document.getElementById('input').focus()")
         tab.key('ArrowUp', 38)
         tab.until("document.activeElement.tagName === 'TEXTAREA' && document.activeElement.id !== 'input'",
@@ -223,14 +241,22 @@ def drive(cases, browser, server, url, where):
         tab.run('document.activeElement.select()')
         tab.type('What is the capital of France?')
         tab.enter()
-        check('Paris' in tab.answered() or len(tab.answered()) > 0, 'no answer')
-        check(tab.run('turns.length') == 4 and tab.run("turns[2].text") == 'What is the capital of France?')
+        answer, sent = tab.answered(), tab.run('sent')
+        turns = tab.run('turns.map(t => ({role: t.role, content: t.text}))')
+        check(len(turns) == 4 and turns[2]['content'] == 'What is the capital of France?', f'the turns are {turns}')
+        check(len(sent) == 1 and sent[0]['messages'] == turns[:3], f'{sent} was sent')
+        # Greedy: the same messages without the page give the same text, those from before the edit another one.
+        expected = ask(turns[:3])
+        check(answer == expected, f'the answer is {answer!r}, without the page it is {expected!r}')
+        check(answer != ask([*turns[:2], {'role': 'user', 'content': story}]), 'edited or not, the answer is one')
 
     def regenerate():
         before = tab.answered()
         tab.button('Regenerate')
         check(tab.answered() == before, 'greedy twice is not the same')
         check(tab.run('turns.length') == 4)
+        sent = tab.run('sent')
+        check(len(sent) == 2 and sent[0] == sent[1], f'not sent again: {sent}')
 
     def reload():
         count = tab.run('turns.length')
@@ -245,7 +271,7 @@ def drive(cases, browser, server, url, where):
         tab.shot(where('light-settings.png'))
         tab.button('Done')
         tab.until("!document.getElementById('dialog').open", 'it closes')
-        check(tab.run('options.temperature') == 0.25)
+        tab.until('options.temperature === 0.25', 'it counts', 3)  # `close` comes a little after it is closed
         check(tab.run("JSON.parse(localStorage['kivi-options']).temperature") == 0.25, 'it is not kept')
 
     def error():
@@ -268,7 +294,46 @@ def drive(cases, browser, server, url, where):
     def cache():
         tab.until("document.getElementById('now-bytes').textContent.includes('B')", 'the cache is shown')
         check(tab.run("document.getElementById('pages').children.length") > 3)
-        check('bits a number' in tab.run("document.getElementById('bits').textContent"))
+        # At rest the server's own numbers stand still, and the page shows them at its next look.
+        server.settle()
+        m = server.metrics()
+        pages, per_element = m['kv_pages{state="used"}'] * m['kv_page_bytes'], m['kv_bytes_per_element']
+        codes, scales, window = (m[f'memory_bytes{{kind="kv_{kind}"}}'] for kind in ('codes', 'scales', 'residual'))
+        share = codes / (codes + scales)
+        parts = {'codes': pages * share, 'scales': pages * (1 - share), 'window': window}
+        want = {**parts, 'now-bytes': pages + window, 'plain-bytes': pages * 2 / per_element + window}
+        check(min(parts.values()) > 0, f'nothing is kept of the conversation: {want}')
+        read = f'{json.dumps(list(want))}.map(id => document.getElementById(id).textContent)'
+
+        def is_shown():
+            return all(abs(n - expected) <= off * 1.001
+                       for (n, off), expected in zip(map(size, tab.run(read)), want.values()))
+        end = time.monotonic() + 20  # it looks every two seconds
+        while not is_shown() and time.monotonic() < end:
+            time.sleep(0.2)
+        check(is_shown(), f'{list(want)}: {tab.run(read)}, the server has {list(want.values())}')
+        # What is shown, by itself: the whole is its parts, and 16 bit takes more.
+        *shown, (now, now_off), (plain, _) = map(size, tab.run(read))
+        apart = abs(sum(n for n, _ in shown) - now)
+        check(apart <= now_off + sum(off for _, off in shown), f'the sum: {tab.run(read)}')
+        check(plain > now, f'16 bit takes no more: {tab.run(read)}')
+        bits = tab.run("document.getElementById('bits').textContent")
+        check(f'{8 * per_element:.2f} bits a number: {2 / per_element:.2f} times less' in bits, bits)
+
+    def rate():
+        """Each rate, times what has passed since the look before it, is tokens: together those of the answer."""
+        tab.run("turns = []; draw(); Object.assign(options, {temperature: 0, max_tokens: 200, top_p: 1})")
+        tab.until("before && document.getElementById('rate').textContent === '0.0'", 'it is 0 at rest', 20)
+        tab.run("window.seen = [[before.at, 0]]; window.plain_look = look; look = async () => { await plain_look(); "
+                "seen.push([before.at, Number(document.getElementById('rate').textContent)]); }")
+        tab.say('Write a long story about a lighthouse.')
+        tab.answered()
+        tab.until('seen.some(([at, rate]) => rate > 0) && seen.at(-1)[1] === 0', 'it is 0 again', 20)
+        seen, note = tab.run('seen'), tab.run('turns.at(-1).note')
+        took = (seen[-1][0] - seen[0][0]) / 1000
+        shown = sum(rate * (at - last) / 1000 for (last, _), (at, rate) in zip(seen, seen[1:]))
+        tokens = int(re.match('([0-9]+) tokens', note)[1])
+        check(abs(shown - tokens) <= 0.05 * took + 0.01, f'{shown:.2f} tokens by the rates, {note}: {seen}')
 
     def two_tabs():
         other = Tab(browser, url)
@@ -327,7 +392,7 @@ def drive(cases, browser, server, url, where):
         tab.until("!!document.querySelector('.error')", 'the error is shown')
         check('cannot be reached' in tab.run("document.querySelector('.error').textContent"))
 
-    for function in (send, stop, edit, regenerate, reload, settings, error, markup, cache, two_tabs, dark, phone,
+    for function in (send, stop, edit, regenerate, reload, settings, error, markup, cache, rate, two_tabs, dark, phone,
                      console, gone):
         cases.run('page: ' + function.__name__.replace('_', ' '), function)
 

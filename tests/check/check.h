@@ -27,6 +27,7 @@ bool check_failed(void);
 void check_note(const char *format, ...)
     __attribute__((format(printf, 1, 2))); /* shown behind ok */
 void check_end(void);
+void check_skip(const char *why); /* ends the case, in place of check_end */
 /* True when some case of the group may run: lets a group skip costly preparation. */
 bool check_wants(const char *group);
 

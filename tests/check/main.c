@@ -43,6 +43,12 @@ bool check_case(const char *format, ...) {
     return open_case();
 }
 
+void check_skip(const char *why) {
+    printf("skip %s: %s\n", state.name, why);
+    state.n_skipped++;
+    state.open = false;
+}
+
 bool check_case_isa(ki_isa isa, const char *format, ...) {
     char base[128];
     va_list args;
@@ -54,9 +60,9 @@ bool check_case_isa(ki_isa isa, const char *format, ...) {
     if (!ki_isa_compiled(isa)) return false; /* another architecture's: its own program has it */
     if (!open_case()) return false;
     if (ki_isa_available(isa)) return true;
-    printf("skip %s: this machine has no %s\n", state.name, ki_isa_names[isa]);
-    state.n_skipped++;
-    state.open = false;
+    char why[64];
+    snprintf(why, sizeof why, "this machine has no %s", ki_isa_names[isa]);
+    check_skip(why);
     return false;
 }
 

@@ -146,6 +146,88 @@ static void prompt_ring(kivi_rule rule, uint32_t back) {
     check_end();
 }
 
+/* ---- pages that nobody has ---- */
+
+static bool page_is(const ki_pool *pool, uint32_t id, uint8_t byte) {
+    const uint8_t *page = pool->data + id * pool->id_bytes;
+    for (size_t i = 0; i < pool->id_bytes; i++)
+        if (page[i] != byte) return false;
+    return true;
+}
+
+/* The cache with two sequences of one history, two pages long; NULL: it failed. */
+static kivi_cache *two_of_one(kivi_seq **a, kivi_seq **b, ki_mem *mem) {
+    static uint32_t tokens[2 * KI_PAGE_TOKENS];
+    world w = world_small();
+    kivi_cache *cache = NULL;
+    ki_mem_init(mem);
+    w.mem = mem, w.max_sequences = 2, w.geometry.kv.rule = KIVI_RULE_STREAM;
+    for (uint32_t i = 0; i < 2 * KI_PAGE_TOKENS; i++) tokens[i] = i + 1;
+    CHECK_OK(world_create(&cache, &w, err));
+    if (!cache) return NULL;
+    CHECK_OK(kivi_seq_create(a, cache, err));
+    for (int i = 0; i < 4 && *a; i++) feed(*a, tokens, KI_PAGE_TOKENS / 2);
+    if (*a) CHECK_OK(kivi_seq_fork(b, *a, err));
+    return cache;
+}
+
+/* Builds with KI_DEBUG (sanitizers) fill a page that is given back, so that whoever still reads it
+ * shows: its scales are NaN. One that others have stays as it is. */
+static void freed_pages(void) {
+    if (!check_case("memory/poisoned")) return;
+#ifndef KI_DEBUG
+    check_skip("pages are poisoned in builds with KI_DEBUG, and this is none");
+#else
+    ki_mem mem;
+    kivi_seq *a = NULL, *b = NULL;
+    kivi_cache *cache = two_of_one(&a, &b, &mem);
+    if (cache && a && b) {
+        ki_pool *pool = &cache->pool;
+        uint32_t ids[2] = {a->pages[0], a->pages[1]};
+        CHECK(pool->counts[ids[0]] == 2, "%u have the first page", pool->counts[ids[0]]);
+        uint64_t before = world_hash(pool->data + ids[0] * pool->id_bytes, pool->id_bytes);
+        kivi_seq_destroy(&a);
+        CHECK(!page_is(pool, ids[0], 0xff), "a page is poisoned that a sequence has");
+        CHECK(before == world_hash(pool->data + ids[0] * pool->id_bytes, pool->id_bytes),
+              "a page changed that a sequence has");
+        kivi_seq_destroy(&b);
+        for (int i = 0; i < 2; i++)
+            CHECK(pool->counts[ids[i]] == 0 && page_is(pool, ids[i], 0xff),
+                  "page %u is given back and not poisoned", ids[i]);
+        float scale = 0;
+        memcpy(&scale, pool->data + ids[0] * pool->id_bytes, sizeof scale);
+        CHECK(isnan(scale), "the poison is a number: %g", (double)scale);
+    }
+    kivi_seq_destroy(&a), kivi_seq_destroy(&b);
+    kivi_cache_destroy(&cache);
+    check_end();
+#endif
+}
+
+/* A page that was somebody's comes without his bytes. */
+static void taken_pages(void) {
+    if (!check_case("memory/taken-again")) return;
+    ki_mem mem;
+    kivi_seq *a = NULL, *b = NULL;
+    kivi_cache *cache = two_of_one(&a, &b, &mem);
+    if (cache && a && b) {
+        ki_pool *pool = &cache->pool;
+        uint32_t id, used = a->pages[0];
+        bool found = false;
+        CHECK(!page_is(pool, used, 0), "a page of 128 tokens is empty");
+        kivi_seq_destroy(&a), kivi_seq_destroy(&b);
+        for (uint32_t i = 0; i < pool->n_pages; i++) {
+            CHECK(ki_pool_take(pool, &id) && page_is(pool, id, 0), "page %u is not empty", id);
+            found |= id == used;
+        }
+        CHECK(found, "page %u was not taken again", used);
+        for (uint32_t i = 0; i < pool->n_pages; i++) ki_pool_unpin(pool, i);
+    }
+    kivi_seq_destroy(&a), kivi_seq_destroy(&b);
+    kivi_cache_destroy(&cache);
+    check_end();
+}
+
 /* ---- the failing allocation ---- */
 
 static kivi_status life(kivi_cache **cache, kivi_seq **a, kivi_seq **b, const world *w,
@@ -223,6 +305,8 @@ void check_memory(void) {
     }
     for (int rule = 0; rule < 3; rule++)
         for (uint32_t back = 0; back <= 40; back += 40) prompt_ring((kivi_rule)rule, back);
+    freed_pages();
+    taken_pages();
     sweep(KIVI_RULE_PAPER);
     sweep(KIVI_RULE_STREAM);
 }
