@@ -466,6 +466,36 @@ def many(s):
         assert got == alone
 
 
+def together(s):
+    with case('eight connections ask for everything at once'):  # the thread sanitizer sees what the threads then share
+        asked = [('GET', path, None) for path in ('/health', '/ready', '/version', '/v1/models', '/metrics', '/',
+                                                  '/tokenizer_info')]
+        asked += [('POST', '/tokenize', {'prompt': 'hello'}), ('POST', '/detokenize', {'tokens': [70, 71]}),
+                  ('POST', TEXT, {'prompt': 'hello', 'max_tokens': 2}),
+                  ('POST', TEXT, {'prompt': 'hello', 'max_tokens': 2, 'stream': True}),
+                  ('POST', CHAT, {'messages': [{'role': 'user', 'content': 'hello'}], 'max_tokens': 2})]
+        failed = []
+
+        def ask(i):
+            rng, link = random.Random(i), s.connect()
+            try:
+                for _ in range(100):
+                    method, path, body = rng.choice(asked)
+                    link.request(method, path, body and json.dumps(body), {'Content-Type': 'application/json'})
+                    answer = link.getresponse()
+                    if not answer.read() or answer.status != 200:
+                        failed.append((path, answer.status))
+            except (OSError, http.client.HTTPException) as e:
+                failed.append((path, repr(e)))
+            link.close()
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not failed, failed[:5]
+
+
 def prefixes(s):
     with case('a prefix is found again, and changes nothing'):
         rng = random.Random(5)
@@ -884,8 +914,8 @@ def bench(s):
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
-                 bench):
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, together, prefixes,
+                 check_metrics, bench):
         try:
             part(server)
         except Exception as e:
