@@ -37,7 +37,7 @@ SANITIZER_ENV = {
 # A report goes to a file, not to stderr: a test may have read stderr away, or expect an error anyway, and a server may
 # be one that the test kills. Whatever the test says, a file with a report in it is a failure. An allocation that fails
 # as it should (allocator_may_return_null) writes a warning there, which is none.
-REPORTED = re.compile(r'ERROR: |WARNING: ThreadSanitizer|runtime error: ')
+REPORTED = re.compile(r'ERROR: |WARNING: ThreadSanitizer: |runtime error: ')
 SANITIZED_EXIT = 99  # no exit code of kivi's
 
 
