@@ -74,8 +74,7 @@ def server(build):
 
 
 def command(build):
-    """The command and the server, where files and text from outside are read. The other Python tests run for longer
-    than they would add: their subject is numbers."""
+    """The command, where it reads files and text from outside. Of the other Python tests most are about numbers."""
     return [(n, [sys.executable, f'tests/{n}.py']) for n in COMMAND_TESTS]
 
 
