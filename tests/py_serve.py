@@ -18,7 +18,7 @@ import time
 
 from blackbox import KIVI, SCRATCH, UNDER, bad, case, finish, good, logits, scratch, skip, start, write
 from convert_files import make_folder
-from serve_client import Server, read_events
+from serve_client import SLOWER, Server, read_events
 
 # 288 tokens: all bytes, some merges; BOS is 1, <|im_end|> 4; 8,192 positions. The golden weights repeat one token;
 # random ones with an output matrix of their own do not.
@@ -123,7 +123,8 @@ def scores(s):
                 assert ''.join(x['text'] for x in mine) == c['text'], (c, mine)
                 for key in ('tokens', 'token_logprobs', 'text_offset') if c['logprobs'] else ():
                     assert [v for x in mine if x['logprobs'] for v in x['logprobs'][key]] == c['logprobs'][key]
-        assert s.complete(prompt=[5] * 8190)['usage']['completion_tokens'] == 2  # the default gives way to the context
+        if not UNDER:  # the default gives way to the context, after more than a minute
+            assert s.complete(prompt=[5] * 8190)['usage']['completion_tokens'] == 2
         usage = s.complete(prompt='hello', max_tokens=0)['usage']
         assert usage['prompt_tokens'] == 2 and usage['completion_tokens'] == 0
 
@@ -152,7 +153,7 @@ def settings(s):
         assert [c['index'] for c in wide['choices']] == [0, 1, 2, 3] and wide['usage']['prompt_tokens'] == 5
     with case('stop strings that span tokens'):
         assert len(set(words)) > 2, words
-        for at in range(1, len(words) - 4):
+        for at in range(1, len(words) - 4, 5 if UNDER else 1):
             for stop in (words[at:at + 1], words[at:at + 2], words[at:at + 4]):
                 cut = words[:words.index(stop)]
                 events = s.events(TEXT, dict(plain, temperature=0, stop=[stop, 'never there']))
@@ -228,7 +229,7 @@ def chats(s):
             'tags': {'type': 'array', 'items': {'enum': ['a', 'b']}, 'maxItems': 3}, 'ok': {'type': 'boolean'}},
             'required': ['name', 'age', 'ok'], 'additionalProperties': False}
         form = {'type': 'json_schema', 'json_schema': {'name': 'x', 'strict': True, 'schema': schema}}
-        for seed in range(12):
+        for seed in range(3 if UNDER else 12):
             c = s.chat('hello', max_tokens=300, temperature=1.5, seed=seed, response_format=form)['choices'][0]
             assert c['finish_reason'] == 'stop', c
             value = json.loads(c['message']['content'])
@@ -314,7 +315,7 @@ def refusals(s):
             begun = time.monotonic()
             status, answer = s.post(TEXT, body)
             assert status == 400 and answer['error']['message'], (body[:40], status)
-            assert time.monotonic() - begun < 3, body[:40]
+            assert time.monotonic() - begun < 3 * SLOWER, body[:40]
     with case('odd prompts have answers'):
         for prompt in ('\0\0\0', 'ü' * 500, ' ' * 4000, 'a\r\n\t', '\U0001f600'):
             assert s.complete(prompt=prompt, max_tokens=1)['usage']['completion_tokens'] == 1
@@ -352,7 +353,7 @@ def large(s):
         assert s.post(TEXT, b'{"prompt": "' + b'x' * 200000)[0] == 400
     with case('clients that leave while their body is prepared'):
         body = json.dumps({'prompt': 'x' * 4000, 'user': 'y' * 3000000, 'max_tokens': 3000}).encode()
-        for _ in range(20):
+        for _ in range(5 if UNDER else 20):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
                              b'Content-Length: %d\r\n\r\n' % len(body) + body)
@@ -381,7 +382,7 @@ def malformed(s):
         for data in fixed:
             got = s.raw(data, limit_s=0.2, close_write=True)
             assert got.count(b'HTTP/1.1 200') <= (data.startswith(ok)) + (b'GET / ' in data), (data[:60], got[:80])
-        for _ in range(150):
+        for _ in range(50 if UNDER else 150):
             data = bytearray(ok)
             for _ in range(rng.randrange(1, 6)):
                 at = rng.randrange(len(data))
@@ -477,7 +478,7 @@ def leavers(s):
         took = time.monotonic() - begun
         s.until(lambda: pages(s) == 0, 'the pages are free', 5)
         after = s.metrics()
-        assert took < 5, f'{took} s'  # milliseconds, but on a machine that is busy; the case above counts steps
+        assert took < 5 * SLOWER, f'{took} s'  # milliseconds, but on a machine that is busy; the case above counts steps
         assert after['clients_left_total'] == before['clients_left_total'] + 3
         assert after['request_success_total{finished_reason="abort"}'] == \
             before['request_success_total{finished_reason="abort"}'] + 3
@@ -485,7 +486,7 @@ def leavers(s):
         body = json.dumps({'prompt': 'x' * 4000, 'max_tokens': 3000, 'ignore_eos': True}).encode()
         head = b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n' \
                b'Content-Length: %d\r\n\r\n'
-        for _ in range(4):
+        for _ in range(1 if UNDER else 4):
             with socket.create_connection(('127.0.0.1', s.port)) as link:
                 link.sendall(head % len(body) + body)
                 s.until(lambda: s.metrics()['num_requests_running'] == 1, 'it runs')
@@ -519,6 +520,36 @@ def many(s):
         for t in threads:
             t.join()
         assert got == alone
+
+
+def together(s):
+    with case('eight connections ask for everything at once'):  # the thread sanitizer sees what the threads then share
+        asked = [('GET', path, None) for path in ('/health', '/ready', '/version', '/v1/models', '/metrics', '/',
+                                                  '/tokenizer_info')]
+        asked += [('POST', '/tokenize', {'prompt': 'hello'}), ('POST', '/detokenize', {'tokens': [70, 71]}),
+                  ('POST', TEXT, {'prompt': 'hello', 'max_tokens': 2}),
+                  ('POST', TEXT, {'prompt': 'hello', 'max_tokens': 2, 'stream': True}),
+                  ('POST', CHAT, {'messages': [{'role': 'user', 'content': 'hello'}], 'max_tokens': 2})]
+        failed = []
+
+        def ask(i):
+            rng, link = random.Random(i), s.connect()
+            try:
+                for _ in range(100):
+                    method, path, body = rng.choice(asked)
+                    link.request(method, path, body and json.dumps(body), {'Content-Type': 'application/json'})
+                    answer = link.getresponse()
+                    if not answer.read() or answer.status != 200:
+                        failed.append((path, answer.status))
+            except (OSError, http.client.HTTPException) as e:
+                failed.append((path, repr(e)))
+            link.close()
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert not failed, failed[:5]
 
 
 def prefixes(s):
@@ -641,10 +672,11 @@ def slow_readers():
         link.close()
     with case('a slow reader that wakes gets everything'), \
             Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', '30') as s:
-        want = s.complete(prompt='x', max_tokens=2500, ignore_eos=True)['choices'][0]['text']
-        link = unread(s, {'prompt': 'x', 'max_tokens': 2500, 'ignore_eos': True, 'stream': True, 'logprobs': 5,
+        n = 1500 if UNDER else 2500
+        want = s.complete(prompt='x', max_tokens=n, ignore_eos=True)['choices'][0]['text']
+        link = unread(s, {'prompt': 'x', 'max_tokens': n, 'ignore_eos': True, 'stream': True, 'logprobs': 5,
                           'temperature': 0})
-        link.settimeout(60)
+        link.settimeout(60 * SLOWER)
         s.until(lambda: s.metrics()['num_requests_paused'] == 1, 'it is paused')
         data = b''
         while True:
@@ -659,8 +691,9 @@ def slow_readers():
 
 def drains():
     with case('SIGTERM: what runs ends whole, new ones get 503, exit 0'), Server(KIVI, MODEL, *COMMON) as s:
-        whole = s.complete(prompt='abc', max_tokens=1500, ignore_eos=True)['choices'][0]['text']
-        link, answer = long_stream(s, 1500, temperature=0)
+        n = 300 if UNDER else 1500
+        whole = s.complete(prompt='abc', max_tokens=n, ignore_eos=True)['choices'][0]['text']
+        link, answer = long_stream(s, n, temperature=0)
         s.process.send_signal(signal.SIGTERM)
         s.until(lambda: any('no new requests' in x for x in s.lines), 'it drains', 5)
         status, _, error = s.ask('POST', TEXT, {'prompt': 'x'})
@@ -669,7 +702,7 @@ def drains():
         events = read_events(answer.read())
         assert events[-1] == '[DONE]' and events[-2]['choices'][0]['finish_reason'] == 'length'
         assert whole.endswith(''.join(c['text'] for e in events[:-1] for c in e['choices'])[1:])
-        assert s.process.wait(20) == 0
+        assert s.process.wait(20 * SLOWER) == 0
         link.close()
     with case('SIGTERM with a short drain: an error event, exit 0'), \
             Server(KIVI, MODEL, *COMMON, '--drain-timeout', '1') as s:
@@ -678,16 +711,16 @@ def drains():
         s.process.send_signal(signal.SIGTERM)
         events = read_events(answer.read())
         assert events[-1] == '[DONE]' and 'going down' not in str(events[-3:]) and 'error' in events[-2], events[-2:]
-        assert s.process.wait(20) == 0 and time.monotonic() - begun < 20
+        assert s.process.wait(20 * SLOWER) == 0 and time.monotonic() - begun < 20 * SLOWER
     with case('a second SIGTERM ends at once'), Server(KIVI, MODEL, *COMMON) as s:
         link, answer = long_stream(s, 8000)
         s.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         s.process.send_signal(signal.SIGTERM)
-        assert s.process.wait(10) == -signal.SIGTERM
+        assert s.process.wait(10 * SLOWER) == -signal.SIGTERM
     with case('an idle server ends at once, and the port is free again'), Server(KIVI, MODEL, *COMMON) as s:
         begun = time.monotonic()
-        assert s.stop() == 0 and time.monotonic() - begun < 10
+        assert s.stop() == 0 and time.monotonic() - begun < 10 * SLOWER
         probe = socket.socket()
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(('127.0.0.1', s.port))
@@ -709,7 +742,7 @@ def limits():
         status, headers, data = s.ask('POST', TEXT, {'prompt': 'x', 'max_tokens': 1})
         took = time.monotonic() - begun
         assert status == 429 and 1 <= int(headers['Retry-After']) <= 60, (status, headers)
-        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 2, took
+        assert json.loads(data)['error']['type'] == 'rate_limit_error' and took < 2 * SLOWER, took
         assert s.metrics()['admission_rejections_total'] == 1
         links[0][1].close()
         links[0][0].close()
@@ -717,10 +750,10 @@ def limits():
             assert link.getresponse().status == 200
             link.close()
     with case('senders that do not send: 408 or the end'), Server(KIVI, MODEL, *COMMON, '--header-timeout', '1') as s:
-        assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n', limit_s=6)
+        assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n', limit_s=6 * SLOWER)
         assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
-                                 b'Content-Length: 100\r\n\r\n{"pro', limit_s=6)
-        assert b' 408 ' in s.raw(b'', limit_s=6)
+                                 b'Content-Length: 100\r\n\r\n{"pro', limit_s=6 * SLOWER)
+        assert b' 408 ' in s.raw(b'', limit_s=6 * SLOWER)
     with case('too many connections: 503'), Server(KIVI, MODEL, *COMMON, '--max-connections', '8') as s:
         idle = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(9)]
         s.until(lambda: s.ask('GET', '/health')[0] == 503, 'one more is refused', 5)
@@ -850,7 +883,7 @@ def unread_server():
             assert more, seen
             seen += more
         port = int(re.search(rb'listening at http://127.0.0.1:(\d+)', seen)[1])
-        yield process, reader, http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+        yield process, reader, http.client.HTTPConnection('127.0.0.1', port, timeout=20 * SLOWER)
     finally:
         process.kill()
         process.wait()
@@ -878,11 +911,11 @@ def slow_log():
         assert int(re.search(rb'(\d+) lines of the log were dropped', told)[1]) > 0, told
         assert json.loads(told)['level'] == 'warning', told
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(30 * SLOWER) == 0
     with case('nor does it keep the server from ending'), unread_server() as (process, _, link):
         fill_log(link, 1 << 18)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(30 * SLOWER) == 0
 
 
 def text_log():
@@ -951,7 +984,7 @@ def keys():
             trust = ssl.create_default_context(cafile=cert)
 
             def ask(method, path, body=None):
-                link = http.client.HTTPSConnection('127.0.0.1', s.port, context=trust, timeout=30)
+                link = http.client.HTTPSConnection('127.0.0.1', s.port, context=trust, timeout=30 * SLOWER)
                 link.request(method, path, body, {'Content-Type': 'application/json'})
                 answer = link.getresponse()
                 return answer.status, answer.read(), link
@@ -959,7 +992,7 @@ def keys():
             body = json.dumps({'prompt': 'hello', 'max_tokens': 8, 'stream': True, 'ignore_eos': True})
             status, data, _ = ask('POST', TEXT, body)
             assert status == 200 and read_events(data)[-1] == '[DONE]'
-            link = http.client.HTTPSConnection('127.0.0.1', s.port, context=trust, timeout=30)
+            link = http.client.HTTPSConnection('127.0.0.1', s.port, context=trust, timeout=30 * SLOWER)
             link.request('POST', TEXT, json.dumps({'prompt': 'x', 'max_tokens': 8000, 'stream': True,
                                                    'ignore_eos': True}),
                          {'Content-Type': 'application/json'})
@@ -1076,8 +1109,8 @@ def bench(s):
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
-    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, prefixes, check_metrics,
-                 bench):
+    for part in (endpoints, scores, settings, chats, refusals, large, malformed, leavers, many, together, prefixes,
+                 check_metrics, bench):
         try:
             part(server)
         except Exception as e:

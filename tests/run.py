@@ -25,6 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.environ.get('KIVI_BUILD') or 'build'
 GOLDEN = 'tests/golden'
 TIMEOUT_S = 900
+COMMAND_TESTS = ('py_cli', 'py_convert', 'py_turns')
 LONGER_S = {'aarch64': 1800}  # compiles two instruction sets, then runs them in an emulator
 TAIL_LINES = 40  # of a failing program's output
 
@@ -33,6 +34,11 @@ SANITIZER_ENV = {
     'UBSAN_OPTIONS': 'print_stacktrace=1:halt_on_error=1',
     'TSAN_OPTIONS': 'halt_on_error=1:second_deadlock_stack=1',
 }
+# A report goes to a file, not to stderr: a test may have read stderr away, or expect an error anyway, and a server may
+# be one that the test kills. Whatever the test says, a file with a report in it is a failure. An allocation that fails
+# as it should (allocator_may_return_null) writes a warning there, which is none.
+REPORTED = re.compile(r'ERROR: |WARNING: ThreadSanitizer: |runtime error: ')
+SANITIZED_EXIT = 99  # no exit code of kivi's
 
 
 # ---- what there is to run: functions that return a list of (name, command) ----
@@ -60,6 +66,16 @@ def threads(build):
 
 def python(build):
     return [(os.path.basename(p)[:-3], [sys.executable, p]) for p in sorted(glob.glob('tests/py_*.py'))]
+
+
+def server(build):
+    """The threads of the server: connections, preparation, steps, log."""
+    return [('py_serve', [sys.executable, 'tests/py_serve.py'])]
+
+
+def command(build):
+    """The command, where it reads files and text from outside. Of the other Python tests most are about numbers."""
+    return [(n, [sys.executable, f'tests/{n}.py']) for n in COMMAND_TESTS]
 
 
 def aarch64(build):
@@ -93,8 +109,8 @@ STAGES = [
     ('kernels', [kernels], BUILD, None, False),
     ('python', [python], BUILD, None, False),
     ('aarch64', [aarch64], BUILD, None, True),
-    ('asan', [unit, kernels], 'build-asan', ['SAN=address,undefined', *TESTED], True),
-    ('tsan', [unit, threads], 'build-tsan', ['SAN=thread', *TESTED], True),
+    ('asan', [unit, kernels, command, server], 'build-asan', ['SAN=address,undefined', *TESTED], True),
+    ('tsan', [unit, threads, server], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),
 ]
 # Stages that are run only when they are asked for: they need a machine of their own.
@@ -168,6 +184,17 @@ def execute(command, env, limit_s=TIMEOUT_S):
         return process.returncode, log.read().decode('utf-8', 'replace'), timeout_s
 
 
+def take_reports(folder):
+    """What sanitizers wrote since the last call, as text; the files are gone then."""
+    found = ''
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*'))):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            text = f.read()
+        os.remove(path)
+        found += text if REPORTED.search(text) else ''
+    return found
+
+
 class Report:
     def __init__(self, verbose):
         self.verbose, self.total = verbose, {'ok': 0, 'not ok': 0, 'skip': 0}
@@ -178,7 +205,7 @@ class Report:
             word = {'ok': 'ok  ', 'not ok': 'FAIL', 'skip': 'skip'}[kind]
             print(f'{word} {stage}: {program}: {name}' if name else f'{word} {stage}: {program}', flush=True)
 
-    def program(self, stage, name, command, env):
+    def program(self, stage, name, command, env, folder):
         code, output, timeout_s = execute(command, env, LONGER_S.get(name, TIMEOUT_S))
         cases, planned = parse(output)
         for kind, case in cases:
@@ -186,6 +213,10 @@ class Report:
         problem = verdict(cases, planned, code, timeout_s)
         if problem:
             self.case(stage, name, 'not ok', problem)
+        reported = take_reports(folder).rstrip().split('\n')
+        if reported != ['']:
+            self.case(stage, name, 'not ok', 'a sanitizer reported')
+            print('\n'.join('    | ' + s for s in reported[:2 * TAIL_LINES]), flush=True)
         if problem or any(kind == 'not ok' for kind, _ in cases):
             lines = [s for s in output.rstrip().split('\n') if s and not re.match(r'\s*ok\b', s)]
             if len(lines) > TAIL_LINES:
@@ -194,18 +225,20 @@ class Report:
                 print('    | ' + s, flush=True)
 
 
-def environment(stage, build):
+def environment(stage, build, folder):
     env = dict(os.environ)
     for name in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'CMOCKA_XML_FILE'):
         env.pop(name, None)  # we are called by make; its options are not ours
     env.update(CMOCKA_MESSAGE_OUTPUT='TAP', KIVI_GOLDEN=GOLDEN, KIVI_BIN=f'{build}/kivi', PYTHONDONTWRITEBYTECODE='1')
     if stage in ('asan', 'tsan', 'valgrind'):
         env['KIVI_TEST_UNDER'] = stage
-        env.update(SANITIZER_ENV)
+        env.update({name: f'{options}:exitcode={SANITIZED_EXIT}:log_path={folder}/report'
+                    for name, options in SANITIZER_ENV.items()})
     return env
 
 
-def run_stage(report, name, sources, build, make, env):
+def run_stage(report, name, sources, build, make, folder):
+    env = environment(name, build, folder)
     if make:
         command = ['make', '-j2', f'BUILD={build}', *(word.format(build=build) for word in make)]
         code, output, _ = execute(command, env)
@@ -221,7 +254,7 @@ def run_stage(report, name, sources, build, make, env):
         if not programs:
             report.case(name, source.__name__, 'not ok', 'there is nothing to run')
         for program, command in programs:
-            report.program(name, program, still + command, env)
+            report.program(name, program, still + command, env, folder)
 
 
 def main():
@@ -244,7 +277,8 @@ def main():
             print(f'{name}: left out (KIVI_TEST_QUICK)')
             continue
         before, start = dict(report.total), time.monotonic()
-        run_stage(report, name, sources, build, make, environment(name, build))
+        with tempfile.TemporaryDirectory(prefix='kivi-reports-') as folder:
+            run_stage(report, name, sources, build, make, folder)
         n = {kind: report.total[kind] - before[kind] for kind in before}
         print(f'{name}: {n["ok"]} ok, {n["not ok"]} failed, {n["skip"]} skipped, {time.monotonic() - start:.1f} s',
               flush=True)

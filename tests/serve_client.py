@@ -10,6 +10,8 @@ import subprocess
 import threading
 import time
 
+# Sanitizers make everything slow, and waits are there to end at all: none is how fast something has to be.
+SLOWER = 5 if os.environ.get('KIVI_TEST_UNDER') else 1
 WAIT_S = 60
 
 
@@ -40,13 +42,13 @@ class Server:
 
     @staticmethod
     def until(done, what, limit_s=WAIT_S):
-        end = time.monotonic() + limit_s
+        end = time.monotonic() + limit_s * SLOWER
         while not done():
-            assert time.monotonic() < end, f'{what}: not after {limit_s} s'
+            assert time.monotonic() < end, f'{what}: not after {limit_s * SLOWER} s'
             time.sleep(0.01)
 
     def connect(self, timeout=WAIT_S):
-        return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout)
+        return http.client.HTTPConnection('127.0.0.1', self.port, timeout=timeout * SLOWER)
 
     def ask(self, method, path, body=None, headers=None, timeout=WAIT_S):
         """(status, headers, bytes) of one request on a connection of its own."""
@@ -138,10 +140,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         try:
-            return self.process.wait(limit_s)
+            return self.process.wait(limit_s * SLOWER)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f'still running {limit_s} s after {signal_number!r}')
+            raise AssertionError(f'still running {limit_s * SLOWER} s after {signal_number!r}')
 
     def __enter__(self):
         return self

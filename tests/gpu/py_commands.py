@@ -163,7 +163,8 @@ def pages():
     if not MODEL:
         return
     options = ('--ctx', 1024, '--max-num-seqs', 6, '--rule', 'stream', '--kv', 'kivi2', *CUDA)
-    prompts = [f'{PROMPTS[i % 3]} number {i}. ' + ' '.join(f'Item {j} is {i * j}.' for j in range(60)) for i in range(6)]
+    items = [' '.join(f'Item {j} is {i * j}.' for j in range(60)) for i in range(6)]
+    prompts = [f'{PROMPTS[i % 3]} number {i}. {items[i]}' for i in range(6)]
     ample = Server(KIVI, MODEL, *options)
     with case('serve/prefix-hit-as-a-miss'):
         miss = says(ample, prompts[0])['text']
