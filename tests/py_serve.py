@@ -478,7 +478,7 @@ def leavers(s):
         took = time.monotonic() - begun
         s.until(lambda: pages(s) == 0, 'the pages are free', 5)
         after = s.metrics()
-        assert took < 5 * SLOWER, f'{took} s'  # milliseconds, but on a machine that is busy; the case above counts steps
+        assert took < 5 * SLOWER, f'{took} s'  # milliseconds, but on a busy machine; the case above counts steps
         assert after['clients_left_total'] == before['clients_left_total'] + 3
         assert after['request_success_total{finished_reason="abort"}'] == \
             before['request_success_total{finished_reason="abort"}'] + 3
