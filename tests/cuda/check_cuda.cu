@@ -91,6 +91,7 @@ static void run_case(const world_options &o, const std::vector<int> &steps) {
     w.make(o, batch, r);
     cpu.make(o, largest);
     error_sum prompt_error, decode_error;
+    uint64_t bits = 0; /* of all results */
     std::vector<uint16_t> k, v, q;
     std::vector<float> q32, want((size_t)batch * o.n_heads * o.head_dim);
     for (int s : steps)
@@ -134,8 +135,12 @@ static void run_case(const world_options &o, const std::vector<int> &steps) {
             if (prompt) w.prompt(rows, most, true);
             else w.decode(rows);
             std::vector<float> got = w.out.get(0, rows * row_q);
-            for (size_t i = 0; i < got.size(); i++)
+            for (size_t i = 0; i < got.size(); i++) {
+                uint32_t word;
+                memcpy(&word, &got[i], 4);
+                bits = (bits ^ word) * 0x100000001b3u;
                 (prompt ? prompt_error : decode_error).add(got[i], want[i]);
+            }
         }
     if (!check_failed()) compare_pages(w, cpu);
     CHECK(prompt_error.n_nan + decode_error.n_nan == 0, "%zu NaN",
@@ -143,8 +148,8 @@ static void run_case(const world_options &o, const std::vector<int> &steps) {
     CHECK(prompt_error.relative() < TOLERANCE && decode_error.relative() < TOLERANCE,
           "error of prompts %.5f, of decoding %.5f, at most %.4f", prompt_error.relative(),
           decode_error.relative(), TOLERANCE);
-    end_case(text("prompts %.5f, decoding %.5f of the CPU", prompt_error.relative(),
-                  decode_error.relative()));
+    end_case(text("prompts %.5f, decoding %.5f of the CPU, bits %016llx", prompt_error.relative(),
+                  decode_error.relative(), (unsigned long long)bits));
 }
 
 static world_options base_options() {
@@ -739,6 +744,7 @@ static void check_rest() {
 #include "prompt_cases.cuh"
 #include "sdpa_cases.cuh"
 #include "small_cases.cuh"
+#include "line_cases.cuh"
 
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
@@ -767,6 +773,7 @@ int main(int argc, char **argv) {
     check_sdpa();
     check_small();
     check_plain();
+    check_lines();
     printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;
 }

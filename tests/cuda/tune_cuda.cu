@@ -1,6 +1,8 @@
 /* tune-cuda: decode attention in other shapes of its kernel than those of kv_shared.h's list, at
  * several split sizes: what the choice rests on. tune-cuda [kivi2|plus|half [GB/s [pdl]]]: of one
- * kind, as shares of that stream, without plain launches. */
+ * kind, as shares of that stream, without plain launches. tune-cuda short [batch [heads [KV
+ * heads]]]: microseconds at short contexts, window and sinks included, as the library launches
+ * them; builds of two commits are compared so. */
 #include "kv_bench.cuh"
 
 #include <stdio.h>
@@ -62,7 +64,7 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
             uint32_t tokens = (s.tokens + splits - 1) / splits;
             if (tokens < 256) continue;
             for (int pdl = skips_plain; pdl < 2; pdl++) {
-                double us;
+                double us = 0;
                 KI_TRY(b.ki_plan(tokens, 0, pdl, err));
                 kivi_status status = time_launches(
                     &us, bench_launches(b, mb / 2.0), 11,
@@ -82,8 +84,50 @@ static kivi_status tune(const char *kind_name, const bench_kind &kind, const ben
     return KIVI_OK;
 }
 
+/* A row for each kind: one split a sequence, programmatic dependent launch. */
+static kivi_status tune_short(uint32_t batch, uint32_t n_heads, uint32_t n_kv_heads,
+                              kivi_error *err) {
+    static const bench_kind kinds[] = {
+        {"kivi2", 2, 2, 128, false, false}, {"kivi2+", 2, 2, 128, true, false},
+        {"k4v2+", 4, 2, 128, true, false},  {"k4v3+", 4, 3, 128, true, false},
+        {"f16", 16, 16, 128, false, false}, {"kivi2 R32", 2, 2, 32, false, false}};
+    static const uint32_t lengths[] = {128, 160, 200, 256, 300, 384, 450, 512, 1024, 4096};
+    printf("B%u %u/%u, us at ", batch, n_heads, n_kv_heads);
+    for (uint32_t n : lengths) printf(" %u", n);
+    printf(" tokens\n");
+    for (const bench_kind &kind : kinds) {
+        printf("%-10s", kind.name);
+        for (uint32_t n : lengths) {
+            bench_batch b;
+            double us = 0;
+            KI_TRY(b.ki_make({batch, n_heads, n_kv_heads, n}, kind, 1ull << 30, 24, err));
+            KI_TRY(b.ki_plan(n + 1, 0, true, err));
+            KI_TRY(time_launches(
+                &us, bench_launches(b, 50), 21,
+                [&](uint32_t launch, cudaStream_t stream) {
+                    return ki_cuda_decode_attend(&b.calls[launch % b.n_sets], stream, err);
+                },
+                err));
+            printf(" %7.2f", us);
+            fflush(stdout);
+        }
+        printf("\n");
+    }
+    return KIVI_OK;
+}
+
+static int say(const kivi_error *error) {
+    fprintf(stderr, "tune-cuda: %s\n", error->text);
+    return 4;
+}
+
+static uint32_t number(int argc, char **argv, int i, uint32_t otherwise) {
+    return argc > i ? (uint32_t)strtoul(argv[i], NULL, 10) : otherwise;
+}
+
 int main(int argc, char **argv) {
     kivi_error error = {}, *err = &error;
+    uint32_t shared_bytes;
     static const bench_shape shapes[] = {{32, 32, 32, 4096},
                                          {32, 32, 8, 8192},
                                          {8, 32, 8, 32768},
@@ -93,6 +137,13 @@ int main(int argc, char **argv) {
                      plus = {"kivi2+", 2, 2, 128, true, true};
     const bench_kind half = {"f16", 16, 16, 128, false, true};
     const char *only = argc > 1 ? argv[1] : "";
+    if (!strcmp(only, "short")) {
+        kivi_status status = ki_cuda_kernels_init(&shared_bytes, err);
+        if (status == KIVI_OK)
+            status = tune_short(number(argc, argv, 2, 32), number(argc, argv, 3, 32),
+                                number(argc, argv, 4, 32), err);
+        return status == KIVI_OK ? 0 : say(err);
+    }
     if (argc > 2) read_gbs = atof(argv[2]);
     skips_plain = argc > 3;
     printf("percent of %.0f GB/s, plain / with programmatic dependent launch, by splits of a row\n",
@@ -106,7 +157,7 @@ int main(int argc, char **argv) {
             status = tune("kivi2+", plus, s, plus_list, sizeof plus_list / sizeof *plus_list, err);
         if (status == KIVI_OK && strstr("half", only) && s.batch * s.n_kv_heads <= 256)
             status = tune("f16", half, s, half_list, sizeof half_list / sizeof *half_list, err);
-        if (status != KIVI_OK) return fprintf(stderr, "tune-cuda: %s\n", error.text), 4;
+        if (status != KIVI_OK) return say(err);
     }
     return 0;
 }

@@ -1,0 +1,45 @@
+/* line_cases.cuh: cases of check-cuda for decoding at short contexts, with the line between packed
+ * and 16-bit values at every place of a page: each step against the CPU's cache. What is copied
+ * into the ring beside pages (kv_slow.cuh) differs with the length, so lengths go from nothing to
+ * where no room is left. The note of a case has a sum over all bits of the results: equal for two
+ * builds that give the same ones. */
+#ifndef KI_CUDA_LINE_CASES_CUH
+#define KI_CUDA_LINE_CASES_CUH
+#include "check_step.cuh"
+
+static void check_lines() {
+    static const struct {
+        const char *name;
+        uint32_t k, v, sinks;
+        bool plus;
+    } kinds[] = {{"kivi2", 2, 2, 0, false}, {"kivi2-s4", 2, 2, 4, false},
+                 {"kivi2+", 2, 2, 4, true}, {"kivi2+-s0", 2, 2, 0, true},
+                 {"k4v2+", 4, 2, 4, true},  {"k4v3+", 4, 3, 4, true}};
+    static const struct {
+        int prompt;
+        uint32_t split, window;
+        bool late;
+    } ways[] = {{0, 4096, 0, false},   {130, 4096, 0, true},  {130, 128, 0, false},
+                {600, 4096, 0, true},  {600, 128, 0, false},  {600, 4096, 333, true},
+                {1300, 4096, 0, false}};
+    for (const auto &kind : kinds)
+        for (uint32_t heads : {1u, 4u})
+            for (const auto &way : ways) {
+                world_options o = base_options();
+                o.k_bits = kind.k, o.v_bits = kind.v, o.sinks = kind.sinks, o.plus = kind.plus;
+                o.n_kv_heads = 2, o.n_heads = 2 * heads, o.rule = KIVI_RULE_STREAM;
+                o.split_tokens = way.split, o.window = way.window, o.late = way.late;
+                o.n_layers = 2, o.pdl = true;
+                if (open_case(text("line/%s-h%u-n%d-x%u-w%u", kind.name, heads, way.prompt,
+                                   way.split, way.window)))
+                    run_case(o, way.prompt ? std::vector<int>{way.prompt, -140}
+                                           : std::vector<int>{-300});
+            }
+    /* a warp has more slow blocks than lanes */
+    world_options o = base_options();
+    o.sinks = 4096, o.rule = KIVI_RULE_STREAM, o.n_seqs = 1, o.n_heads = 2, o.max_tokens = 8192;
+    o.split_tokens = 8192;
+    if (open_case("line/4096-sinks")) run_case(o, {4300, -70});
+}
+
+#endif
