@@ -8,23 +8,25 @@
 struct plan_args {
     ki_cuda_layout l;
     const ki_cuda_seq *seqs;
-    uint32_t n_seqs, window, split_tokens, max_splits;
+    const uint32_t *tables;
+    uint32_t table_stride, n_seqs, window, split_tokens, max_splits;
     uint32_t *n_items;
     ki_plan_slot *slots;
     ki_plan_item *items;
 };
 
-KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, uint32_t slot,
-                        const ki_plan_ranges &r, uint32_t first, uint32_t n) {
-    uint32_t unit = a.l.unit_subs;
-    for (uint32_t k = 0; k < n; k++) {
-        ki_plan_item item = {slot, s.first_row, s.table, s.n_tokens};
-        item.part = ki_plan_split(&r, unit, k, n);
-        item.lead_begin = r.lead_begin, item.n_lead = r.n_lead, item.tail_begin = r.tail_begin;
-        item.first = r.first, item.end = r.end;
-        item.k_exact = r.k_exact, item.v_exact = r.v_exact;
-        item.splits = n << 16 | k;
-        a.items[first + k] = item;
+KI_DEV void write_items(const plan_args &a, const ki_cuda_seq &s, const ki_plan_ranges &r,
+                        uint32_t first, uint32_t n) {
+    for (uint32_t k = 0; k < n; k++) a.items[first + k] = ki_plan_item_of(&a.l, &s, &r, k, n);
+}
+
+/* Page ids of items that the thread block has just written, a thread each. */
+KI_DEV void write_pages(const plan_args &a, uint32_t first, uint32_t n, uint32_t n_threads) {
+    for (uint32_t k = threadIdx.x; k < n * KI_PLAN_PAGES; k += n_threads) {
+        ki_plan_item *item = a.items + first + k / KI_PLAN_PAGES;
+        uint32_t j = k % KI_PLAN_PAGES, page = ki_plan_page(item, &a.l, j);
+        if (page != KI_PLAN_NONE)
+            item->pages[j] = a.tables[(uint64_t)item->table * a.table_stride + page];
     }
 }
 
@@ -66,7 +68,9 @@ static __global__ void __launch_bounds__(PLAN_THREADS) ki_plan_kernel(const plan
             a.slots[slot].first_item = first;
             a.slots[slot].n_splits = n;
         }
-        write_items(a, s, slot, r, first, n);
+        write_items(a, s, r, first, n);
+        __syncthreads();
+        write_pages(a, done, all, PLAN_THREADS);
         done += all;
     }
     if (threadIdx.x == 0) *a.n_items = done;
@@ -236,8 +240,9 @@ static workspace workspace_of(const ki_cuda_attend_call *c) {
 
 kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi_error *err) {
     workspace w = workspace_of(c);
-    plan_args a = {c->cache->layout, c->cache->seqs, c->cache->n_seqs, c->window, c->split_tokens,
-                   w.max_splits,     w.n_items,      w.slots,          w.items};
+    plan_args a = {c->cache->layout, c->cache->seqs, c->cache->tables, c->cache->table_stride,
+                   c->cache->n_seqs, c->window,      c->split_tokens,  w.max_splits,
+                   w.n_items,        w.slots,        w.items};
     ki_plan_kernel<<<1, PLAN_THREADS, 0, (cudaStream_t)stream>>>(a);
     return ki_cuda_check(cudaGetLastError(), "plan", err);
 }
@@ -287,7 +292,6 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.pool = c->cache->pool;
     a.tables = c->cache->tables;
     a.table_stride = c->cache->table_stride;
-    a.seqs = c->cache->seqs;
     a.q = c->q;
     a.out = c->out;
     a.out_stride = c->out_stride;

@@ -560,25 +560,28 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
 
 /* ---- the kernel ---- */
 
-/* The addresses of a warp's units, a lane ahead each. */
+/* The addresses of a warp's units. Ids of the first ones come with the item, all others from the
+ * block table, 32 at a time. */
 template <class S> struct unit_stream {
-    uint32_t n, ids; /* units of this warp; page ids of 32 of them, one a lane */
+    uint32_t n, first, ids; /* units of this warp, the first one, page ids of 32, one a lane */
 
-    __device__ __forceinline__ const uint8_t *at(const decode_args &a, const ki_plan_item &item,
-                                                 uint32_t i, uint32_t head, uint32_t warp,
-                                                 uint32_t lane) {
-        constexpr uint32_t IN_PAGE = KI_SUBS / S::NB;
+    __device__ __forceinline__ void fetch(const decode_args &a, const ki_plan_item &item,
+                                          uint32_t i, uint32_t lane) {
         const uint32_t *row = a.tables + (uint64_t)item.table * a.table_stride;
-        uint32_t first = item.part.unit_begin + warp;
-        if (i % 32 == 0) {
-            uint32_t mine = i + lane;
-            ids = mine < n ? row[(first + mine * S::warps()) / IN_PAGE] : 0;
-        }
-        uint64_t id = __shfl_sync(~0u, ids, i % 32);
-        uint32_t u = (first + i * S::warps()) % IN_PAGE;
+        uint32_t mine = i + lane;
+        ids = mine < n ? row[(first + mine * S::warps()) / (KI_SUBS / S::NB)] : 0;
+    }
+    __device__ __forceinline__ const uint8_t *place(const decode_args &a, uint32_t i, uint64_t id,
+                                                    uint32_t head) const {
+        uint32_t u = (first + i * S::warps()) % (KI_SUBS / S::NB);
         return a.pool + id * a.l.id_bytes +
                ((uint64_t)a.layer * a.l.n_kv_heads + head) * a.l.page_bytes +
                (uint64_t)u * a.unit_bytes;
+    }
+    __device__ __forceinline__ const uint8_t *at(const decode_args &a, const ki_plan_item &item,
+                                                 uint32_t i, uint32_t head, uint32_t lane) {
+        if (i % 32 == 0) fetch(a, item, i, lane);
+        return place(a, i, __shfl_sync(~0u, ids, i % 32), head);
     }
 };
 
@@ -588,12 +591,17 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
-    if (index >= *a.n_items) {
+    constexpr bool IS_KNOWN = S::WARPS * S::STAGES <= KI_PLAN_UNITS;
+    /* One trip: a place without an item is read too, and what comes left alone. */
+    const uint32_t n_items = *a.n_items;
+    const ki_plan_item *there = a.items + index;
+    const ki_plan_item item = *there;
+    uint32_t known = IS_KNOWN && lane < KI_PLAN_UNITS ? there->pages[2 + lane] : 0;
+    if (index >= n_items) {
         ki_pdl_wait();
         ki_pdl_launch();
         return;
     }
-    const ki_plan_item item = a.items[index];
     uint32_t head = part / a.chunks, first_in_group = part % a.chunks * 8;
     uint32_t n_heads = min(8u, a.l.head_group - first_in_group);
     uint32_t first_head = head * a.l.head_group + first_in_group;
@@ -605,23 +613,28 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     unit_stream<S> stream = {};
     uint32_t n_units = item.part.unit_end - item.part.unit_begin;
     stream.n = n_units > warp ? (n_units - warp + S::warps() - 1) / S::warps() : 0;
+    stream.first = item.part.unit_begin + warp;
     pipe.init(lane);
+    if constexpr (!IS_KNOWN) stream.fetch(a, item, 0, lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
      * waiting; but where a side has 16 bits the last one may hold this step's own row. */
     if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) ki_pdl_wait();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
-        if (i < stream.n) pipe.issue(i, stream.at(a, item, i, head, warp, lane), lane);
-        else pipe.issue_nothing();
+        if (i < stream.n) {
+            uint64_t id = IS_KNOWN ? __shfl_sync(~0u, known, warp + i * S::warps())
+                                   : __shfl_sync(~0u, stream.ids, i);
+            pipe.issue(i, stream.place(a, i, id, head), lane);
+        } else pipe.issue_nothing();
     }
-    const ki_cuda_seq seq = a.seqs[item.slot];
+    if (IS_KNOWN && stream.n > S::STAGES) stream.fetch(a, item, 0, lane);
     auto block_of = [&](uint32_t k) {
         return k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
     };
     slow_place next = {};
     for (uint32_t n = item.part.slow_end, k = item.part.slow_begin + warp, first = k; k < n;
          k += S::warps()) {
-        slow_place at = find_slow(a, item, seq, head, block_of(k));
+        slow_place at = find_slow(a, item, head, block_of(k));
         bring_slow<S>(a, at, block_of(k), lane);
         if (k == first) next = at;
     }
@@ -649,7 +662,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         slow_place now = next;
         uint32_t block = block_of(k);
         if (k + S::warps() < item.part.slow_end)
-            next = find_slow(a, item, seq, head, block_of(k + S::warps()));
+            next = find_slow(a, item, head, block_of(k + S::warps()));
         slow_block<S>(st, a, item, now, block, lane);
     }
     uint32_t v_bits = S::v_bits(a.l);
@@ -662,7 +675,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
                          lane);
         __syncwarp();
         uint32_t later = i + S::STAGES;
-        if (later < stream.n) pipe.issue(later, stream.at(a, item, later, head, warp, lane), lane);
+        if (later < stream.n) pipe.issue(later, stream.at(a, item, later, head, lane), lane);
         else pipe.issue_nothing();
     }
     convert_units<S>(st, row_unit(v_bits), row8_unit(v_bits));

@@ -107,13 +107,70 @@ KI_BOTH ki_plan_part ki_plan_split(const ki_plan_ranges *r, uint32_t unit, uint3
     return p;
 }
 
-/* One work item, as ki_cuda_decode_plan writes it: 64 bytes. */
+/* Page ids that an item has: of its slow blocks before and behind the fast units, then of its fast
+ * units from part.unit_begin on. */
+enum { KI_PLAN_UNITS = 10, KI_PLAN_PAGES = 2 + KI_PLAN_UNITS };
+
+/* One work item, as ki_cuda_decode_plan writes it: what a thread block must know before it asks for
+ * rows and codes comes in one trip to memory. */
 typedef struct ki_plan_item {
-    uint32_t slot, row, table, pos;
+    uint32_t row, table, pos, splits; /* splits: number << 16 | this one */
     ki_plan_part part;
     uint32_t lead_begin, n_lead, tail_begin, first;
-    uint32_t k_exact, v_exact, end, splits; /* splits: number << 16 | this one */
+    uint32_t k_exact, v_exact, end;
+    uint32_t k_at, v_at, k_blocks, v_blocks; /* ring: where block tail_begin is; its blocks */
+    uint32_t reserved;
+    uint64_t ring, sinks;
+    uint32_t pages[KI_PLAN_PAGES];
 } ki_plan_item;
+
+KI_BOTH ki_plan_item ki_plan_item_of(const ki_cuda_layout *l, const ki_cuda_seq *s,
+                                     const ki_plan_ranges *r, uint32_t split, uint32_t n_splits) {
+    ki_plan_item p;
+    p.row = s->first_row, p.table = s->table, p.pos = s->n_tokens;
+    p.splits = n_splits << 16 | split;
+    p.part = ki_plan_split(r, l->unit_subs, split, n_splits);
+    p.lead_begin = r->lead_begin, p.n_lead = r->n_lead, p.tail_begin = r->tail_begin;
+    p.first = r->first, p.end = r->end;
+    p.k_exact = r->k_exact, p.v_exact = r->v_exact;
+    p.k_blocks = l->k_bits < 16 ? s->k_blocks : 0;
+    p.v_blocks = l->v_bits < 16 ? s->v_blocks : 0;
+    p.k_at = p.k_blocks ? r->tail_begin % p.k_blocks : 0;
+    p.v_at = p.v_blocks ? r->tail_begin % p.v_blocks : 0;
+    p.reserved = 0;
+    p.ring = s->ring, p.sinks = s->sinks;
+    for (int j = 0; j < KI_PLAN_PAGES; j++) p.pages[j] = 0;
+    return p;
+}
+
+/* The page of the block table whose id is pages[j], or KI_PLAN_NONE where no code is read. */
+#define KI_PLAN_NONE UINT32_MAX
+KI_BOTH uint32_t ki_plan_page(const ki_plan_item *p, const ki_cuda_layout *l, uint32_t j) {
+    uint32_t unit = p->part.unit_begin + j - 2, block = unit * l->unit_subs;
+    uint32_t coded = p->k_exact > p->v_exact ? p->k_exact : p->v_exact;
+    if (j == 0 && !p->n_lead) return KI_PLAN_NONE;
+    if (j >= 2 && unit >= p->part.unit_end) return KI_PLAN_NONE;
+    if (j == 0) block = p->lead_begin + p->n_lead - 1;
+    if (j == 1) block = p->tail_begin;
+    uint32_t page = block / KI_SUBS;
+    return page * KI_PAGE_TOKENS < coded && page * KI_PAGE_TOKENS < p->end ? page : KI_PLAN_NONE;
+}
+
+/* Which of pages[] has the id of slow block `block`; KI_PLAN_NONE: none, the table has it. */
+KI_BOTH uint32_t ki_plan_slow_page(const ki_plan_item *p, uint32_t block) {
+    int is_lead = block - p->lead_begin < p->n_lead;
+    uint32_t known = is_lead ? p->lead_begin + p->n_lead - 1 : p->tail_begin;
+    return block / KI_SUBS == known / KI_SUBS ? (is_lead ? 0u : 1u) : KI_PLAN_NONE;
+}
+
+/* Block b of the sequence in a ring of n blocks that has block tail_begin at `at`. */
+KI_BOTH uint32_t ki_plan_ring_at(const ki_plan_item *p, uint32_t at, uint32_t n, uint32_t block) {
+    if (block < p->tail_begin) return block % n;
+    uint32_t x = at + (block - p->tail_begin);
+    x = x >= n ? x - n : x;
+    x = x >= n ? x - n : x;
+    return x >= n ? x % n : x;
+}
 
 /* The workspace: header, one record a slot, the items, the states. */
 typedef struct ki_plan_slot {

@@ -10,7 +10,6 @@ struct decode_args {
     ki_cuda_layout l;
     const uint8_t *pool;
     const uint32_t *tables;
-    const ki_cuda_seq *seqs;
     const uint16_t *q;
     void *out;
     const uint32_t *n_items;
@@ -67,8 +66,22 @@ KI_DEV bool reads_exact(const ki_plan_item &item, uint32_t base, uint32_t exact_
     return max(exact_from, from) < end || from < min(sinks, end);
 }
 
-KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, const ki_cuda_seq &seq,
-                            uint32_t head, uint32_t block) {
+/* A block of 16-bit rows, as exact_block has it, by what the item says. */
+KI_DEV const uint8_t *exact_of(const decode_args &a, const ki_plan_item &item, uint32_t head,
+                               uint32_t block, uint32_t side) {
+    const ki_cuda_layout &l = a.l;
+    uint64_t slot = (uint64_t)a.layer * l.n_kv_heads + head, bytes = (uint64_t)l.head_dim * 64;
+    uint32_t n = side ? item.v_blocks : item.k_blocks;
+    if (block < l.sink_blocks)
+        return (const uint8_t *)item.sinks +
+               (slot * 2 * l.sink_blocks + side * l.sink_blocks + block) * bytes;
+    uint32_t in_ring = ki_plan_ring_at(&item, side ? item.v_at : item.k_at, n, block);
+    return (const uint8_t *)item.ring + (slot * (item.k_blocks + item.v_blocks) +
+                                         (side ? item.k_blocks : 0) + in_ring) * bytes;
+}
+
+KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint32_t head,
+                            uint32_t block) {
     const ki_cuda_layout &l = a.l;
     uint32_t base = block * KI_SUB_TOKENS;
     uint32_t k_sinks = l.k_bits == 16 ? 0 : l.sink_tokens,
@@ -77,14 +90,17 @@ KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, cons
     at.k_codes = reads_codes(item, base, item.k_exact, k_sinks);
     at.v_codes = reads_codes(item, base, item.v_exact, v_sinks);
     if (at.k_codes || at.v_codes) {
-        uint64_t id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
+        uint32_t j = ki_plan_slow_page(&item, block);
+        uint64_t id = j == 0 ? item.pages[0] : item.pages[1];
+        if (j == KI_PLAN_NONE)
+            id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
         at.page =
             a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
     }
     if (reads_exact(item, base, item.k_exact, k_sinks))
-        at.k16 = exact_block(l, seq, a.layer, head, block, 0);
+        at.k16 = exact_of(a, item, head, block, 0);
     if (reads_exact(item, base, item.v_exact, v_sinks))
-        at.v16 = exact_block(l, seq, a.layer, head, block, 1);
+        at.v16 = exact_of(a, item, head, block, 1);
     return at;
 }
 

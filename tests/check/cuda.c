@@ -163,10 +163,40 @@ static void check_plus_pages(void) {
         for (int k = 0; k < 3; k++) check_plus_page(&r, d, plus_kinds[k]);
 }
 
+/* What an item says of pages and the ring, where the table has id 1000 + page: a slow block's codes
+ * and the first units are found by it, rows where they are. */
+static void check_item(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_plan_ranges *r,
+                       uint32_t split, uint32_t n_splits) {
+    ki_plan_item p = ki_plan_item_of(l, s, r, split, n_splits);
+    for (uint32_t j = 0; j < KI_PLAN_PAGES; j++) {
+        uint32_t page = ki_plan_page(&p, l, j);
+        CHECK(page == KI_PLAN_NONE || page <= s->n_tokens / KI_PAGE_TOKENS, "page %u", page);
+        p.pages[j] = page == KI_PLAN_NONE ? 0 : 1000 + page;
+    }
+    for (uint32_t u = p.part.unit_begin; u < p.part.unit_end; u++) {
+        uint32_t j = u - p.part.unit_begin;
+        if (j < KI_PLAN_UNITS)
+            CHECK(p.pages[2 + j] == 1000 + u * l->unit_subs / KI_SUBS, "unit %u", u);
+    }
+    uint32_t coded = KI_MIN(KI_MAX(p.k_exact, p.v_exact), p.end);
+    for (uint32_t k = p.part.slow_begin; k < p.part.slow_end && !check_failed(); k++) {
+        uint32_t block = ki_plan_slow_block(r, k), j = ki_plan_slow_page(&p, block);
+        if (block * KI_SUB_TOKENS < coded && j != KI_PLAN_NONE)
+            CHECK(j < 2 && p.pages[j] == 1000 + block / KI_SUBS, "codes of block %u", block);
+        if (p.k_blocks)
+            CHECK(ki_plan_ring_at(&p, p.k_at, p.k_blocks, block) == block % p.k_blocks, "keys");
+        if (p.v_blocks)
+            CHECK(ki_plan_ring_at(&p, p.v_at, p.v_blocks, block) == block % p.v_blocks, "values");
+    }
+}
+
 /* One sequence at one length: fast units and slow blocks cover what is visible, once; fast ones are
  * all codes; the splits hand out each of them once, in order. */
 static void check_sequence(const ki_cuda_layout *l, uint32_t n, uint32_t window, uint32_t split) {
-    ki_cuda_seq s = {.n_tokens = n, .n_rows = 1};
+    ki_cuda_seq s = {.n_tokens = n,
+                     .n_rows = 1,
+                     .k_blocks = l->k_ring_blocks + n % 3,
+                     .v_blocks = l->v_ring_blocks + n % 5};
     ki_plan_ranges r = ki_plan_of(l, &s, window);
     uint32_t unit = l->unit_subs, n_splits = ki_plan_splits(&r, split, KI_MAX_SPLITS);
     uint32_t end_block = (r.end + 31) / 32, next = r.lead_begin;
@@ -192,6 +222,7 @@ static void check_sequence(const ki_cuda_layout *l, uint32_t n, uint32_t window,
         CHECK(p.slow_begin == slow && p.slow_end >= slow, "split %u begins at slow %u", k,
               p.slow_begin);
         units = p.unit_end, slow = p.slow_end;
+        check_item(l, &s, &r, k, n_splits);
     }
     CHECK(units == r.fast_end && slow == r.n_slow, "splits end at %u, %u", units, slow);
 }
@@ -206,8 +237,11 @@ static void check_plan(void) {
         g.n_layers = 1, g.n_heads = 8, g.n_kv_heads = 8, g.head_dim = 128, g.n_pages = 1;
         g.kv.k_bits = bits[rng_below(&r, 3)], g.kv.v_bits = bits[rng_below(&r, 3)];
         g.kv.group = group, g.kv.residual_tokens = group * (1 + rng_below(&r, 3));
-        g.kv.sink_tokens = rng_below(&r, 2) ? rng_below(&r, 70) : 0;
-        CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+        g.kv.sink_tokens = rng_below(&r, 2) ? rng_below(&r, rng_below(&r, 2) ? 70 : 500) : 0;
+        bool plus = rng_below(&r, 4) == 0;
+        if (plus) g.kv.k_bits = 2u << rng_below(&r, 2), g.kv.v_bits = 2;
+        if (plus) g.kv.group = g.kv.residual_tokens = 128;
+        CHECK_OK(ki_cuda_layout_init(&l, &g, plus, err));
         if (check_failed()) return;
         uint32_t n = rng_below(&r, 2) ? rng_below(&r, 700) : rng_below(&r, 140000);
         check_sequence(&l, n, windows[rng_below(&r, 4)], 256u << rng_below(&r, 6));
