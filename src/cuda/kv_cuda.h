@@ -207,10 +207,10 @@ uint64_t ki_cuda_workspace_bytes(const ki_cuda_layout *layout, uint32_t n_seqs, 
 uint32_t ki_cuda_split_tokens(const ki_cuda_layout *layout, uint32_t n_seqs, uint32_t max_tokens,
                               uint32_t n_sms);
 
-/* Writes the list of work items from the lengths, with what they need of sequences and tables; reads
- * cache, window, split_tokens, max_tokens and workspace of the call. Once a step (and window), after
- * seqs and tables are written; every ki_cuda_decode_attend of the step with the same workspace uses
- * it. */
+/* Writes the list of work items from the lengths, with what they need of sequences and tables;
+ * reads cache, window, split_tokens, max_tokens and workspace of the call. Once a step (and
+ * window), after seqs and tables are written; every ki_cuda_decode_attend of the step with the same
+ * workspace uses it. */
 kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *call, void *stream, kivi_error *err);
 /* Sequences with n_rows == 1. Others are left alone. */
 kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *call, void *stream, kivi_error *err);

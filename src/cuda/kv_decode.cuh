@@ -420,7 +420,8 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
         const uint8_t *sub = at.page + l.head_bytes + in_page / KI_SUB_TOKENS * l.sub_bytes;
         unit_scores<S, 1>(s, l, at.page, sub, in_page, st, lane);
     }
-    if (at.k16) exact_scores<S::NJ>(exact, at.k16, st.q.q, S::quartered(l), lane);
+    if (at.k16)
+        exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), st.q.q, S::quartered(l), lane);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -469,7 +470,7 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        values.each(at.v16, lane,
+        values.each(at.v16, value_rows(l, item, block), lane,
                     [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
                         mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
                     });
@@ -481,7 +482,7 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
                        const slow_place &at, uint32_t block, uint32_t lane) {
     exact_values<S> values;
     float s[2][4] = {};
-    values.load(at.v16, lane);
+    values.load(at.v16, value_rows(a.l, item, block), lane);
     slow_scores<S>(s, a.l, item, block, at, st, lane);
     soften<S, 2>(s, st, 0);
     slow_values<S>(st, a.l, item, block, at, values, s, lane);
@@ -635,7 +636,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     for (uint32_t n = item.part.slow_end, k = item.part.slow_begin + warp, first = k; k < n;
          k += S::warps()) {
         slow_place at = find_slow(a, item, head, block_of(k));
-        bring_slow<S>(a, at, block_of(k), lane);
+        bring_slow<S>(a, item, at, block_of(k), lane);
         if (k == first) next = at;
     }
     ki_pdl_wait();

@@ -101,4 +101,24 @@ KI_BOTH uint32_t ki_order_key_scale(uint32_t channel, uint32_t n_steps) {
 /* Index (in float16) of a token's value scale or zero within its channel group and block. */
 KI_BOTH uint32_t ki_order_value_scale(uint32_t token) { return ki_order_key_scale(token, 2); }
 
+/* Of a 16-bit block, tokens [from, to) are read. Registers hold tokens in pairs 8 apart: whether
+ * some of t0 .. t0 + width - 1, or of those 8 further on, are among them. */
+KI_BOTH int ki_order_meets(uint32_t from, uint32_t to, uint32_t t0, uint32_t width) {
+    return from < to &&
+           ((t0 + width > from && t0 < to) || (t0 + 8 + width > from && t0 + 8 < to));
+}
+/* Which 16 bytes (of the 64 of tiles (j, 0) and (j, 1)) a lane reads for its registers of (j, i):
+ * its own, or where none of its tokens is read, those of a lane that has token `from`. So nothing
+ * comes from memory in vain, and what comes is finite. */
+KI_BOTH uint32_t ki_order_seen_at(uint32_t from, uint32_t to, uint32_t i, uint32_t lane, int keys) {
+    uint32_t t0 = 16 * i + (keys ? lane / 4 : lane % 4 * 2);
+    if (ki_order_meets(from, to, t0, keys ? 1 : 2)) return 32 * i + lane;
+    return from / 16 * 32 + (keys ? from % 8 * 4 + lane % 4 : lane / 4 * 4 + from % 8 / 2);
+}
+/* Whether some of them are in line `line` of 128 bytes: a quarter of a tile, of keys eight lanes'
+ * tokens. The same for all lines that are 8 apart. */
+KI_BOTH int ki_order_line_meets(uint32_t from, uint32_t to, uint32_t line, int keys) {
+    return ki_order_meets(from, to, line / 4 % 2 * 16 + (keys ? line % 4 * 2 : 0), keys ? 2 : 8);
+}
+
 #endif

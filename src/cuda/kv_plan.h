@@ -172,6 +172,25 @@ KI_BOTH uint32_t ki_plan_ring_at(const ki_plan_item *p, uint32_t at, uint32_t n,
     return x >= n ? x % n : x;
 }
 
+/* Tokens [from, to) of a block that are read in 16 bit, as numbers in the block, and what is
+ * between sinks and the line where a block has both; from == to: none. */
+typedef struct ki_plan_rows {
+    uint32_t from, to;
+} ki_plan_rows;
+
+KI_BOTH ki_plan_rows ki_plan_rows_of(const ki_plan_item *p, uint32_t block, uint32_t exact_from,
+                                     uint32_t sinks) {
+    uint32_t base = block * KI_SUB_TOKENS, from = p->first > base ? p->first : base;
+    uint32_t to = p->end < base + KI_SUB_TOKENS ? p->end : base + KI_SUB_TOKENS;
+    uint32_t line = exact_from > from ? exact_from : from, sink_end = sinks < to ? sinks : to;
+    ki_plan_rows r = {0, 0};
+    if (line < to) r.from = line - base, r.to = to - base;
+    if (from >= sink_end) return r;
+    r.from = from - base;
+    if (line >= to) r.to = sink_end - base;
+    return r;
+}
+
 /* The workspace: header, one record a slot, the items, the states. */
 typedef struct ki_plan_slot {
     uint32_t first_item, n_splits;

@@ -171,15 +171,28 @@ KI_DEV void zero_terms(float (&d)[4], const uint32_t (&q)[2 * NJ], bool quartere
     d[0] = fmaf(high[2], back, low[0]), d[1] = fmaf(high[3], back, low[1]);
 }
 
+/* Calls f(j, i, a0, a1, a2, a3) for every tile of a 16-bit block whose tokens [from, to) are read;
+ * of others finite numbers come. */
+template <int NJ, class F>
+KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, uint32_t lane, F f) {
+    const uint4 *even = (const uint4 *)block + ki_order_seen_at(rows.from, rows.to, 0, lane, keys);
+    const uint4 *odd = (const uint4 *)block + ki_order_seen_at(rows.from, rows.to, 1, lane, keys);
+#pragma unroll
+    for (int k = 0; k < 2 * NJ; k++) {
+        uint4 w = (k % 2 ? odd : even)[k / 2 * 64];
+        f(k / 2, k % 2, w.x, w.y, w.z, w.w);
+    }
+}
+
 /* Products of the 16-bit keys of a block. */
 template <int NJ>
-KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, const uint32_t (&q)[2 * NJ],
-                         bool quartered, uint32_t lane) {
+KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, ki_plan_rows rows,
+                         const uint32_t (&q)[2 * NJ], bool quartered, uint32_t lane) {
     uint32_t back = quartered ? TWO_FOURS : TWO_ONES;
-    for_frags<NJ, 16>(block, lane,
-                      [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                          mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
-                      });
+    for_seen_frags<NJ>(block, rows, true, lane,
+                       [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                           mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
+                       });
 }
 
 /* ---- values ---- */

@@ -45,6 +45,27 @@ done:
     free(place);
 }
 
+/* Of a 16-bit block some tokens are read: who holds one of them reads its own registers, everybody
+ * else what such a lane reads, and no line with one of them is left out. */
+static void check_seen(uint32_t from, uint32_t to, bool keys) {
+    enum { STEPS = 8 };
+    bool has[64] = {false}, lines[64] = {false};
+    for (uint32_t t = from; t < to; t++)
+        for (uint32_t c = 0; c < STEPS * 16; c++) {
+            ki_order_place p =
+                keys ? ki_order_key(t, c, STEPS, 16) : ki_order_value(t, c, STEPS, 16);
+            CHECK(p.word / 4 / 64 == c / 16, "channel %u is not in its pair of tiles", c);
+            has[p.word / 4 % 64] = true, lines[p.word / 32] = true;
+        }
+    for (uint32_t at = 0; at < 64 && from < to; at++) {
+        uint32_t seen = ki_order_seen_at(from, to, at / 32, at % 32, keys);
+        CHECK(seen < 64 && has[seen], "[%u, %u): 16 bytes %u of nobody", from, to, seen);
+        CHECK(!has[at] || seen == at, "[%u, %u): %u instead of %u", from, to, seen, at);
+        CHECK(!lines[at] == !ki_order_line_meets(from, to, at % 32, keys), "[%u, %u): line %u",
+              from, to, at);
+    }
+}
+
 static void check_orders(void) {
     static const uint32_t all_bits[] = {1, 2, 4, 8, 16};
     for (int i = 0; i < N_DIMS; i++)
@@ -60,6 +81,11 @@ static void check_orders(void) {
             CHECK(c % 2 || ki_order_key_scale(c + 1, head_dims[i] / 16) == at + 1, "pair %u", c);
         }
     }
+    for (uint32_t from = 0; from <= 32; from++)
+        for (uint32_t to = from; to <= 32; to++) {
+            check_seen(from, to, true);
+            check_seen(from, to, false);
+        }
 }
 
 static void check_exchange(rng *r, uint32_t d, uint32_t k_bits, uint32_t v_bits, uint32_t group) {
@@ -163,6 +189,19 @@ static void check_plus_pages(void) {
         for (int k = 0; k < 3; k++) check_plus_page(&r, d, plus_kinds[k]);
 }
 
+/* The tokens of a block that are read in 16 bit, token by token as the rule says. */
+static void check_rows(const ki_plan_item *p, uint32_t block, uint32_t exact_from, uint32_t sinks) {
+    ki_plan_rows r = ki_plan_rows_of(p, block, exact_from, sinks);
+    uint32_t from = 32, to = 0, n = 0;
+    for (uint32_t t = 0; t < 32; t++) {
+        uint32_t pos = block * 32 + t;
+        if (pos < p->first || pos >= p->end || (pos >= sinks && pos < exact_from)) continue;
+        from = KI_MIN(from, t), to = t + 1, n++;
+    }
+    CHECK(n ? r.from == from && r.to == to : r.from == r.to, "block %u: [%u, %u), not [%u, %u)",
+          block, r.from, r.to, from, to);
+}
+
 /* What an item says of pages and the ring, where the table has id 1000 + page: a slow block's codes
  * and the first units are found by it, rows where they are. */
 static void check_item(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_plan_ranges *r,
@@ -183,6 +222,8 @@ static void check_item(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_p
         uint32_t block = ki_plan_slow_block(r, k), j = ki_plan_slow_page(&p, block);
         if (block * KI_SUB_TOKENS < coded && j != KI_PLAN_NONE)
             CHECK(j < 2 && p.pages[j] == 1000 + block / KI_SUBS, "codes of block %u", block);
+        check_rows(&p, block, p.k_exact, l->k_bits == 16 ? 0 : l->sink_tokens);
+        check_rows(&p, block, p.v_exact, l->v_bits == 16 ? 0 : l->sink_tokens);
         if (p.k_blocks)
             CHECK(ki_plan_ring_at(&p, p.k_at, p.k_blocks, block) == block % p.k_blocks, "keys");
         if (p.v_blocks)
