@@ -41,9 +41,10 @@
  *
  * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers
  * only. Appends and closes with pdl wait for the kernel before them and then begin. Attention with
- * pdl may start to read pages, tables and the plan while the kernel before it in the stream ends:
- * that kernel must be one that waits for its own predecessor (all of these do, and any kernel
- * launched without pdl), and not ki_cuda_decode_plan.
+ * pdl may start to read pages, tables, the plan and 16-bit keys (blocks without the step's own row)
+ * while the kernel before it in the stream ends: that kernel must be one that waits for its own
+ * predecessor (all of these do, and any kernel launched without pdl), and not ki_cuda_decode_plan;
+ * nothing else of the step may write the window.
  *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends

@@ -31,6 +31,9 @@ struct decode_shape {
     /* Blocks, and channel groups of values, that copies share out among them. */
     static constexpr int K_COPIES = COPIES < NB_ ? COPIES : NB_;
     static constexpr int V_COPIES = !VG_ ? 1 : COPIES < D_ / VG_ ? COPIES : D_ / VG_;
+    /* Codes of slow blocks come through the ring: such shapes have them on both sides, and heads of
+     * pages that are written once, when a page closes. */
+    static constexpr bool SPARE = KG_ != 0;
     KI_DEV_MEMBER uint32_t warps() { return IS_FLEXIBLE ? blockDim.x / 32 : WARPS; }
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
@@ -416,10 +419,7 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
     float exact[2][4] = {};
     uint32_t sinks = l.k_bits == 16 ? 0 : l.sink_tokens, base = block * KI_SUB_TOKENS;
     uint32_t in_page = base % KI_PAGE_TOKENS;
-    if (at.k_codes) {
-        const uint8_t *sub = at.page + l.head_bytes + in_page / KI_SUB_TOKENS * l.sub_bytes;
-        unit_scores<S, 1>(s, l, at.page, sub, in_page, st, lane);
-    }
+    if (at.k_codes) unit_scores<S, 1>(s, l, at.head, at.sub, in_page, st, lane);
     if (at.k16)
         exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), st.q.q, S::quartered(l), lane);
 #pragma unroll
@@ -450,14 +450,12 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
         }
     uint32_t p[4];
     if (at.v_codes) {
-        const uint8_t *sub =
-            at.page + l.head_bytes + base % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
         uint32_t bits = S::v_bits(l);
         float low = row_unit(bits), high = row8_unit(bits), t[4];
         probability_operands(p, coded[0], coded[1]);
-        block_sums<S>(st, l, sub, p, lane);
+        block_sums<S>(st, l, at.sub, p, lane);
         if (bits == 2) p[1] = mul2(p[1], TWO_QUARTERS), p[3] = mul2(p[3], TWO_QUARTERS);
-        code_values<S>(l, sub, p, lane,
+        code_values<S>(l, at.sub, p, lane,
                        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1) {
                            if (i == 0) t[0] = t[1] = t[2] = t[3] = 0;
@@ -479,10 +477,9 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
 
 template <class S>
 KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_item &item,
-                       const slow_place &at, uint32_t block, uint32_t lane) {
-    exact_values<S> values;
+                       const slow_place &at, exact_values<S> &values, uint32_t block,
+                       uint32_t lane) {
     float s[2][4] = {};
-    values.load(at.v16, value_rows(a.l, item, block), lane);
     slow_scores<S>(s, a.l, item, block, at, st, lane);
     soften<S, 2>(s, st, 0);
     slow_values<S>(st, a.l, item, block, at, values, s, lane);
@@ -592,6 +589,11 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     extern __shared__ __align__(128) uint8_t shared[];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
+#if __CUDA_ARCH__ >= 900
+    constexpr bool HAS_SPARE = S::SPARE;
+#else
+    constexpr bool HAS_SPARE = false;
+#endif
     constexpr bool IS_KNOWN = S::WARPS * S::STAGES <= KI_PLAN_UNITS;
     /* One trip: a place without an item is read too, and what comes left alone. */
     const uint32_t n_items = *a.n_items;
@@ -629,18 +631,21 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         } else pipe.issue_nothing();
     }
     if (IS_KNOWN && stream.n > S::STAGES) stream.fetch(a, item, 0, lane);
-    auto block_of = [&](uint32_t k) {
-        return k < item.n_lead ? item.lead_begin + k : item.tail_begin + k - item.n_lead;
-    };
-    slow_place next = {};
-    for (uint32_t n = item.part.slow_end, k = item.part.slow_begin + warp, first = k; k < n;
-         k += S::warps()) {
-        slow_place at = find_slow(a, item, head, block_of(k));
-        bring_slow<S>(a, item, at, block_of(k), lane);
-        if (k == first) next = at;
-    }
+    const uint32_t slow_first = item.part.slow_begin + warp, slow_end = item.part.slow_end;
+    const uint32_t slow_mine = slow_first + lane * S::warps();
+    slow_list<S> slow;
+    slow.find(a, item, head, slow_mine);
+    if (HAS_SPARE && stream.n < S::STAGES)
+        slow.copy(pipe.data + stream.n * a.unit_bytes, pipe.data + S::STAGES * a.unit_bytes, a,
+                  item, slow_mine, pipe.spare_bar(), lane);
+    slow.bring(a, item, slow_first, S::warps(), lane);
     ki_pdl_wait();
     ki_pdl_launch();
+    if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
+    exact_values<S> values;
+    slow_place at = slow.get(a.l, 0, slow_block_of(item, slow_first));
+    if (slow_first < slow_end)
+        values.load(at.v16, value_rows(a.l, item, slow_block_of(item, slow_first)), lane);
 
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
@@ -659,12 +664,16 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
             }
         __syncthreads();
     }
-    for (uint32_t k = item.part.slow_begin + warp; k < item.part.slow_end; k += S::warps()) {
-        slow_place now = next;
-        uint32_t block = block_of(k);
-        if (k + S::warps() < item.part.slow_end)
-            next = find_slow(a, item, head, block_of(k + S::warps()));
-        slow_block<S>(st, a, item, now, block, lane);
+    for (uint32_t k = slow_first, i = 0; k < slow_end;) {
+        uint32_t block = slow_block_of(item, k);
+        if (HAS_SPARE && (at.codes_here || at.keys_here)) pipe.wait_spare();
+        slow_block<S>(st, a, item, at, values, block, lane);
+        k += S::warps();
+        if (k >= slow_end) break;
+        if (++i % 32 == 0) slow.find(a, item, head, k + lane * S::warps());
+        block = slow_block_of(item, k);
+        at = slow.get(a.l, i % 32, block);
+        values.load(at.v16, value_rows(a.l, item, block), lane);
     }
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));

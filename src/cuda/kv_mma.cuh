@@ -62,13 +62,7 @@ template <int N_STAGES> struct warp_pipe {
         if (lane == 0) {
             uint32_t bar = ki_shared(full + stage);
             ki_bar_expect(bar, unit_bytes);
-            /* read once: the first to leave the cache */
-            asm volatile(
-                "{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                "[%0], [%1], %2, [%3], once; }" ::"r"(to),
-                "l"(from), "r"(unit_bytes), "r"(bar)
-                : "memory");
+            ki_bulk_copy(to, from, unit_bytes, bar);
         }
 #else
         for (uint32_t at = lane * 16; at < unit_bytes; at += 512)
@@ -93,6 +87,16 @@ template <int N_STAGES> struct warp_pipe {
         __syncwarp();
 #endif
         return data + stage * unit_bytes;
+    }
+
+    /* A warp with fewer units than stages has the ring behind them for whatever else its lanes copy
+     * there, each for itself (sm_90): told and copied, then one arrive behind a __syncwarp, then
+     * wait_spare, which waits for all of it. */
+    __device__ __forceinline__ uint32_t spare_bar() const { return ki_shared(full + N_STAGES - 1); }
+    __device__ __forceinline__ void wait_spare() {
+#if __CUDA_ARCH__ >= 900
+        ki_bar_wait(spare_bar(), 0);
+#endif
     }
 };
 

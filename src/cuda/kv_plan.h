@@ -165,8 +165,7 @@ KI_BOTH uint32_t ki_plan_slow_page(const ki_plan_item *p, uint32_t block) {
 
 /* Block b of the sequence in a ring of n blocks that has block tail_begin at `at`. */
 KI_BOTH uint32_t ki_plan_ring_at(const ki_plan_item *p, uint32_t at, uint32_t n, uint32_t block) {
-    if (block < p->tail_begin) return block % n;
-    uint32_t x = at + (block - p->tail_begin);
+    uint32_t x = block < p->tail_begin ? block : at + (block - p->tail_begin);
     x = x >= n ? x - n : x;
     x = x >= n ? x - n : x;
     return x >= n ? x % n : x;
@@ -189,6 +188,11 @@ KI_BOTH ki_plan_rows ki_plan_rows_of(const ki_plan_item *p, uint32_t block, uint
     r.from = from - base;
     if (line >= to) r.to = sink_end - base;
     return r;
+}
+
+/* Whether no row of the block is written in the query's own step. */
+KI_BOTH int ki_plan_is_old(const ki_plan_item *p, uint32_t block) {
+    return block != p->pos / KI_SUB_TOKENS;
 }
 
 /* The workspace: header, one record a slot, the items, the states. */

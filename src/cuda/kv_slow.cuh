@@ -22,8 +22,9 @@ struct decode_args {
 };
 
 struct slow_place { /* a block's bytes; null where they are not needed */
-    const uint8_t *page, *k16, *v16;
+    const uint8_t *head, *sub, *k16, *v16; /* head: of the page that has sub */
     bool k_codes, v_codes;
+    bool codes_here, keys_here; /* in the ring */
 };
 
 /* The 16-bit values of a block, which a warp asks for before it needs the scores: that is one trip
@@ -92,6 +93,10 @@ KI_DEV const uint8_t *exact_of(const decode_args &a, const ki_plan_item &item, u
                                          (side ? item.k_blocks : 0) + in_ring) * bytes;
 }
 
+KI_DEV const uint8_t *sub_of(const ki_cuda_layout &l, const uint8_t *head, uint32_t block) {
+    return head + l.head_bytes + block % KI_SUBS * l.sub_bytes;
+}
+
 KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint32_t head,
                             uint32_t block) {
     const ki_cuda_layout &l = a.l;
@@ -104,8 +109,9 @@ KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint
         uint64_t id = j == 0 ? item.pages[0] : item.pages[1];
         if (j == KI_PLAN_NONE)
             id = a.tables[(uint64_t)item.table * a.table_stride + base / KI_PAGE_TOKENS];
-        at.page =
+        at.head =
             a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
+        at.sub = sub_of(l, at.head, block);
     }
     ki_plan_rows keys = key_rows(l, item, block), values = value_rows(l, item, block);
     if (keys.from < keys.to) at.k16 = exact_of(a, item, head, block, 0);
@@ -116,25 +122,123 @@ KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint
 /* Brings bytes into the cache that all multiprocessors share: the kernel before this one may still
  * write some of them. */
 KI_DEV void bring_near(const uint8_t *at, uint32_t n_bytes, uint32_t lane) {
-    for (uint32_t i = lane * 128; at && i < n_bytes; i += 32 * 128)
+#pragma unroll 1
+    for (uint32_t i = lane * 128; i < n_bytes; i += 32 * 128)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
 }
-
 /* Of a 16-bit block the lines with rows that are read: a lane's are 32 apart, so all or none. */
 template <class S>
 KI_DEV void bring_rows(const uint8_t *at, ki_plan_rows rows, bool keys, uint32_t lane) {
-    bool is_read = ki_order_line_meets(rows.from, rows.to, lane, keys);
-    bring_near(is_read ? at : nullptr, S::D * 2 * KI_SUB_TOKENS, lane);
+    if (!ki_order_line_meets(rows.from, rows.to, lane, keys)) return;
+#pragma unroll
+    for (uint32_t line = lane; line < (S::D / 2 + 31) / 32 * 32; line += 32)
+        if (S::D % 64 == 0 || line < S::D / 2)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(at + line * 128));
 }
 
-template <class S>
-KI_DEV void bring_slow(const decode_args &a, const ki_plan_item &item, const slow_place &at,
-                       uint32_t block, uint32_t lane) {
-    const uint8_t *sub = at.page + a.l.head_bytes + block % KI_SUBS * a.l.sub_bytes;
-    bring_near(at.page ? sub : nullptr, a.l.sub_bytes, lane);
-    bring_near(at.page, a.l.head_bytes, lane);
-    bring_rows<S>(at.k16, key_rows(a.l, item, block), true, lane);
-    bring_rows<S>(at.v16, value_rows(a.l, item, block), false, lane);
+/* ---- a warp's slow blocks ---- */
+
+/* The block of slow number k (ki_plan_slow_block). */
+KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
+    return k < item.n_lead ? item.lead_begin + k : item.tail_begin + (k - item.n_lead);
 }
+
+/* Where 32 of them are, one a lane: addresses are worked out once, side by side.
+ *
+ * At short contexts a warp has fewer fast units than stages. Then codes of its slow blocks, and
+ * whole blocks of 16-bit keys, are copied into the ring behind the units, as units are, instead of
+ * being asked for piece by piece when they are needed: first come, first served, while there is
+ * room (sm_90, where one instruction of a lane copies all of it). Nothing is copied before the wait
+ * that a kernel of this step may write: the row at pos is in a block that is not old, and codes of
+ * the value that leaves the window are in block v_exact / 32, which is late. */
+template <class S> struct slow_list {
+    enum { K_CODES = 1, V_CODES = 2, CODES_HERE = 4, KEYS_HERE = 8 }; /* here: in the ring */
+    const uint8_t *sub, *k16, *v16;
+    uint8_t *late;
+    uint32_t how;
+
+    __device__ __forceinline__ void find(const decode_args &a, const ki_plan_item &item,
+                                         uint32_t head, uint32_t k) {
+        slow_place at = {};
+        if (k < item.part.slow_end) at = find_slow(a, item, head, slow_block_of(item, k));
+        sub = at.sub, k16 = at.k16, v16 = at.v16, late = nullptr;
+        how = (at.k_codes ? K_CODES : 0) | (at.v_codes ? V_CODES : 0);
+    }
+    __device__ __forceinline__ void copy_codes(uint8_t *to, const decode_args &a, uint32_t block,
+                                               uint32_t bar) {
+        uint32_t head = a.l.head_bytes, bytes = a.l.sub_bytes;
+        ki_bar_expect_more(bar, head + bytes);
+        if (head) ki_bulk_copy(ki_shared(to), sub - block % KI_SUBS * bytes - head, head, bar);
+        ki_bulk_copy(ki_shared(to + head), sub, bytes, bar);
+        sub = to + head;
+        how |= CODES_HERE;
+    }
+    /* Of the lane's block, number k, what has room from `room` to `end`. */
+    __device__ __forceinline__ void copy(uint8_t *room, const uint8_t *end, const decode_args &a,
+                                         const ki_plan_item &item, uint32_t k, uint32_t bar,
+                                         uint32_t lane) {
+        uint32_t block = slow_block_of(item, k);
+        ki_plan_rows rows = key_rows(a.l, item, block);
+        bool is_whole = rows.to - rows.from == KI_SUB_TOKENS && ki_plan_is_old(&item, block);
+        uint32_t codes = sub ? a.l.head_bytes + a.l.sub_bytes : 0;
+        uint32_t keys = k16 && is_whole ? S::D * 2 * KI_SUB_TOKENS : 0, before = codes + keys;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            uint32_t y = __shfl_up_sync(~0u, before, d);
+            if (lane >= (uint32_t)d) before += y;
+        }
+        uint8_t *to = room + (before - codes - keys);
+        if (codes && to + codes <= end) {
+            if (block == item.v_exact / KI_SUB_TOKENS) late = to;
+            else copy_codes(to, a, block, bar);
+        }
+        to += codes;
+        if (keys && to + keys <= end) {
+            ki_bar_expect_more(bar, keys);
+            ki_bulk_copy(ki_shared(to), k16, keys, bar);
+            k16 = to;
+            how |= KEYS_HERE;
+        }
+    }
+    /* Behind the wait: what is late, and the end of all copies. */
+    __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
+                                               uint32_t k, uint32_t bar, uint32_t lane) {
+        if (late) copy_codes(late, a, slow_block_of(item, k), bar);
+        bool any = __any_sync(~0u, how & (CODES_HERE | KEYS_HERE));
+        __syncwarp(); /* all lanes have told */
+        if (any && lane == 0) ki_bar_arrive(bar);
+    }
+    /* Number i of the list, block `block`, for the whole warp. */
+    __device__ __forceinline__ slow_place get(const ki_cuda_layout &l, uint32_t i,
+                                              uint32_t block) const {
+        auto from = [&](const uint8_t *p) {
+            return (const uint8_t *)__shfl_sync(~0u, (unsigned long long)p, i);
+        };
+        uint32_t h = __shfl_sync(~0u, how, i);
+        slow_place at = {};
+        at.sub = from(sub), at.k16 = from(k16), at.v16 = from(v16);
+        at.head = at.sub - l.head_bytes;
+        if (!(h & CODES_HERE)) at.head -= block % KI_SUBS * l.sub_bytes;
+        at.k_codes = h & K_CODES, at.v_codes = h & V_CODES;
+        at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
+        return at;
+    }
+    /* Into the cache what is not copied, of all blocks from number k on, `step` apart. */
+    __device__ __forceinline__ void bring(const decode_args &a, const ki_plan_item &item,
+                                          uint32_t k, uint32_t step, uint32_t lane) const {
+#pragma unroll 1
+        for (uint32_t i = 0; i < 32 && k < item.part.slow_end; i++, k += step) {
+            uint32_t block = slow_block_of(item, k);
+            slow_place at = get(a.l, i, block);
+            if (at.sub && !at.codes_here) {
+                bring_near(at.sub, a.l.sub_bytes, lane);
+                bring_near(at.head, a.l.head_bytes, lane);
+            }
+            if (at.k16 && !at.keys_here)
+                bring_rows<S>(at.k16, key_rows(a.l, item, block), true, lane);
+            if (at.v16) bring_rows<S>(at.v16, value_rows(a.l, item, block), false, lane);
+        }
+    }
+};
 
 #endif

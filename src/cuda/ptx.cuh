@@ -104,5 +104,26 @@ KI_DEV void ki_bar_expect(uint32_t bar, uint32_t n_bytes) {
                  : "memory");
 #endif
 }
+/* Bytes more to come before the phase of `bar` ends, without an arrival (sm_90). */
+KI_DEV void ki_bar_expect_more(uint32_t bar, uint32_t n_bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
+                 "r"(n_bytes)
+                 : "memory");
+#endif
+}
+
+/* n_bytes (a multiple of 16, as both addresses are) that `bar` was told of, by one thread (sm_90).
+ * They are read once: the first to leave the cache. */
+KI_DEV void ki_bulk_copy(uint32_t to, const void *from, uint32_t n_bytes, uint32_t bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], once; }" ::"r"(to),
+        "l"(from), "r"(n_bytes), "r"(bar)
+        : "memory");
+#endif
+}
 
 #endif

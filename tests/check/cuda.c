@@ -202,6 +202,23 @@ static void check_rows(const ki_plan_item *p, uint32_t block, uint32_t exact_fro
           block, r.from, r.to, from, to);
 }
 
+/* What attention copies of a slow block before the step's append has ended (kv_slow.cuh): the bytes
+ * of codes where the block is not v_exact / 32, and whole 16-bit keys of a block that is old. The
+ * append writes the row at pos, codes of the value R before it, and where pos ends R rows, their
+ * codes and with a page's only key group the page's head. */
+static void check_early(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_plan_item *p,
+                        uint32_t block) {
+    uint32_t pos = s->n_tokens, r = l->residual_tokens, base = block * 32;
+    bool k_codes = base < KI_MIN(p->k_exact, p->end), v_codes = base < KI_MIN(p->v_exact, p->end);
+    if (l->k_bits == 16 || l->v_bits == 16) return;
+    CHECK(ki_plan_is_old(p, block) == !(base <= pos && pos < base + 32), "block %u is old", block);
+    if ((k_codes || v_codes) && block != p->v_exact / 32) {
+        CHECK(pos < r || (pos - r) / 32 != block, "codes of a value in block %u", block);
+        CHECK((pos + 1) % r || base + 32 <= pos + 1 - r, "codes of keys in block %u", block);
+        CHECK((pos + 1) % r || l->k_group < KI_PAGE_TOKENS || block / 4 != pos / 128, "its head");
+    }
+}
+
 /* What an item says of pages and the ring, where the table has id 1000 + page: a slow block's codes
  * and the first units are found by it, rows where they are. */
 static void check_item(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_plan_ranges *r,
@@ -222,6 +239,7 @@ static void check_item(const ki_cuda_layout *l, const ki_cuda_seq *s, const ki_p
         uint32_t block = ki_plan_slow_block(r, k), j = ki_plan_slow_page(&p, block);
         if (block * KI_SUB_TOKENS < coded && j != KI_PLAN_NONE)
             CHECK(j < 2 && p.pages[j] == 1000 + block / KI_SUBS, "codes of block %u", block);
+        check_early(l, s, &p, block);
         check_rows(&p, block, p.k_exact, l->k_bits == 16 ? 0 : l->sink_tokens);
         check_rows(&p, block, p.v_exact, l->v_bits == 16 ? 0 : l->sink_tokens);
         if (p.k_blocks)
