@@ -513,13 +513,46 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
     if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3]; /* of copy 0 */
 }
 
+/* The warps' states of turned heads, in their order, into the result: a warp a head, no barrier. */
+template <class S>
+KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_plan_item &item,
+                         uint32_t first_head, uint32_t n_heads) {
+    constexpr uint32_t STRIDE = S::D + 2;
+    constexpr int N = S::D / 32;
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t h = threadIdx.x / 32; h < n_heads; h += S::warps()) {
+        float m = -1e30f, sum = 0, x[N] = {};
+#pragma unroll
+        for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
+#pragma unroll
+        for (uint32_t w = 0; w < S::warps(); w++) {
+            const float *s = states + (w * n_heads + h) * STRIDE;
+            float f = exp2_fast(s[0] - m);
+            sum += s[1] * f;
+#pragma unroll
+            for (int k = 0; k < N; k++) x[k] += s[2 + lane + 32 * k] * f;
+        }
+#pragma unroll
+        for (int k = 0; k < N; k++) x[k] = sum > 0 ? x[k] / sum : 0;
+        turn_in_registers<S::D>(x, lane);
+#pragma unroll
+        for (int k = 0; k < N; k++)
+            store_out(a.out, a.out_type,
+                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + lane + 32 * k,
+                      x[k]);
+    }
+}
+
 /* The warps' states, in their order, into the result or the item's state. */
 template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
                         uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
     constexpr uint32_t STRIDE = S::D + 2;
     const uint32_t N = S::warps() * 32;
-    bool turned = S::PLUS;
+    constexpr bool ONE_BLOCK = (S::D & (S::D - 1)) == 0, turned = S::PLUS;
+    if constexpr (turned && ONE_BLOCK)
+        if ((item.splits >> 16) == 1)
+            return merge_turned<S>(states, a, item, first_head, n_heads);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
@@ -545,7 +578,7 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
             store_out(a.out, a.out_type,
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
     }
-    if (!turned || (item.splits >> 16) > 1) return;
+    if (!turned || ONE_BLOCK || (item.splits >> 16) > 1) return;
     /* All heads at once: barriers cost more than what is between them. */
     turn_rows(states + 2, n_heads, STRIDE, S::D, threadIdx.x, N);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {

@@ -80,4 +80,28 @@ KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
     turn_rows_by(row, 1, head_dim, head_dim, lane, 32, [] { __syncwarp(); });
 }
 
+/* The same of one row whose D, a power of two, is one block, in a warp's registers: x[m] is channel
+ * lane + 32 m. The same sums of the same pairs. */
+template <int D> KI_DEV void turn_in_registers(float (&x)[D / 32], uint32_t lane) {
+    static_assert(D >= 32 && (D & (D - 1)) == 0, "one block");
+#pragma unroll
+    for (uint32_t h = 1; h < 32; h *= 2)
+#pragma unroll
+        for (int m = 0; m < D / 32; m++) {
+            float y = __shfl_xor_sync(~0u, x[m], h);
+            x[m] = lane & h ? __fsub_rn(y, x[m]) : __fadd_rn(x[m], y);
+        }
+#pragma unroll
+    for (int h = 1; h < D / 32; h *= 2)
+#pragma unroll
+        for (int m = 0; m < D / 32; m++) {
+            if (m & h) continue;
+            float y = x[m], z = x[m + h];
+            x[m] = __fadd_rn(y, z), x[m + h] = __fsub_rn(y, z);
+        }
+    float f = __frsqrt_rn((float)D);
+#pragma unroll
+    for (int m = 0; m < D / 32; m++) x[m] = __fmul_rn(x[m], f);
+}
+
 #endif
