@@ -3,9 +3,9 @@
  *
  * Each warp streams every WARPS-th fast unit of the item through its own ring of stages in shared
  * memory, keeps its own online softmax, and takes every WARPS-th slow block straight from global
- * memory, in float16 or codes, token by token as the visibility rule says. The warps' states are
- * merged in their order; an item of several splits writes its state, and merge_kernel merges these
- * in order. No atomics: bits repeat. */
+ * memory (or from what the ring has room for), in float16 or codes, token by token as the
+ * visibility rule says. The warps' states are merged in their order; an item of several splits
+ * writes its state, and merge_kernel merges these in order. No atomics: bits repeat. */
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_launch.h"
@@ -520,6 +520,7 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
     constexpr uint32_t STRIDE = S::D + 2;
     constexpr int N = S::D / 32;
     uint32_t lane = threadIdx.x % 32;
+    uint64_t row = (uint64_t)item.row * a.out_stride;
     for (uint32_t h = threadIdx.x / 32; h < n_heads; h += S::warps()) {
         float m = -1e30f, sum = 0, x[N] = {};
 #pragma unroll
@@ -537,9 +538,7 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
         turn_in_registers<S::D>(x, lane);
 #pragma unroll
         for (int k = 0; k < N; k++)
-            store_out(a.out, a.out_type,
-                      (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + lane + 32 * k,
-                      x[k]);
+            store_out(a.out, a.out_type, row + (first_head + h) * S::D + lane + 32 * k, x[k]);
     }
 }
 
@@ -647,9 +646,11 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
                                      warp * S::STAGES,
                                  a.unit_bytes};
     unit_stream<S> stream = {};
-    uint32_t n_units = item.part.unit_end - item.part.unit_begin;
-    stream.n = n_units > warp ? (n_units - warp + S::warps() - 1) / S::warps() : 0;
-    stream.first = item.part.unit_begin + warp;
+    /* units go to warps from the first one that has a slow block less than those before it */
+    uint32_t n_units = item.part.unit_end - item.part.unit_begin, w = S::warps();
+    uint32_t rank = (warp + w - (item.part.slow_end - item.part.slow_begin) % w) % w;
+    stream.n = n_units > rank ? (n_units - rank + w - 1) / w : 0;
+    stream.first = item.part.unit_begin + rank;
     pipe.init(lane);
     if constexpr (!IS_KNOWN) stream.fetch(a, item, 0, lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
@@ -658,7 +659,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
         if (i < stream.n) {
-            uint64_t id = IS_KNOWN ? __shfl_sync(~0u, known, warp + i * S::warps())
+            uint64_t id = IS_KNOWN ? __shfl_sync(~0u, known, rank + i * S::warps())
                                    : __shfl_sync(~0u, stream.ids, i);
             pipe.issue(i, stream.place(a, i, id, head), lane);
         } else pipe.issue_nothing();
@@ -711,7 +712,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
     for (uint32_t i = 0; i < stream.n; i++) {
-        uint32_t u = item.part.unit_begin + warp + i * S::warps();
+        uint32_t u = stream.first + i * S::warps();
         if constexpr (S::HEADS < 8) copied_unit<S>(st, a.l, pipe.wait(i), lane);
         else
             fast_unit<S>(st, a.l, pipe.wait(i), u % (KI_SUBS / S::NB) * S::NB * KI_SUB_TOKENS,
