@@ -655,7 +655,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if constexpr (!IS_KNOWN) stream.fetch(a, item, 0, lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
      * waiting; but where a side has 16 bits the last one may hold this step's own row. */
-    if (item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) ki_pdl_wait();
+    if (n_units && item.part.unit_end * S::NB * KI_SUB_TOKENS > item.pos) ki_pdl_wait();
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGES; i++) {
         if (i < stream.n) {
