@@ -243,8 +243,8 @@ kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi
     plan_args a = {c->cache->layout, c->cache->seqs, c->cache->tables, c->cache->table_stride,
                    c->cache->n_seqs, c->window,      c->split_tokens,  w.max_splits,
                    w.n_items,        w.slots,        w.items};
-    ki_plan_kernel<<<1, PLAN_THREADS, 0, (cudaStream_t)stream>>>(a);
-    return ki_cuda_check(cudaGetLastError(), "plan", err);
+    return ki_cuda_check(ki_launch(ki_plan_kernel, 1, PLAN_THREADS, 0, false, stream, a), "plan",
+                         err);
 }
 
 /* Up to this many splits one warp a row has all its loads in flight at once. */

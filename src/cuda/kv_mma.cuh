@@ -9,34 +9,10 @@
 
 #define KI_DEV_MEMBER static __device__ __forceinline__
 
-/* Two float16 at once, subnormals kept. */
-KI_DEV uint32_t mul2(uint32_t a, uint32_t b) {
-    uint32_t d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-KI_DEV uint32_t pack2(float low, float high) {
-    uint32_t d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
 KI_DEV float low_half(uint32_t a) { return __half2float(__ushort_as_half((uint16_t)a)); }
 KI_DEV float high_half(uint32_t a) { return __half2float(__ushort_as_half((uint16_t)(a >> 16))); }
 enum { TWO_QUARTERS = 0x34003400, TWO_HALVES = 0x38003800, TWO_ONES = 0x3c003c00 };
 enum { TWO_TWOS = 0x40004000, TWO_FOURS = 0x44004400 }; /* pairs of float16 */
-
-KI_DEV float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* An 8 x 8 matrix of float16, a row in four lanes, to its transpose. */
-KI_DEV uint32_t transpose8(uint32_t a) {
-    uint32_t d;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
-    return d;
-}
 
 /* ---- stages of one warp: bulk copies on sm_90, cp.async before ---- */
 

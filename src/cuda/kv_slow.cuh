@@ -21,7 +21,7 @@ struct decode_args {
     float factor; /* scale log2(e) */
 };
 
-struct slow_place { /* a block's bytes; null where they are not needed */
+struct slow_place {                        /* a block's bytes; null where they are not needed */
     const uint8_t *head, *sub, *k16, *v16; /* head: of the page that has sub */
     bool k_codes, v_codes;
     bool codes_here, keys_here; /* in the ring */
@@ -43,10 +43,7 @@ template <class S> struct exact_values {
             for (int k = 0; k < 2 * S::NJ; k++) {
                 uint4 &w = fours[k];
                 w = make_uint4(0, 0, 0, 0);
-                if (v16) /* volatile: stays where it is */
-                    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
-                                 : "l"((k % 2 ? odd : even) + k / 2 * 64));
+                if (v16) ki_load16(w, (k % 2 ? odd : even) + k / 2 * 64);
             }
         }
     }
@@ -89,8 +86,8 @@ KI_DEV const uint8_t *exact_of(const decode_args &a, const ki_plan_item &item, u
         return (const uint8_t *)item.sinks +
                (slot * 2 * l.sink_blocks + side * l.sink_blocks + block) * bytes;
     uint32_t in_ring = ki_plan_ring_at(&item, side ? item.v_at : item.k_at, n, block);
-    return (const uint8_t *)item.ring + (slot * (item.k_blocks + item.v_blocks) +
-                                         (side ? item.k_blocks : 0) + in_ring) * bytes;
+    return (const uint8_t *)item.ring +
+           (slot * (item.k_blocks + item.v_blocks) + (side ? item.k_blocks : 0) + in_ring) * bytes;
 }
 
 KI_DEV const uint8_t *sub_of(const ki_cuda_layout &l, const uint8_t *head, uint32_t block) {
@@ -123,8 +120,7 @@ KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint
  * write some of them. */
 KI_DEV void bring_near(const uint8_t *at, uint32_t n_bytes, uint32_t lane) {
 #pragma unroll 1
-    for (uint32_t i = lane * 128; i < n_bytes; i += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
+    for (uint32_t i = lane * 128; i < n_bytes; i += 32 * 128) ki_bring_line(at + i);
 }
 /* Of a 16-bit block the lines with rows that are read: a lane's are 32 apart, so all or none. */
 template <class S>
@@ -132,8 +128,7 @@ KI_DEV void bring_rows(const uint8_t *at, ki_plan_rows rows, bool keys, uint32_t
     if (!ki_order_line_meets(rows.from, rows.to, lane, keys)) return;
 #pragma unroll
     for (uint32_t line = lane; line < (S::D / 2 + 31) / 32 * 32; line += 32)
-        if (S::D % 64 == 0 || line < S::D / 2)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(at + line * 128));
+        if (S::D % 64 == 0 || line < S::D / 2) ki_bring_line(at + line * 128);
 }
 
 /* ---- a warp's slow blocks ---- */

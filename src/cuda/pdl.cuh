@@ -1,6 +1,7 @@
 /* pdl.cuh: programmatic dependent launch. A kernel that calls ki_pdl_wait before it reads or writes
  * what others do may be launched while the one before it in the stream still runs; ki_pdl_launch
- * lets the one after it come. Below sm_90 there is no such thing, and both do nothing. */
+ * lets the one after it come. Below sm_90 there is no such thing, and both do nothing. A build with
+ * KI_EMULATED has its own of both (tests/cuda/emulator). */
 #ifndef KI_PDL_CUH
 #define KI_PDL_CUH
 
@@ -12,6 +13,10 @@ template <class K> static cudaError_t ki_share_multiprocessors(K *kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                 cudaSharedmemCarveoutMaxShared);
 }
+
+#ifdef KI_EMULATED
+#include <emulator/pdl.cuh>
+#else
 
 static __device__ __forceinline__ void ki_pdl_wait(void) {
 #if __CUDA_ARCH__ >= 900
@@ -25,4 +30,5 @@ static __device__ __forceinline__ void ki_pdl_launch(void) {
 #endif
 }
 
+#endif
 #endif

@@ -1,11 +1,16 @@
-/* ptx.cuh: instructions that C++ has no name for, each in one place: products, what reads and
- * copies shared memory, and its barriers. */
+/* ptx.cuh: instructions that C++ has no name for, each in one place: products, pairs of float16,
+ * what reads and copies memory, and barriers. A build with KI_EMULATED, which runs kernels on a CPU,
+ * has functions of the same names (tests/cuda/emulator). */
 #ifndef KI_PTX_CUH
 #define KI_PTX_CUH
 #include <cuda_runtime.h>
 #include <stdint.h>
 
 #define KI_DEV static __device__ __forceinline__
+
+#ifdef KI_EMULATED
+#include <emulator/ptx.cuh>
+#else
 
 /* ---- products ---- */
 
@@ -27,6 +32,42 @@ KI_DEV void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+/* ---- float16 ---- */
+
+/* Two float16 at once, subnormals kept. */
+KI_DEV uint32_t mul2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+KI_DEV uint32_t pack2(float low, float high) {
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+KI_DEV float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* An 8 x 8 matrix of float16, a row in four lanes, to its transpose. */
+KI_DEV uint32_t transpose8(uint32_t a) {
+    uint32_t d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+/* ---- global memory ---- */
+
+/* 16 bytes, asked for where the call stands. */
+KI_DEV void ki_load16(uint4 &w, const uint4 *at) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(at));
+}
+/* The line of `at` into the cache that all multiprocessors share. */
+KI_DEV void ki_bring_line(const uint8_t *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 /* ---- shared memory: addresses are 32-bit ---- */
 
@@ -107,8 +148,7 @@ KI_DEV void ki_bar_expect(uint32_t bar, uint32_t n_bytes) {
 /* Bytes more to come before the phase of `bar` ends, without an arrival (sm_90). */
 KI_DEV void ki_bar_expect_more(uint32_t bar, uint32_t n_bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar),
-                 "r"(n_bytes)
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(n_bytes)
                  : "memory");
 #endif
 }
@@ -117,13 +157,13 @@ KI_DEV void ki_bar_expect_more(uint32_t bar, uint32_t n_bytes) {
  * They are read once: the first to leave the cache. */
 KI_DEV void ki_bulk_copy(uint32_t to, const void *from, uint32_t n_bytes, uint32_t bar) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1], %2, [%3], once; }" ::"r"(to),
-        "l"(from), "r"(n_bytes), "r"(bar)
-        : "memory");
+    asm volatile("{ .reg .b64 once;\n createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], once; }" ::"r"(to),
+                 "l"(from), "r"(n_bytes), "r"(bar)
+                 : "memory");
 #endif
 }
 
+#endif
 #endif
