@@ -69,7 +69,7 @@ $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 # The definition, not the fast way: at -O3 it takes the compiler four minutes.
 $(BUILD)/src/kernel/isa_scalar.o: ISA := -O1
 
-.PHONY: all run test test-gpu lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
+.PHONY: all run test test-gpu emulated lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -165,6 +165,28 @@ all: $(addprefix $(BUILD)/,libkivi-cuda.so libkivi-cuda-kernels.a check-cuda che
 all: $(BUILD)/check-sdpa $(BUILD)/fake-driver/libcuda.so.1
 endif
 
+# ---- CUDA without a GPU: kernels compiled as C++ for an emulator (tests/cuda/emulator) ----
+# No toolkit is needed, only a C++ compiler. Objects of KI_EMULATED=800 carry other names, for both are in one program.
+EMULATED_FLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -MMD -MP -Wall -Wextra -Werror \
+                 -Wno-unknown-pragmas -Wno-enum-compare -Wno-unused-parameter -fno-extern-tls-init $(INC) -Itests/cuda -Itests/cuda/emulator/cuda \
+                 -include emulator/cuda.cuh
+EMULATED_SRC := $(wildcard src/cuda/kv_decode*.cu)
+EMULATED_OBJ := $(EMULATED_SRC:src/cuda/%.cu=$(BUILD)/emulated/%.o) \
+                $(patsubst %,$(BUILD)/emulated/kv_decode_%_sm80.o,64 128) \
+                $(patsubst tests/cuda/emulator/%.cpp,$(BUILD)/emulated/%.o,$(wildcard tests/cuda/emulator/*.cpp))
+$(BUILD)/emulated/%_sm80.o: src/cuda/%.cu Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -DKI_EMULATED=800 $(foreach n,decode_shape warp_pipe ki_decode_table_64 \
+	    ki_decode_table_128,-D$(n)=$(n)_sm80) -x c++ -c $< -o $@
+$(BUILD)/emulated/%.o: src/cuda/%.cu Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -DKI_EMULATED=900 -x c++ -c $< -o $@
+$(BUILD)/emulated/%.o: tests/cuda/emulator/%.cpp Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -DKI_EMULATED=900 -c $< -o $@
+$(BUILD)/check-emulated: $(EMULATED_OBJ) $(CORE_OBJ)
+	$(CXX) $(LDFLAGS) $^ -o $@ -lm -pthread
+
 # A change of compiler or flags rebuilds everything; those of single files are among them.
 FLAGS_LINE = $(CC) $(CFLAGS_BASE) $(WARN) $(CFLAGS) | $(KERNEL_OPT) | $(AVX2) | $(AVX512) | $(AVX512VNNI)
 $(BUILD)/flags: FORCE
@@ -217,6 +239,7 @@ help:
 	@echo 'make pareto   the picture of bits against divergence in docs/, measured anew'
 
 tests: $(TEST_BIN) $(BUILD)/gguf_rows
+emulated: $(BUILD)/check-emulated
 -include $(LIB_OBJ:.o=.d) $(CUDA_C_OBJ:.o=.d) $(PROG_OBJ:.o=.d) $(CHECK_OBJ:.o=.d) \
          $(TEST_SRC:%.c=$(BUILD)/%.d) $(BUILD)/tests/gpu/check_engine.d $(BUILD)/tests/gguf_rows.d \
-         $(BUILD)/tests/cuda/check_sdpa.d
+         $(BUILD)/tests/cuda/check_sdpa.d $(EMULATED_OBJ:.o=.d)
