@@ -167,9 +167,9 @@ endif
 
 # ---- CUDA without a GPU: kernels compiled as C++ for an emulator (tests/cuda/emulator) ----
 # No toolkit is needed, only a C++ compiler. Objects of KI_EMULATED=800 carry other names, for both are in one program.
-EMULATED_FLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -MMD -MP -Wall -Wextra -Werror \
-                 -Wno-unknown-pragmas -Wno-enum-compare -Wno-unused-parameter -fno-extern-tls-init $(INC) -Itests/cuda -Itests/cuda/emulator/cuda \
-                 -include emulator/cuda.cuh
+EMULATED_FLAGS = -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -fno-extern-tls-init -MMD -MP \
+                 -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-enum-compare -Wno-unused-parameter $(INC) \
+                 -Itests/cuda -Itests/cuda/emulator/cuda -include emulator/cuda.cuh
 EMULATED_SRC := $(wildcard src/cuda/kv_decode*.cu)
 EMULATED_OBJ := $(EMULATED_SRC:src/cuda/%.cu=$(BUILD)/emulated/%.o) \
                 $(patsubst %,$(BUILD)/emulated/kv_decode_%_sm80.o,64 128) \
@@ -233,6 +233,7 @@ clean: ; rm -rf $(BUILD)
 help:
 	@echo 'make run      install what is missing, build, fetch the small model, generate'
 	@echo 'make test     everything; one closing line'
+	@echo 'make emulated decode kernels of CUDA for the CPU: build/check-emulated, part of make test'
 	@echo 'make test-gpu what needs an NVIDIA GPU; one closing line'
 	@echo 'make          build only            make lint   style rules'
 	@echo 'make install  DESTDIR= PREFIX=      make deps   Debian packages for building'

@@ -58,6 +58,11 @@ def kernels(build):
     return [('check-kernels', [f'{build}/check-kernels'])]
 
 
+def emulated(build):
+    """Decode attention of src/cuda without a GPU. Not under sanitizers: its threads are stacks of its own."""
+    return [('check-emulated', [f'{build}/check-emulated'])]
+
+
 def threads(build):
     """What the thread sanitizer is for: the rest of check-kernels has one thread."""
     return [(f'check-kernels {group}', [f'{build}/check-kernels', f'--test={group}'])
@@ -106,7 +111,7 @@ TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared li
 STAGES = [
     ('lint', [lint], BUILD, None, False),
     ('unit', [unit], BUILD, None, False),
-    ('kernels', [kernels], BUILD, None, False),
+    ('kernels', [kernels, emulated], BUILD, None, False),
     ('python', [python], BUILD, None, False),
     ('aarch64', [aarch64], BUILD, None, True),
     ('asan', [unit, kernels, command, server], 'build-asan', ['SAN=address,undefined', *TESTED], True),

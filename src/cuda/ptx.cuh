@@ -1,6 +1,6 @@
 /* ptx.cuh: instructions that C++ has no name for, each in one place: products, pairs of float16,
- * what reads and copies memory, and barriers. A build with KI_EMULATED, which runs kernels on a CPU,
- * has functions of the same names (tests/cuda/emulator). */
+ * what reads and copies memory, and barriers. A build with KI_EMULATED, which runs kernels on a
+ * CPU, has functions of the same names (tests/cuda/emulator). */
 #ifndef KI_PTX_CUH
 #define KI_PTX_CUH
 #include <cuda_runtime.h>

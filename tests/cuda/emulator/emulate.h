@@ -1,11 +1,11 @@
 /* emulate.h: a multiprocessor on a CPU, for kernels that are compiled as C++ (cuda.cuh, ptx.cuh).
  *
- * A thread block runs after the other, each of its threads a fiber with a stack of its own. A fiber
- * runs until it must wait for others: for the lanes of its warp (shuffles, products, __syncwarp),
- * for the block (__syncthreads), for a barrier's copies, for the kernel before (ki_pdl_wait). What a
- * GPU may do late is done as late as it can be: bytes of a copy come when somebody waits for them
- * and until then what is in their place is no number; the kernel before ends when no thread can go
- * on without it.
+ * One thread block runs after the other, each of its threads a fiber with a stack of its own. A
+ * fiber runs until it must wait for others: for the lanes of its warp (shuffles, products,
+ * __syncwarp), for the block (__syncthreads), for a barrier's copies, for the kernel before
+ * (ki_pdl_wait). What a GPU may do late is done as late as it can be: bytes of a copy come when
+ * somebody waits for them and until then what is in their place is no number; the kernel before
+ * ends when no thread can go on without it.
  *
  * What CUDA leaves undefined ends the launch with a message (emulate_problem): lanes of a warp that
  * meet in different instructions, copies that overlap, are misaligned or are never waited for,
@@ -28,7 +28,8 @@ extern thread_local uint8_t shared[]; /* the kernels' name for it */
 
 /* What the checks know of the world outside of the kernel. hide and show are called before each
  * thread block and when the kernel before it has ended (a kernel without pdl: at once): what that
- * kernel writes is to be seen after the wait only. holds: whether the kernel may read these bytes. */
+ * kernel writes is to be seen after the wait only. holds: whether the kernel may read these bytes.
+ */
 struct emulated_world {
     void (*hide)(void);
     void (*show)(void);

@@ -1,5 +1,5 @@
-/* fibers.cpp: on x86-64 a switch is a dozen instructions of our own, because a check makes hundreds of
- * millions; elsewhere it is swapcontext, which asks the system for the signal mask each time. */
+/* fibers.cpp: on x86-64 a switch is a dozen instructions of our own, because a check makes hundreds
+ * of millions; elsewhere it is swapcontext, which asks the system for the signal mask each time. */
 #include "fibers.h"
 
 #include <stdlib.h>

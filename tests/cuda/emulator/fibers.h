@@ -1,4 +1,4 @@
-/* fibers.h: threads of one thread block, each on a stack of its own, that hand over by themselves. */
+/* fibers.h: threads of one thread block, each with its own stack, that hand over by themselves. */
 #ifndef KI_EMULATED_FIBERS_H
 #define KI_EMULATED_FIBERS_H
 #include <stdint.h>
