@@ -63,7 +63,7 @@ def kernels(build):
 def threads(build):
     """What the thread sanitizer is for: the rest of check-kernels has one thread."""
     return [(f'check-kernels {group}', [f'{build}/check-kernels', f'--test={group}'])
-            for group in ('workers/', 'cache/threads/', 'cache/batch/')]
+            for group in ('workers/', 'cache/threads/', 'cache/batch/3/')]
 
 
 def python(build):
