@@ -42,8 +42,8 @@ typedef struct ki_layout {
 } ki_layout;
 
 /* What a kind's pages have. Keys: wide codes and the list of their channels; closed a page at a
- * time, by plus.h, or a group at a time, by quant.h. Values: a third bit, a zero point; turned rows,
- * here and in the 16-bit store. */
+ * time, by plus.h, or a group at a time, by quant.h. Values: a third bit, a zero point; turned
+ * rows, here and in the 16-bit store. */
 static inline bool ki_has_wide(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_WIDE; }
 static inline bool ki_has_third(const ki_layout *l) { return l->kv.v_bits == 3; }
 static inline bool ki_has_v_zero(const ki_layout *l) {

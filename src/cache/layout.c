@@ -72,8 +72,7 @@ static uint32_t idle_parts(const kivi_kv_options *kv) {
     uint32_t parts = 0;
     if (kv->k_bits != 2) parts |= KIVI_PLUS_WIDE | KIVI_PLUS_FIT;
     if (kv->k_bits == 16) parts |= KIVI_PLUS_K32;
-    if (kv->v_bits == 16)
-        parts |= KIVI_PLUS_TURN | KIVI_PLUS_STEP | KIVI_PLUS_ZERO | KIVI_PLUS_V32;
+    if (kv->v_bits == 16) parts |= KIVI_PLUS_TURN | KIVI_PLUS_STEP | KIVI_PLUS_ZERO | KIVI_PLUS_V32;
     return parts;
 }
 
@@ -186,10 +185,10 @@ static void place_planes(ki_layout *l) {
 
 void ki_layout_keys(ki_plus_keys *out, const ki_layout *l, uint8_t *page) {
     *out = (ki_plus_keys){.bits = l->kv.k_bits,
-                          .group = l->k_group,
                           .low = (uint32_t *)(page + l->k_codes_at),
                           .scale = (uint16_t *)(page + l->k_scale_at),
-                          .zero = (uint16_t *)(page + l->k_zero_at)};
+                          .zero = (uint16_t *)(page + l->k_zero_at),
+                          .group = l->k_group};
     if (!ki_has_wide(l)) return;
     out->wide = (uint32_t *)(page + l->k_wide_at);
     out->list = page + l->k_list_at;

@@ -121,8 +121,8 @@ KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, uns
  * integers, a step and a bias so that
  *   sum x (code s + z) = step (integers . codes) + bias  up to the rounding
  * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
- * integer rounded to zero still weighs its share. With a list of wide channels there are as many rows
- * again behind these, for the high bits of each. */
+ * integer rounded to zero still weighs its share. With a list of wide channels as many rows follow,
+ * for the high bits of each. */
 static KI_APART void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
                                const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
                                const uint8_t *list) {

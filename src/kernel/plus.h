@@ -84,11 +84,11 @@ static inline unsigned ki_plus_value_group(unsigned head_dim) {
 /* Where a page's keys go. All of it is written, whatever stood there. */
 typedef struct ki_plus_keys {
     unsigned bits;          /* 2 or 4 */
-    unsigned group;         /* tokens: 16, 32, 64, 128; 0: 128 */
     uint32_t *low;          /* bits 2: [8][D/16][16]; bits 4: [8][D/8][16] */
     uint32_t *wide;         /* [D/8][16]; NULL at 4 bits, or where no channel is wide */
     uint8_t *list;          /* [D/4]; NULL where wide is */
     uint16_t *scale, *zero; /* [128 / group][D] f16 */
+    unsigned group;         /* tokens: 16, 32, 64, 128; 0: 128 */
 } ki_plus_keys;
 
 static inline unsigned ki_plus_key_group(const ki_plus_keys *keys) {

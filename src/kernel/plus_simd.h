@@ -61,7 +61,7 @@ KI_INLINE vf plus_code(vf x, vf scale, vf zero, vf levels) {
     return vf_zero_where_zero(plus_clamp(q, levels), scale);
 }
 
-/* zero and scale [steps][16] f16 of sixteen channels whose keys stand in x [n_tokens][16]: the error
+/* zero and scale [steps][16] f16 of sixteen channels whose keys stand in x [tokens][16]: the error
  * of every candidate, the channels in the lanes, so that each sum runs from token to token. */
 typedef struct plus_search {
     uint16_t x[KI_PAGE_TOKENS * KI_LANES];
@@ -138,8 +138,8 @@ KI_INLINE void plus_or(uint32_t *words, vi codes, unsigned bit) {
     vi_store((int32_t *)words, vi_or(vi_load((const int32_t *)words), vi_shl(codes, bit)));
 }
 
-/* The high two bits of wide channel number w in n blocks from `first` on: its place moves from block
- * to block. */
+/* The high two bits of wide channel number w in n blocks from `first` on: its place moves from
+ * block to block. */
 static void plus_put_wide(uint32_t *wide, const vi *codes, unsigned w, unsigned first, unsigned n,
                           unsigned head_dim) {
     for (unsigned b = 0; b < n; b++) {
