@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 
-from blackbox import KIVI, SCRATCH, UNDER, bad, case, finish, good, logits, scratch, skip, start, write
+from blackbox import KIVI, SCRATCH, UNDER, bad, case, finish, good, kivi, logits, scratch, skip, start, write
 from convert_files import make_folder
 from serve_client import SLOWER, Server, read_events
 
@@ -1078,6 +1078,88 @@ def batches():
         bad(2, 'batch', MODEL, source, write('other.jsonl', 'hello\n'), says='no answers')
 
 
+class CannedServer:
+    """Answers every completion with the same events, as a list of seconds to wait and JSON to send."""
+
+    def __init__(self, events):
+        self.events, self.listener = events, socket.create_server(('127.0.0.1', 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                link, _ = self.listener.accept()
+            except OSError:  # it was closed
+                return
+            threading.Thread(target=self.answer, args=(link,), daemon=True).start()
+
+    def answer(self, link):
+        with link, link.makefile('rb') as sent:
+            path, n = sent.readline().split()[1], 0
+            while (line := sent.readline().strip()):
+                if line.lower().startswith(b'content-length:'):
+                    n = int(line.split(b':')[1])
+            sent.read(n)
+            link.sendall(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n')
+            if path == b'/v1/models':
+                link.sendall(b'{"data":[{"id":"canned"}]}')
+                return
+            for wait_s, event in self.events:
+                time.sleep(wait_s)
+                link.sendall(b'data: %s\n\n' % json.dumps(event).encode())
+            link.sendall(b'data: [DONE]\n\n')
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+
+def bench_by_usage():
+    def piece(text, finish=None):
+        return {'choices': [{'index': 0, 'text': text, 'finish_reason': finish}]}
+
+    def usage(n):
+        return {'choices': [], 'usage': {'prompt_tokens': 3, 'completion_tokens': n}}
+
+    def figures_of(events, *more):
+        with CannedServer(events) as canned:
+            return json.loads(good('bench', 'serve', f'http://127.0.0.1:{canned.port}', '-n', '2', '-c', '2', '-o',
+                                   'json', *more).text)
+    with case('bench serve: tokens without text count, by the usage and up to the end'):
+        # Five tokens, two of them with text; the last has none and is the end. 1 s over 4 tokens is 250 ms each; up to
+        # the last text it would be 125, by events 500 and more. A client that is late to read the first event makes it
+        # less: by a quarter of a second at most here.
+        got = figures_of([(0, piece('a')), (0.5, piece('b')), (0.5, piece('', 'length')), (0, usage(5))])
+        assert 188 < got['median_tpot_ms'] < 400, got
+        assert got['total_output_tokens'] == 10 and got['without_tpot'] == got['without_usage'] == 0, got
+        assert got['p99_e2el_ms'] > 990, got
+    with case('bench serve: what is not known is null, and counted'):
+        late = [(0.1, piece('abc', 'length')), (0, usage(5))]  # all text with the end: no time between tokens
+        got = figures_of(late)
+        assert got['completed'] == got['without_tpot'] == 2 and got['total_output_tokens'] == 10, got
+        assert got['median_tpot_ms'] is got['p99_tpot_ms'] is got['mean_itl_ms'] is None, got
+        assert got['median_ttft_ms'] > 99, got
+        # 100 ms for 5 tokens: at most 25 a token after the first, if the first had come at once
+        assert figures_of(late, '--goodput-tpot', '20')['request_goodput'] == 0
+        assert figures_of(late, '--goodput-tpot', '10000')['request_goodput'] > 0
+        one = figures_of([(0, piece('a', 'length')), (0, usage(1))], '--goodput-tpot', '1e-6')
+        assert one['without_tpot'] == 2 and one['mean_tpot_ms'] is None and one['request_goodput'] > 0, one
+        mute = figures_of([(0, piece('a')), (0.1, piece('b', 'length'))])
+        assert mute['completed'] == mute['without_usage'] == mute['without_tpot'] == 2, mute
+        assert mute['total_output_tokens'] is mute['output_throughput'] is mute['median_tpot_ms'] is None, mute
+        assert mute['median_itl_ms'] > 0, mute
+        broken = [(0, piece('a')), (0, piece('b')), (0, {'error': {'message': 'going down', 'code': 503}})]
+        with CannedServer(broken) as canned:
+            result = kivi('bench', 'serve', f'http://127.0.0.1:{canned.port}', '-n', '2', '-o', 'json')
+        assert result.code == 5 and json.loads(result.text)['failed'] == 2, result
+        with CannedServer(late) as canned:
+            text = good('bench', 'serve', f'http://127.0.0.1:{canned.port}', '-n', '1').text
+        assert re.search(r'^mean_tpot_ms +-$', text, re.M) and re.search(r'^without_tpot +1\.00$', text, re.M), text
+
+
 def bench(s):
     with case('bench serve'):
         result = good('bench', 'serve', f'http://127.0.0.1:{s.port}', '-n', '12', '-c', '4', '--input-len', '20',
@@ -1123,6 +1205,7 @@ drains()
 limits()
 stalls()
 loading()
+bench_by_usage()
 slow_log()
 text_log()
 keys()
