@@ -571,22 +571,63 @@ def prefixes(s):
         assert s.chat(talk, max_tokens=2)['usage']['prompt_tokens_details']['cached_tokens'] >= 128
 
 
+# vLLM's names of today, and which of them have no meaning here (adapters, sleep, blocks sampled one by one).
+VLLM_GAUGES = ('num_requests_running', 'num_requests_waiting', 'num_requests_waiting_by_reason', 'kv_cache_usage_perc',
+               'cache_config_info')
+VLLM_COUNTERS = ('prompt_tokens', 'generation_tokens', 'request_success', 'num_preemptions', 'prefix_cache_queries',
+                 'prefix_cache_hits', 'prompt_tokens_cached', 'prompt_tokens_by_source', 'admission_rejections',
+                 'corrupted_requests')
+VLLM_HISTOGRAMS = ('time_to_first_token_seconds', 'inter_token_latency_seconds', 'e2e_request_latency_seconds',
+                   'request_time_per_output_token_seconds', 'request_queue_time_seconds',
+                   'request_prefill_time_seconds', 'request_decode_time_seconds', 'request_inference_time_seconds',
+                   'request_prompt_tokens', 'request_generation_tokens', 'request_max_num_generation_tokens',
+                   'request_params_n', 'request_params_max_tokens', 'request_num_preemptions',
+                   'request_prefill_kv_computed_tokens', 'iteration_tokens_total')
+
+
+def families(text):
+    """name -> type of a text in Prometheus' form, all of whose rules are asserted: HELP, then TYPE, then the samples of
+    that name and no others, once for each name; counters end in _total; of a histogram the buckets rise to +Inf."""
+    types, name, helped, seen, rising = {}, None, None, set(), []
+    for line in text.splitlines():
+        if line.startswith('# HELP '):
+            _, _, helped, told = line.split(' ', 3)
+            assert told.endswith('.') and helped not in types, line
+            continue
+        if line.startswith('# TYPE '):
+            _, _, name, kind = line.split(' ')
+            assert name == helped and kind in ('gauge', 'counter', 'histogram'), line
+            assert kind == 'histogram' or (kind == 'counter') == name.endswith('_total'), line
+            types[name] = kind
+            continue
+        found = re.fullmatch(r'([a-z0-9_:]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)+)\} ([0-9.e+-]+)', line)
+        assert found and line not in seen, line
+        labels = dict(re.findall(r'([a-z_]+)="((?:[^"\\]|\\.)*)"', found[2]))
+        assert labels['model_name'] and labels['engine'] == '0', line
+        key = (found[1], found[2])
+        assert key not in seen, f'{key} twice'
+        seen.add(key)
+        if types[name] != 'histogram':
+            assert found[1] == name, line
+            continue
+        assert found[1] in (name + '_bucket', name + '_sum', name + '_count'), line
+        if found[1] == name + '_bucket':
+            rising.append((float(labels['le']), float(found[3])))
+        elif found[1] == name + '_count':
+            assert rising == sorted(rising) and [n for _, n in rising] == sorted(n for _, n in rising), rising
+            assert rising[-1] == (float('inf'), float(found[3])), rising
+            rising = []
+    return types
+
+
 def check_metrics(s):
     with case('metrics: form, names, sums'):
         text = s.get('/metrics')[1].decode()
-        seen = set()
-        for line in text.splitlines():
-            if line.startswith('# TYPE '):
-                name = line.split()[2]
-                assert name not in seen, f'{name} twice'
-                seen.add(name)
-        for name in ('num_requests_running', 'num_requests_waiting', 'kv_cache_usage_perc', 'prompt_tokens_total',
-                     'generation_tokens_total', 'request_success_total', 'num_preemptions_total',
-                     'prefix_cache_queries_total', 'prefix_cache_hits_total', 'time_to_first_token_seconds',
-                     'inter_token_latency_seconds', 'e2e_request_latency_seconds', 'request_queue_time_seconds',
-                     'request_prefill_time_seconds', 'request_decode_time_seconds', 'iteration_tokens_total',
-                     'memory_bytes', 'kv_pages', 'request_params_n'):
-            assert 'kivi:' + name in seen, name
+        types = families(text)
+        wanted = {**dict.fromkeys(VLLM_GAUGES, 'gauge'), **{c + '_total': 'counter' for c in VLLM_COUNTERS},
+                  **dict.fromkeys(VLLM_HISTOGRAMS, 'histogram'), 'memory_bytes': 'gauge', 'kv_pages': 'gauge'}
+        for name, kind in wanted.items():
+            assert types.get('kivi:' + name) == kind, (name, types.get('kivi:' + name))
         s.settle()
         before = s.metrics()
         s.complete(prompt='hello', max_tokens=7, ignore_eos=True)
@@ -594,11 +635,39 @@ def check_metrics(s):
         after = s.metrics()
         grew = {k: after[k] - before[k] for k in after}
         assert grew['generation_tokens_total'] == 7 and grew['prompt_tokens_total'] == 2, grew
+        assert grew['prompt_tokens_by_source_total{source="local_compute"}'] == 2
+        assert grew['request_max_num_generation_tokens_sum'] == 7
         assert grew['time_to_first_token_seconds_count'] == 1 and grew['inter_token_latency_seconds_count'] == 6
         assert grew['request_success_total{finished_reason="length"}'] == 1
         bounds = [k for k in after if k.startswith('time_to_first_token_seconds_bucket')]
         assert 'time_to_first_token_seconds_bucket{le="0.001"}' in bounds and len(bounds) == 23
         assert after['memory_bytes{kind="kv_codes"}'] > 0 and after['memory_bytes{kind="weights"}'] > 0
+    with case('metrics: of n choices the longest, and where the tokens of a prompt come from'):
+        rng = random.Random(6)
+        body = dict(prompt=[1] + [rng.randrange(5, 280) for _ in range(400)], max_tokens=3, n=2, ignore_eos=True)
+        s.settle()
+        before = s.metrics()
+        for _ in range(2):
+            s.complete(**body)
+            s.settle()
+        after = s.metrics()
+        grew = {k: after[k] - before[k] for k in after}
+        assert grew['request_max_num_generation_tokens_sum'] == 6 and grew['request_generation_tokens_sum'] == 12
+        found, made = (grew['prompt_tokens_by_source_total{source="%s"}' % x] for x in
+                       ('local_cache_hit', 'local_compute'))
+        assert found + made == grew['prompt_tokens_total'] == 802, (found, made)
+        assert 256 <= found == grew['prefix_cache_hits_total'] == grew['prompt_tokens_cached_total'] <= 401, found
+    with case('metrics: how the cache is made'):
+        line, = (x for x in text.splitlines() if x.startswith('kivi:cache_config_info{'))
+        got, m = dict(re.findall(r'([a-z_]+)="([^"]*)"', line)), s.metrics()
+        assert line.endswith('} 1') and got['enable_prefix_caching'] == 'True' and got['rule'] == 'stream', line
+        model = json.loads(s.get('/v1/models')[1])['data'][0]
+        assert got['cache_dtype'] == 'k%dv%d' % (model['meta']['kv_k_bits'], model['meta']['kv_v_bits']), line
+        n_pages = m['kv_pages{state="free"}'] + m['kv_pages{state="used"}']
+        assert int(got['num_gpu_blocks']) == n_pages > 0 and int(got['block_size']) == m['kv_page_tokens'], line
+        assert int(got['kv_cache_size_tokens']) == n_pages * m['kv_page_tokens'], line
+        assert int(got['kv_cache_memory_bytes']) == n_pages * m['kv_page_bytes'], line
+        assert int(got['max_model_len']) == model['max_model_len'] and got['device'] == 'cpu', line
     with case('promtool reads the metrics'):
         if not shutil.which('promtool'):
             skip('promtool is not there')
@@ -738,6 +807,9 @@ def limits():
                          {'Content-Type': 'application/json'})
             others.append(link)
         s.until(lambda: s.metrics()['num_requests_waiting'] == 2, 'two wait')
+        m = s.metrics()
+        assert m['num_requests_waiting_by_reason{reason="capacity"}'] == 2, m
+        assert m['num_requests_waiting_by_reason{reason="deferred"}'] == 0, m
         begun = time.monotonic()
         status, headers, data = s.ask('POST', TEXT, {'prompt': 'x', 'max_tokens': 1})
         took = time.monotonic() - begun
@@ -754,7 +826,10 @@ def limits():
         assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
                                  b'Content-Length: 100\r\n\r\n{"pro', limit_s=6 * SLOWER)
         assert b' 408 ' in s.raw(b'', limit_s=6 * SLOWER)
-    with case('too many connections: 503'), Server(KIVI, MODEL, *COMMON, '--max-connections', '8') as s:
+    with case('too many connections: 503'), \
+            Server(KIVI, MODEL, *COMMON, '--max-connections', '8', '--rule', 'paper') as s:
+        config = s.get('/metrics')[1]  # `paper` shares nothing
+        assert b'enable_prefix_caching="False"' in config and b'rule="paper"' in config
         idle = [socket.create_connection(('127.0.0.1', s.port)) for _ in range(9)]
         s.until(lambda: s.ask('GET', '/health')[0] == 503, 'one more is refused', 5)
         for link in idle:
