@@ -144,11 +144,12 @@ static void write_config(text *out, const metrics_context *c, const kivi_schedul
 static void write_queue(text *out, const metrics_context *c, const kivi_scheduler_stats *s) {
     gauge(out, "num_requests_running", c, s->n_running, "Requests begun and not ended.");
     gauge(out, "num_requests_waiting", c, s->n_waiting, "Requests not yet begun.");
-    /* vLLM's two reasons, whose sum is the number above. "deferred" is what waits for something else
+    /* vLLM's two reasons, whose sum is the number above. What is deferred waits for something else
      * than room (a grammar, keys from elsewhere): nothing here does. */
-    head(out, "num_requests_waiting_by_reason", "gauge", "Requests not yet begun, by reason.");
-    sample(out, "num_requests_waiting_by_reason", c, "reason", "capacity", s->n_waiting);
-    sample(out, "num_requests_waiting_by_reason", c, "reason", "deferred", 0);
+    static const char by_reason[] = "num_requests_waiting_by_reason";
+    head(out, by_reason, "gauge", "Requests not yet begun, by reason.");
+    sample(out, by_reason, c, "reason", "capacity", s->n_waiting);
+    sample(out, by_reason, c, "reason", "deferred", 0);
     gauge(out, "num_requests_paused", c, s->n_paused, "Requests whose reader is slow.");
     gauge(out, "num_sequences_running", c, s->n_sequences, "Sequences that hold pages.");
     gauge(out, "num_sequences_preempted", c, s->n_preempted,
