@@ -320,8 +320,11 @@ def refusals(s):
         for prompt in ('\0\0\0', 'ü' * 500, ' ' * 4000, 'a\r\n\t', '\U0001f600'):
             assert s.complete(prompt=prompt, max_tokens=1)['usage']['completion_tokens'] == 1
     with case('405, 404, 415, 413'):
-        status, headers, _ = s.ask('GET', TEXT)
-        assert status == 405 and headers['Allow'] == 'POST'
+        for method, path, allow in (('GET', TEXT, 'POST'), ('POST', '/health', 'GET, HEAD'),
+                                    ('DELETE', '/v1/models/' + NAME, 'GET, HEAD')):
+            status, headers, data = s.ask(method, path)
+            assert status == 405 and headers['Allow'] == allow, (status, headers)
+            assert json.loads(data)['error']['code'] == 405, data
         assert s.ask('POST', '/health', {})[0] == 405 and s.ask('BREW', '/health')[0] == 405
         assert s.ask('GET', '/nothing')[0] == 404 and s.ask('GET', '/v1/')[0] == 404
         for kind in ('text/plain', 'application/jsonx', ''):
@@ -711,7 +714,8 @@ def until_paused(s):
 def slow_readers():
     with case('a slow reader: paused, then dropped; others go on'), \
             Server(KIVI, MODEL, *COMMON, '--stream-buffer', '4', '--reader-timeout', 20 if UNDER else 4) as s:
-        body = {'prompt': 'x', 'max_tokens': 6000, 'ignore_eos': True, 'stream': True, 'logprobs': 5, 'temperature': 0}
+        n = 2000 if UNDER else 6000  # a token takes as long as all before it: 6,000 are minutes under a sanitizer
+        body = {'prompt': 'x', 'max_tokens': n, 'ignore_eos': True, 'stream': True, 'logprobs': 5, 'temperature': 0}
         other = dict(prompt='hello', max_tokens=50, ignore_eos=True)
         alone = s.complete(**other)['choices'][0]['text']
         link = s.connect()
@@ -720,7 +724,7 @@ def slow_readers():
         for block in link.getresponse().read().split(b'\n\n')[:-2]:
             ends.append(ends[-1] + len(block) + 2)
         link.close()
-        assert len(ends) > 5900, len(ends)  # a token may have no event of its own
+        assert len(ends) > n - 100, len(ends)  # a token may have no event of its own
         s.settle()
         before = s.metrics()['generation_tokens_total']
         link = unread(s, body)
@@ -729,9 +733,9 @@ def slow_readers():
         made = int(m['generation_tokens_total'] - before) - 50
         # The buffer and the event that crosses its bound, a block of libmicrohttpd's (32 KiB), what the system keeps
         # for the sender (64 KiB, which Linux doubles) and for the reader (4 KiB, the same), the head: all else would be
-        # a buffer without a bound. The whole answer is more than ten times that.
+        # a buffer without a bound. The whole answer is more than ten times that (under a sanitizer three times).
         bound = (4 + 32 + 2 * 64 + 2 * 4 + 1 + 4) << 10
-        assert ends[min(made, len(ends) - 1)] < bound < ends[-1] / 10, (made, ends[made], bound, ends[-1])
+        assert ends[min(made, len(ends) - 1)] < bound < ends[-1] / (3 if UNDER else 10), (made, ends[made], bound, ends[-1])
         again = s.complete(**other)['choices'][0]['text']
         s.until(lambda: s.metrics()['num_requests_running'] <= 1, 'the other has ended')
         assert s.metrics()['generation_tokens_total'] == m['generation_tokens_total'] + 50  # paused: none of its own
@@ -822,10 +826,15 @@ def limits():
             assert link.getresponse().status == 200
             link.close()
     with case('senders that do not send: 408 or the end'), Server(KIVI, MODEL, *COMMON, '--header-timeout', '1') as s:
-        assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n', limit_s=6 * SLOWER)
+        head, _, body = s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\n', limit_s=6 * SLOWER).partition(
+            b'\r\n\r\n')
+        assert b' 408 ' in head and b'Content-Length: %d' % len(body) in head, head
+        error = json.loads(body)['error']
+        assert error['code'] == 408 and error['type'] == 'invalid_request_error' and error['message'], error
         assert b' 408 ' in s.raw(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
                                  b'Content-Length: 100\r\n\r\n{"pro', limit_s=6 * SLOWER)
         assert b' 408 ' in s.raw(b'', limit_s=6 * SLOWER)
+        assert s.metrics()['http_responses_total{status="4xx"}'] == 3
     with case('too many connections: 503'), \
             Server(KIVI, MODEL, *COMMON, '--max-connections', '8', '--rule', 'paper') as s:
         config = s.get('/metrics')[1]  # `paper` shares nothing
@@ -1044,6 +1053,16 @@ def keys():
                                                              'Access-Control-Request-Method': 'POST'})
         assert status == 204 and headers['Access-Control-Allow-Origin'] == 'http://a.example'
         assert 'Content-Type' in headers['Access-Control-Allow-Headers']
+        for asked, allowed in (('authorization,content-type,x-stainless-os', True), ('a;b', False),
+                               ('x' * 4000, False)):  # what OpenAI's client in a page sends, too
+            headers = s.ask('OPTIONS', CHAT, headers={'Origin': 'http://a.example',
+                                                      'Access-Control-Request-Method': 'POST',
+                                                      'Access-Control-Request-Headers': asked})[1]
+            assert (headers['Access-Control-Allow-Headers'] == asked) == allowed, headers
+            assert 'authorization' in headers['Access-Control-Allow-Headers'].lower(), headers
+        headers = s.ask('POST', CHAT, b'{')[1]  # a page reads errors, too, and how long to wait
+        assert headers['Access-Control-Allow-Origin'] == 'http://a.example', headers
+        assert 'Retry-After' in headers['Access-Control-Expose-Headers'], headers
         assert s.ask('GET', '/v1/models')[1]['Access-Control-Allow-Origin'] == 'http://a.example'
     with case('TLS'):
         import ssl

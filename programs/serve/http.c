@@ -103,6 +103,10 @@ static void name_address(char *out, size_t n_bytes, struct MHD_Connection *conne
 
 /* ---- answers ---- */
 
+static const char *header(const exchange *e, const char *name) {
+    return MHD_lookup_connection_value(e->connection, MHD_HEADER_KIND, name);
+}
+
 static void add_headers(exchange *e, struct MHD_Response *response, const fault *f) {
     char number[16];
     const char *origin = e->s->o.cors_origin;
@@ -110,7 +114,8 @@ static void add_headers(exchange *e, struct MHD_Response *response, const fault 
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
     if (origin) {
         MHD_add_response_header(response, "Access-Control-Allow-Origin", origin);
-        MHD_add_response_header(response, "Access-Control-Expose-Headers", "X-Request-Id");
+        MHD_add_response_header(response, "Access-Control-Expose-Headers",
+                                "X-Request-Id, Retry-After");
         if (strcmp(origin, "*")) MHD_add_response_header(response, "Vary", "Origin");
     }
     if (f && f->retry_s) {
@@ -172,8 +177,20 @@ enum MHD_Result respond_fault(exchange *e, const fault *f) {
     struct MHD_Response *response = from_text(&t, "application/json");
     if (!response) return MHD_NO;
     add_headers(e, response, f);
-    if (f->status == 405) MHD_add_response_header(response, "Allow", f->code);
+    if (f->status == 405 && e->allow) MHD_add_response_header(response, "Allow", e->allow);
     return queue(e, f->status, response);
+}
+
+/* The headers that a page of another origin may send: those it asks for. Clients have some of their
+ * own (OpenAI's: X-Stainless-...), none of them means anything here, and "*" would leave out
+ * Authorization. */
+static const char *allowed_headers(const exchange *e) {
+    enum { MAX_BYTES = 2048 };
+    static const char names[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_, ";
+    const char *asked = header(e, "Access-Control-Request-Headers");
+    bool ok = asked && *asked && strlen(asked) <= MAX_BYTES && !asked[strspn(asked, names)];
+    return ok ? asked : "Authorization, Content-Type, X-Request-Id";
 }
 
 /* What a browser asks before it sends a request of another origin. */
@@ -183,8 +200,7 @@ static enum MHD_Result respond_preflight(exchange *e) {
     if (!response) return MHD_NO;
     add_headers(e, response, NULL);
     MHD_add_response_header(response, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
-    MHD_add_response_header(response, "Access-Control-Allow-Headers",
-                            "Authorization, Content-Type, X-Request-Id");
+    MHD_add_response_header(response, "Access-Control-Allow-Headers", allowed_headers(e));
     MHD_add_response_header(response, "Access-Control-Max-Age", "600");
     return queue(e, 204, response);
 }
@@ -318,22 +334,17 @@ static void make_id(char *id, size_t n_bytes, const char *given) {
     for (size_t i = 0; i < sizeof random; i++) snprintf(id + 2 * i, 3, "%02x", random[i]);
 }
 
-static const char *header(const exchange *e, const char *name) {
-    return MHD_lookup_connection_value(e->connection, MHD_HEADER_KIND, name);
-}
-
 /* What the head alone tells; true: go on. */
 static bool check_head(exchange *e, const char *method, const char *path) {
     server *s = e->s;
     fault *f = &e->failure;
-    const char *allow, *length = header(e, "Content-Length");
+    const char *length = header(e, "Content-Length");
     if (atomic_load(&s->n_connections) > s->o.max_connections) {
         refuse_with(f, 503, NULL, "more than %u connections", s->o.max_connections);
         f->retry_s = 1;
         return false;
     }
-    e->to = route_find(&e->rest, &allow, method, path, f);
-    if (f->status == 405) f->code = allow;
+    e->to = route_find(&e->rest, &e->allow, method, path, f);
     if (!e->to) return false;
     if (e->to->needs_key && !keys_allow(&s->keys, header(e, "Authorization"))) {
         refuse_with(f, 401, NULL, "no valid API key was given (Authorization: Bearer KEY)");
@@ -593,15 +604,32 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
 }
 
+/* Past libmicrohttpd, which has no answer for what is not a request yet. */
+static void tell_late(server *s, const struct peer *p) {
+    text head, body;
+    fault f;
+    refuse_with(&f, 408, NULL, "the request did not come in time");
+    text_init(&head, 1 << 12);
+    text_init(&body, 1 << 12);
+    answer_fault(&body, &f);
+    text_printf(&head,
+                "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
+                "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n",
+                body.n_bytes);
+    text_put(&head, body.data, body.n_bytes);
+    if (!head.failed && !body.failed &&
+        send(p->socket, head.data, head.n_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+        metrics_count(&s->counts, &s->counts.n_responses[4]);
+    text_deinit(&head);
+    text_deinit(&body);
+}
+
 static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
-    static const char late[] = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                               "Content-Length: 0\r\n\r\n";
     bool idle = p->used && !p->reading;
     uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
     if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
     /* Nothing else is written to a connection whose request is not whole. */
-    if (!idle && !s->o.tls_cert)
-        (void)!send(p->socket, late, sizeof late - 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (!idle && !s->o.tls_cert) tell_late(s, p);
     shutdown(p->socket, SHUT_RDWR);
 }
 
