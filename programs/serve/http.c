@@ -2,12 +2,14 @@
 #include "http.h"
 
 #include <arpa/inet.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -32,6 +34,9 @@ struct peer {
     bool busy;           /* a request is whole and not answered yet */
     bool reading;        /* a head has come */
     bool used;           /* something was answered */
+    bool dropped;        /* its reader is too slow: it is being closed */
+    int n_unsent;        /* bytes that the system held for the reader at the last look */
+    uint64_t moved_us;   /* when that was something else */
     struct peer *next, *before;
 };
 
@@ -307,6 +312,7 @@ static enum MHD_Result start_job(exchange *e) {
     fault f = {0};
     j->connection = e->connection;
     j->socket = p ? p->socket : -1;
+    j->peer = p;
     j->log.has_job = true;
     j->log.streamed = j->p.stream;
     link_job(e->s, j);
@@ -535,11 +541,14 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     server *s = user;
     exchange *e = *context;
     struct peer *p = peer_of(connection);
+    bool dropped = false;
     *context = NULL;
     if (p) {
         pthread_mutex_lock(&s->lock);
+        dropped = p->dropped;
         p->busy = p->reading = false;
         p->used = true;
+        p->n_unsent = 0;
         p->since_us = now_us();
         pthread_mutex_unlock(&s->lock);
     }
@@ -547,7 +556,8 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     if (e->work && e->stage == PREPARING) job_release(e->work); /* it was never started */
     else if (e->work) {
         unlink_job(s, e->work);
-        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work, &s->counts.n_left);
+        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK)
+            job_abandon(e->work, dropped ? NULL : &s->counts.n_left);
         job_release(e->work);
     } else if (e->to || e->failure.status) {
         e->log.ended_us = now_us();
@@ -592,7 +602,8 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     pthread_mutex_lock(&j->lock);
     bool waits = j->out.n_bytes > j->n_sent;
     uint64_t idle_ms = now > j->active_us ? (now - j->active_us) / 1000 : 0;
-    bool drop = waits && !j->gone && idle_ms > s->o.stall_ms;
+    bool is_dropped = !j->peer || j->peer->dropped;
+    bool drop = waits && !j->gone && !is_dropped && idle_ms > s->o.stall_ms;
     if (!waits && !j->done && !j->gone && idle_ms > s->o.keep_alive_ms) {
         text_puts(&j->out, ": keep-alive\n\n");
         j->active_us = now;
@@ -601,7 +612,23 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     pthread_mutex_unlock(&j->lock);
     if (!drop) return;
     job_abandon(j, &s->counts.n_slow_dropped);
+    j->peer->dropped = true;
     shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
+}
+
+/* An answer that is complete, or is no stream, and that nobody reads would hold its connection and
+ * memory for ever. That its reader takes something shows in what the system keeps for it. */
+static void look_at_reader(server *s, struct peer *p, uint64_t now) {
+    int n_unsent = 0;
+    if (p->dropped || ioctl(p->socket, SIOCOUTQ, &n_unsent)) return;
+    if (n_unsent == 0 || n_unsent != p->n_unsent) {
+        p->n_unsent = n_unsent;
+        p->moved_us = now;
+    } else if ((now - p->moved_us) / 1000 > s->o.stall_ms) {
+        p->dropped = true;
+        metrics_count(&s->counts, &s->counts.n_slow_dropped);
+        shutdown(p->socket, SHUT_RDWR);
+    }
 }
 
 /* Past libmicrohttpd, which has no answer for what is not a request yet. */
@@ -627,7 +654,7 @@ static void tell_late(server *s, const struct peer *p) {
 static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
     bool idle = p->used && !p->reading;
     uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
-    if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
+    if (now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
     /* Nothing else is written to a connection whose request is not whole. */
     if (!idle && !s->o.tls_cert) tell_late(s, p);
     shutdown(p->socket, SHUT_RDWR);
@@ -640,7 +667,10 @@ void http_look_after(server *s, bool quick) {
     if (!quick) {
         for (job *j = s->jobs; j; j = j->next)
             if (j->p.stream) look_at_stream(s, j, now);
-        for (const struct peer *p = s->peers; p; p = p->next) look_at_peer(s, p, now);
+        for (struct peer *p = s->peers; p; p = p->next) {
+            if (p->busy) look_at_reader(s, p, now);
+            else look_at_peer(s, p, now);
+        }
     }
     pthread_mutex_unlock(&s->lock);
 }
