@@ -1319,12 +1319,13 @@ def bench(s):
         assert slow['completed'] == slower['completed'] == 20
         assert slow['duration'] > 19 / 10 / 2 and slower['duration'] > 19 / 5 / 2, (slow, slower)
     with case('bench serve: goodput'):
-        huge = figures_of('--goodput-ttft', '1e9', '--goodput-tpot', '1e9')
+        n = 6 if UNDER else 20
+        huge = figures_of('-n', n, '--goodput-ttft', '1e9', '--goodput-tpot', '1e9')
         assert huge['request_goodput'] == huge['request_throughput'] > 0, huge
         for limit in (('--goodput-ttft', '1e-6'), ('--goodput-tpot', '1e-6'),
                       ('--goodput-ttft', '1e9', '--goodput-tpot', '1e-6')):
-            none = figures_of(*limit)
-            assert none['request_goodput'] == 0 and none['completed'] == 20, (limit, none)
+            none = figures_of('-n', n, *limit)
+            assert none['request_goodput'] == 0 and none['completed'] == n, (limit, none)
 
 
 with Server(KIVI, MODEL, *COMMON, '--rule', 'stream', '--max-num-seqs', '8') as server:
