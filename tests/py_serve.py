@@ -866,6 +866,10 @@ def limits():
                                  b'Content-Length: 100\r\n\r\n{"pro', limit_s=6 * SLOWER)
         assert b' 408 ' in s.raw(b'', limit_s=6 * SLOWER)
         assert s.metrics()['http_responses_total{status="4xx"}'] == 3
+        # The second had a head, so there is a request to tell of.
+        s.until(lambda: any('"/v1/completions"' in x for x in s.lines), 'the log has it', 5)
+        line = json.loads(next(x for x in s.lines if '"/v1/completions"' in x))
+        assert line['status'] == 408 and line['seconds'] > 0.9, line
     with case('too many connections: 503'), \
             Server(KIVI, MODEL, *COMMON, '--max-connections', '8', '--rule', 'paper') as s:
         config = s.get('/metrics')[1]  # `paper` shares nothing

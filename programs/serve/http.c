@@ -35,6 +35,7 @@ struct peer {
     bool reading;        /* a head has come */
     bool used;           /* something was answered */
     bool dropped;        /* its reader is too slow: it is being closed */
+    bool late;           /* its request did not come in time: it was told 408 */
     int n_unsent;        /* bytes that the system held for the reader at the last look */
     uint64_t moved_us;   /* when that was something else */
     struct peer *next, *before;
@@ -541,11 +542,12 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     server *s = user;
     exchange *e = *context;
     struct peer *p = peer_of(connection);
-    bool dropped = false;
+    bool dropped = false, late = false;
     *context = NULL;
     if (p) {
         pthread_mutex_lock(&s->lock);
         dropped = p->dropped;
+        late = p->late;
         p->busy = p->reading = false;
         p->used = true;
         p->n_unsent = 0;
@@ -561,6 +563,7 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
         job_release(e->work);
     } else if (e->to || e->failure.status) {
         e->log.ended_us = now_us();
+        if (late) e->log.status = 408;
         if (!e->log.path) e->log.path = "?";
         log_request(s, &e->log);
     }
@@ -632,7 +635,7 @@ static void look_at_reader(server *s, struct peer *p, uint64_t now) {
 }
 
 /* Past libmicrohttpd, which has no answer for what is not a request yet. */
-static void tell_late(server *s, const struct peer *p) {
+static void tell_late(server *s, struct peer *p) {
     text head, body;
     fault f;
     refuse_with(&f, 408, NULL, "the request did not come in time");
@@ -645,13 +648,15 @@ static void tell_late(server *s, const struct peer *p) {
                 body.n_bytes);
     text_put(&head, body.data, body.n_bytes);
     if (!head.failed && !body.failed &&
-        send(p->socket, head.data, head.n_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+        send(p->socket, head.data, head.n_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) > 0) {
         metrics_count(&s->counts, &s->counts.n_responses[4]);
+        p->late = true;
+    }
     text_deinit(&head);
     text_deinit(&body);
 }
 
-static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
+static void look_at_peer(server *s, struct peer *p, uint64_t now) {
     bool idle = p->used && !p->reading;
     uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
     if (now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
