@@ -71,7 +71,7 @@ def python(build):
 
 
 def server(build):
-    """The server: connections, preparation, steps, log. KIVI_TEST_UNDER=tsan by hand: it takes minutes."""
+    """The server: connections, preparation, steps, log."""
     return [('py_serve', [sys.executable, 'tests/py_serve.py'])]
 
 
@@ -114,7 +114,7 @@ STAGES = [
     ('python', [python], BUILD, None, False),
     ('aarch64', [aarch64], BUILD, None, True),
     ('asan', [kernels, unit, command, server], 'build-asan', ['SAN=address,undefined', *TESTED], True),
-    ('tsan', [unit, threads], 'build-tsan', ['SAN=thread', *TESTED], True),
+    ('tsan', [threads, unit, server], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),
 ]
 # Stages that are run only when they are asked for: they need a machine of their own.
