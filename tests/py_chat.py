@@ -57,6 +57,14 @@ def check_pipe(folder):
     bad = talk(['/load /nonexistent/x', '/save', '/nonsense', france, '/quit', 'not reached'], '-n', '24')
     case('what fails is said and changes nothing', bad.stdout == one.stdout and bad.stderr.count('kivi: ') == 3,
          bad.stderr)
+    broken = os.path.join(folder, 'broken.seq')
+    with open(path, 'rb') as f, open(broken, 'wb') as out:
+        out.write(f.read()[:-9])
+    kept = talk([france, '/load /nonexistent/x', f'/load {broken}', f'/load {folder}', germany], '-n', '24')
+    case('a /load that fails leaves the conversation', kept.stdout == both.stdout, kept.stdout + kept.stderr)
+    other = talk([france, f'/load {path}', germany], '-n', '24', '--kv', 'f16')
+    alone = talk([france, germany], '-n', '24', '--kv', 'f16')
+    case('so does one of another kind', other.stdout == alone.stdout and 'saved with' in other.stderr, other.stderr)
     said = [numbers(talk([france, '/stats'], '-n', '2', *more).stderr, 'prompts')
             for more in (['--system', 'Be brief.'], ['--system', 'Be brief, please, and kind to all who ask.'])]
     case('--system reaches the model', said[0] + 3 < said[1] < said[0] + 20, str(said))
