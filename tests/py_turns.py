@@ -154,8 +154,8 @@ def blocked():
     folder = files.make_folder('falcon-gqa', 'blocked')
     with case('ctrl-c/an answer that waits for its reader ends, the program does not'):
         options = ('--temp', '0', '-t', '1', '-c', '8192', '-n', '8000')
-        with subprocess.Popen([KIVI, 'chat', folder, *options], env=CLEAN, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-                              stdout=subprocess.PIPE) as chat:
+        pipes = {k: subprocess.PIPE for k in ('stdin', 'stdout', 'stderr')}
+        with subprocess.Popen([KIVI, 'chat', folder, *options], env=CLEAN, **pipes) as chat:
             fcntl.fcntl(chat.stdout, fcntl.F_SETPIPE_SZ, 4096)
             chat.stdin.write(b'hello\n')
             chat.stdin.flush()
