@@ -6,6 +6,8 @@
 
 #include <errno.h>
 #include <histedit.h>
+#include <langinfo.h>
+#include <locale.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -53,8 +55,16 @@ static char *prompt_text(EditLine *editor) {
     return text;
 }
 
+/* The editor drops what is no character of the locale, which without one is all but ASCII. */
+static void take_locale(void) {
+    setlocale(LC_CTYPE, "");
+    if (MB_CUR_MAX == 1 && !strcmp(nl_langinfo(CODESET), "ANSI_X3.4-1968"))
+        setlocale(LC_CTYPE, "C.UTF-8");
+}
+
 static int open_editor(chat *c) {
     HistEvent event;
+    take_locale();
     c->editor = el_init("kivi", stdin, stderr, stderr);
     c->history = history_init();
     if (!c->editor || !c->history) return EXIT_MEMORY;
@@ -92,7 +102,7 @@ static const char *next_line(chat *c, size_t *n_bytes) {
 }
 
 static const char *read_line(chat *c, size_t *n_bytes) {
-    hear_interrupts(false);
+    hear_interrupts(c->is_terminal); /* there it is a key */
     const char *line = next_line(c, n_bytes);
     hear_interrupts(true);
     return line;
