@@ -373,13 +373,24 @@ static void print_table(measure *m, uint32_t n, bool with_divergence) {
     }
 }
 
+/* All kinds of the list, before hours go into the first. */
+static int read_kinds(const evaluation *e, measure *m, uint32_t *n) {
+    char kv[sizeof m->kv];
+    kivi_kv_options kind;
+    for (*n = 0; options_list_item(kv, sizeof kv, options_kind(e->o), *n); ++*n) {
+        if (*n == MAX_LIST) return usage_error("--kv: more than %d cache kinds", MAX_LIST);
+        int code = options_kv(&kind, e->o, kv);
+        if (code) return code;
+        memcpy(m[*n].kv, kv, sizeof kv);
+    }
+    return EXIT_OK;
+}
+
 static int run_all(evaluation *e, measure *m, uint32_t *n) {
-    const char *kinds = options_kind(e->o);
     uint32_t n_kinds = 0;
     kivi_engine *engine = NULL; /* its vocabulary cuts the texts once */
-    while (n_kinds < MAX_LIST && options_list_item(m[n_kinds].kv, sizeof m->kv, kinds, n_kinds))
-        n_kinds++;
-    int code = open_engine(&engine, e->o, m[0].kv, shape_engine, e);
+    int code = read_kinds(e, m, &n_kinds);
+    if (!code) code = open_engine(&engine, e->o, m[0].kv, shape_engine, e);
     if (!code) code = read_texts(e, engine);
     kivi_engine_destroy(&engine);
     e->started = now_seconds();
