@@ -258,7 +258,8 @@ def refused():
             ('format', 2, "'csv'", ['eval', 'ppl', *ARGS, '-o', 'csv']),
             ('kind', 2, "'kivi3'", ['eval', 'kld', *ARGS, '--kv', 'kivi3']),
             ('kind-in-a-list', 2, "'kivi3'", ['eval', 'kld', *ARGS, '--kv', 'f16,kivi3']),
-            ('kind-before-any-work', 2, "'kivi3'", ['eval', 'kld', scratch('no-model'), *ARGS[1:], '--kv', 'f16,kivi3']),
+            ('kind-before-any-work', 2, "'kivi3'",
+             ['eval', 'kld', scratch('no-model'), *ARGS[1:], '--kv', 'f16,kivi3']),
             ('kinds-without-end', 2, '--kv: more than 16', ['eval', 'ppl', *ARGS, '--kv', 'kivi2,' * 16 + 'f16']),
             ('sinks', 2, '4096', ['eval', 'kld', *ARGS, '--sinks', 4097]),
             ('chunks-0', 2, '--chunks', ['eval', 'ppl', *ARGS, '--chunks', 0])):
