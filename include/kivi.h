@@ -109,15 +109,16 @@ typedef struct kivi_memory {
  * see, whichever is earlier. */
 typedef enum kivi_rule { KIVI_RULE_PAPER, KIVI_RULE_STREAM, KIVI_RULE_SPAN } kivi_rule;
 
-/* The parts of a + kind; ARCHITECTURE.md 5 says what each is. All but the first can be left out, to
- * measure what they are worth. */
+/* Parts of a + kind (ARCHITECTURE.md 5). All but the first can be left out, to measure each, and the
+ * last three, of a plain kind, put in: these alone have kivi2's codes. */
 enum {
-    KIVI_PLUS = 1,       /* keys in groups of a page, values without a zero point */
+    KIVI_PLUS = 1,       /* keys in groups of a page; values in groups of 64, no zero point */
     KIVI_PLUS_WIDE = 2,  /* 2-bit keys: a quarter of the channels of each page has 4 bits */
     KIVI_PLUS_FIT = 4,   /* 2-bit keys: ranges by least squares */
     KIVI_PLUS_TURN = 8,  /* values: turned by a Hadamard matrix */
     KIVI_PLUS_STEP = 16, /* values: steps by least squares */
-    KIVI_PLUS_ALL = 31
+    KIVI_PLUS_ALL = 31, KIVI_PLUS_ZERO = 32, /* ZERO: values with a zero point, and then no STEP */
+    KIVI_PLUS_K32 = 64, KIVI_PLUS_V32 = 128 /* groups of 32: of keys, of values */
 };
 
 /* A cache kind; kivi_kv_by_name (kivi_cache.h) knows those that have a name. Zero bits, group or

@@ -111,7 +111,8 @@ SMALL = ('--residual', 32)  # so that 96 tokens have codes
 LONG = text(4, 600)
 LONG_WINDOWS = [[3 + b for b in LONG[at:at + 290]] for at in (0, 290)]
 LONG_ARGS = [LLAMA, '-f', write('long.txt', LONG), '--ctx', 290, '--skip', SKIP]
-PLUS_KINDS = (('kivi2+', ()), ('k4v2+', ()), ('k4v3+', ('--sinks', 0)), ('kivi2+', ('--parts', 'wide,turn')))
+PLUS_KINDS = (('kivi2+', ()), ('k4v2+', ()), ('k4v3+', ('--sinks', 0)), ('kivi2+', ('--parts', 'wide,turn')),
+              ('kivi2+', ('--parts', 'wide,fit,turn,zero,k32')))
 
 
 def numbers():
@@ -137,9 +138,14 @@ def numbers():
             assert want['kld']['mean'] > 1e-9, 'the kinds do not differ'
             compare(got[0], want)
     with case('eval/parts-differ'):
-        parts = ('all', 'fit,turn,step', 'wide,turn,step', 'wide,fit,step', 'wide,fit,turn')
+        parts = ('all', 'fit,turn,step', 'wide,turn,step', 'wide,fit,step', 'wide,fit,turn', 'wide,fit,turn,zero',
+                 'wide,fit,turn,step,k32', 'none', 'zero', 'k32', 'zero,k32,v32')
         means = {evaluate('kld', *LONG_ARGS, '--kv', 'kivi2+', '--parts', p)[0]['kld']['mean'] for p in parts}
         assert len(means) == len(parts), means
+    with case('eval/no-part-is-plain'):  # of all that makes kivi2+ out of kivi2 nothing is left
+        plain = evaluate('kld', *LONG_ARGS, '--kv', 'kivi2', '--sinks', 4)[0]
+        none = evaluate('kld', *LONG_ARGS, '--kv', 'kivi2+', '--parts', 'zero,k32,v32')[0]
+        assert plain['kld']['mean'] > 1e-9 and {**none, 'kv': 'kivi2'} == plain, (none, plain)
     with case('eval/ppl-is-the-same-without-a-base'):
         whole, alone = evaluate('kld', *ARGS, '--kv', 'kivi2', *SMALL)[0], evaluate('ppl', *ARGS, '--kv', 'kivi2',
                                                                                    *SMALL)[0]

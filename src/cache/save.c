@@ -238,8 +238,9 @@ static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_
     uint32_t groups_from = from / l->k_group * l->k_group; /* it may begin with sinks */
     uint32_t groups_end = keys && from < line ? line : 0;
     rows(s, seq, keys, layer, head, 0, sinks);
-    for (uint32_t p = groups_from; ki_has_wide(l) && p < groups_end && s->status == KIVI_OK;
-         p += l->k_group)
+    uint32_t pages_from = from / KI_PAGE_TOKENS * KI_PAGE_TOKENS;
+    for (uint32_t p = pages_from; ki_has_wide(l) && p < groups_end && s->status == KIVI_OK;
+         p += KI_PAGE_TOKENS)
         key_list(s, seq, layer, head, p);
     for (uint32_t p = from; p < packed && s->status == KIVI_OK; p++)
         (keys ? key_codes : value_codes)(s, seq, layer, head, p);

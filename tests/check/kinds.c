@@ -39,16 +39,29 @@ static void names(void) {
 /* Bytes of a page: the planes by hand, filled up to whole lines. */
 static void pages(void) {
     if (!check_case("kinds/pages")) return;
-    static const uint32_t cases[][5] = {
-        /* D, key bits, value bits, codes, page */
-        {64, 2, 2, 4608, 5184},    {128, 2, 2, 9216, 10304},   {64, 4, 2, 6144, 6656},
-        {128, 4, 2, 12288, 13312}, {64, 4, 3, 7168, 7680},     {128, 4, 3, 14336, 15360},
-        {80, 2, 2, 5760, 7424},    {256, 2, 16, 75776, 76864}, {16, 16, 3, 4864, 5120}};
+    static const uint32_t cases[][6] = {
+        /* D, key bits, value bits, codes, page, parts if not all */
+        {64, 2, 2, 4608, 5184},
+        {128, 2, 2, 9216, 10304},
+        {64, 4, 2, 6144, 6656},
+        {128, 4, 2, 12288, 13312},
+        {64, 4, 3, 7168, 7680},
+        {128, 4, 3, 14336, 15360},
+        {80, 2, 2, 5760, 7424},
+        {256, 2, 16, 75776, 76864},
+        {16, 16, 3, 4864, 5120},
+        {64, 2, 2, 4608, 5952, KIVI_PLUS_ALL | KIVI_PLUS_K32},
+        {64, 2, 2, 4608, 5440, (KIVI_PLUS_ALL & ~KIVI_PLUS_STEP) | KIVI_PLUS_ZERO},
+        {64, 2, 2, 4608, 5440, KIVI_PLUS_ALL | KIVI_PLUS_V32},
+        {64, 2, 2, 4096, 6144, KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32},
+        {128, 2, 3, 10240, 12800, KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_V32}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         world w = world_small();
         w.geometry.head_dim = cases[i][0];
-        w.geometry.kv = (kivi_kv_options){
-            .k_bits = cases[i][1], .v_bits = cases[i][2], .plus = KIVI_PLUS_ALL, .sink_tokens = 4};
+        w.geometry.kv = (kivi_kv_options){.k_bits = cases[i][1],
+                                          .v_bits = cases[i][2],
+                                          .plus = cases[i][5] ? cases[i][5] : KIVI_PLUS_ALL,
+                                          .sink_tokens = 4};
         ki_layout l;
         CHECK_OK(ki_layout_init(&l, &w.geometry, err));
         CHECK(l.page_bytes == cases[i][4], "case %zu: a page of %zu bytes", i, l.page_bytes);
@@ -66,12 +79,15 @@ static void refused(void) {
         kivi_kv_options kv;
         const char *says;
     } all[] = {{{.v_bits = 3}, "2, 4, 8 or 16"},
-               {{.plus = KIVI_PLUS_ALL, .residual_tokens = 32}, "multiple of the group (128)"},
+               {{.plus = KIVI_PLUS_ALL, .residual_tokens = 32}, "multiple of the page (128)"},
+               {{.plus = KIVI_PLUS_ALL | KIVI_PLUS_K32, .residual_tokens = 32}, "the page (128)"},
+               {{.plus = KIVI_PLUS | KIVI_PLUS_K32, .group = 128}, "of 32 by part k32"},
+               {{.plus = KIVI_PLUS_ALL | KIVI_PLUS_ZERO}, "no step by least squares"},
                {{.plus = KIVI_PLUS_ALL, .group = 32}, "key groups of a page (128)"},
                {{.plus = KIVI_PLUS_ALL, .k_bits = 8}, "2, 4 or 16"},
                {{.plus = KIVI_PLUS_ALL, .v_bits = 4}, "2, 3 or 16"},
                {{.plus = KIVI_PLUS_TURN}, "unknown parts"},
-               {{.plus = 2 * KIVI_PLUS_STEP + 1}, "unknown parts"}};
+               {{.plus = 2 * KIVI_PLUS_V32 + 1}, "unknown parts"}};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         kivi_kv_options kv = all[i].kv;
         kivi_error e = {0};
@@ -81,7 +97,38 @@ static void refused(void) {
     check_end();
 }
 
+/* What kernels of whole + kinds alone refuse the others by; what bits leave no room for is no lack.
+ */
+static void not_whole(void) {
+    if (!check_case("kinds/not-whole")) return;
+    static const struct {
+        uint32_t k, v, plus;
+        const char *says;
+    } all[] = {{2, 2, 0, NULL},
+               {2, 2, KIVI_PLUS_ALL, NULL},
+               {4, 3, KIVI_PLUS_ALL, NULL},
+               {4, 2, KIVI_PLUS_ALL & ~(KIVI_PLUS_WIDE | KIVI_PLUS_FIT), NULL},
+               {16, 2, KIVI_PLUS_ALL | KIVI_PLUS_K32, NULL},
+               {2, 16, KIVI_PLUS_ALL | KIVI_PLUS_V32, NULL},
+               {2, 2, KIVI_PLUS_ALL & ~KIVI_PLUS_WIDE, "wide"},
+               {2, 2, KIVI_PLUS_ALL & ~KIVI_PLUS_FIT, "(fit)"},
+               {2, 2, KIVI_PLUS_ALL & ~KIVI_PLUS_TURN, "turned"},
+               {2, 2, KIVI_PLUS_ALL & ~KIVI_PLUS_STEP, "steps"},
+               {2, 2, (KIVI_PLUS_ALL & ~KIVI_PLUS_STEP) | KIVI_PLUS_ZERO, "zero point"},
+               {4, 2, KIVI_PLUS_ALL | KIVI_PLUS_K32, "(k32)"},
+               {2, 3, KIVI_PLUS_ALL | KIVI_PLUS_V32, "(v32)"}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        kivi_kv_options kv = {.k_bits = all[i].k, .v_bits = all[i].v, .plus = all[i].plus};
+        CHECK_OK(kivi_kv_resolve(&kv, 64, err));
+        const char *text = ki_plus_not_whole(&kv);
+        CHECK(all[i].says ? text && strstr(text, all[i].says) : !text, "case %zu: %s", i,
+              text ? text : "whole");
+    }
+    check_end();
+}
+
 void check_kinds(void) {
+    not_whole();
     names();
     pages();
     refused();
