@@ -222,8 +222,7 @@ KIVI_API kivi_status kivi_session_fork(kivi_session **out, const kivi_session *f
  * else the remaining history is evaluated again. No logits until the next step. */
 KIVI_API kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_error *err);
 /* History and cache in a file, checksummed; load refuses another model's or kind's. check: does it? */
-KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path,
-                                       kivi_error *err);
+KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path, kivi_error *err);
 KIVI_API kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
                                        kivi_error *err);
 KIVI_API kivi_status kivi_session_check(kivi_engine *engine, const char *path, kivi_error *err);
