@@ -221,11 +221,11 @@ KIVI_API kivi_status kivi_session_fork(kivi_session **out, const kivi_session *f
 /* Back to the first n_tokens, exactly as if the rest had never been: at once within rewind_tokens,
  * else the remaining history is evaluated again. No logits until the next step. */
 KIVI_API kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_error *err);
-/* History and cache in a file: versioned, checksummed, refused where model or kind differ. */
-KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path,
-                                       kivi_error *err);
+/* History and cache in a file, checksummed; load refuses another model's or kind's. check: does it? */
+KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path, kivi_error *err);
 KIVI_API kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
                                        kivi_error *err);
+KIVI_API kivi_status kivi_session_check(kivi_engine *engine, const char *path, kivi_error *err);
 /* float32 [V] of a row of the session's item in the last step, lent until the next one. Without
  * all_logits (of engine or item) there is one row, 0: the item's last. NULL: there is none. */
 KIVI_API const float *kivi_session_logits(const kivi_session *session, uint32_t row);

@@ -94,6 +94,8 @@ static const option table[] = {
      0},
     {"skip", "", UINT, CMD_EVAL, AT(skip), AT(skip_given), "N", "score positions from N on (128)",
      0, 1e8},
+    {"stride", "", UINT, CMD_EVAL, AT(stride), 0, "N",
+     "tokens from one window's start to the next one's (--ctx)", 1, 1e8},
     {"chunks", "", UINT, CMD_EVAL, AT(chunks), 0, "N", "windows of each file (all)", 1, 1e8},
     {"output", "-o", TEXT, CMD_EVAL, AT(format), 0, "FORM", "md or json (md)", 0, 0},
     {"host", "", TEXT, CMD_SERVE, AT(host), 0, "ADDR", "address to listen at (127.0.0.1)", 0, 0},

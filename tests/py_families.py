@@ -200,6 +200,19 @@ def gguf():
                 same(scratch('m.gguf'), family, f'GGUF version {version}', exact=family != 'llama-gqa')
 
 
+def old_rope_keys():
+    with case('gguf/rope-factor-without-a-type'):  # as llama.cpp reads them: linear
+        kvs, tensors = to_gguf('llama')
+        tokens, rows = load('llama', 'tokens.json')[:60], []
+        for more in ({}, {'rope.scaling.type': 'linear', 'rope.scaling.factor': 4.0}, {'rope.scaling.factor': 4.0},
+                     {'rope.scale_linear': 4.0}, {'rope.scale_linear': 2.0, 'rope.scaling.factor': 4.0},
+                     {'rope.scaling.type': 'none', 'rope.scaling.factor': 4.0}):
+            plain = {k: v for k, v in kvs.items() if '.rope.scal' not in k}
+            write_gguf(scratch('rope.gguf'), {**plain, **{f'llama.{k}': v for k, v in more.items()}}, tensors)
+            rows.append(logits(scratch('rope.gguf'), tokens).tobytes())
+        assert rows[0] != rows[1] and rows[1:5] == rows[1:2] * 4 and rows[5] == rows[0], [r == rows[1] for r in rows]
+
+
 def parts():
     with case('parts/gguf'):
         kvs, tensors = to_gguf('mistral-swa')
@@ -258,6 +271,7 @@ def dummies():
 
 
 gguf()
+old_rope_keys()
 parts()
 leftover()
 dummies()

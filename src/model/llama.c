@@ -56,7 +56,7 @@ const char *const ki_gemma_names[KI_PART_COUNT][2] = {
 /* ---- configurations ---- */
 
 static void plain_rope(ki_config *c, ki_reader *r) {
-    bool nested = ki_read_kind(r, NULL, "rope_parameters") == KI_VALUE_OBJECT;
+    bool nested = ki_read_kind(r, NULL, "rope_parameters") != KI_VALUE_NONE;
     ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters" : "rope_scaling", "rope_theta",
                  10000.0);
 }
