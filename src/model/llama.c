@@ -68,9 +68,9 @@ static void want_activation(ki_reader *r, const char *hf, const char *name) {
 }
 
 static void read_window(ki_config *c, ki_reader *r) {
-    if (ki_read_kind(r, "attention.sliding_window", "sliding_window") == KI_VALUE_NONE) return;
-    c->window =
-        ki_read_uint(r, "attention.sliding_window", "sliding_window", KI_MAX_CTX, KI_MAX_CTX);
+    static const char gguf[] = "attention.sliding_window", hf[] = "sliding_window";
+    if (ki_read_kind(r, gguf, hf) == KI_VALUE_NONE || ki_read_is_zero(r, gguf, hf)) return;
+    c->window = ki_read_uint(r, gguf, hf, KI_MAX_CTX, KI_MAX_CTX);
 }
 
 static void llama_like(ki_config *c, ki_reader *r) {
@@ -92,9 +92,11 @@ void ki_llama_read(ki_config *c, ki_reader *r) {
     ki_refuse_flag(r, "attention_bias");
     c->paired_rows = r->is_gguf;
     if (r->is_gguf) all_local(c, r); /* a Mistral calls itself llama there */
-    else if (ki_read_kind(r, NULL, "sliding_window") != KI_VALUE_NONE)
+    else if (ki_read_kind(r, NULL, "sliding_window") != KI_VALUE_NONE &&
+             !ki_read_is_zero(r, NULL, "sliding_window"))
         ki_refuse(r, NULL, "sliding_window", "set", "none");
-    if (r->status == KIVI_OK && ki_read_kind(r, "expert_count", "num_local_experts"))
+    if (r->status == KIVI_OK && ki_read_kind(r, "expert_count", "num_local_experts") &&
+        !ki_read_is_zero(r, "expert_count", "num_local_experts"))
         ki_refuse(r, "expert_count", "num_local_experts", "set", "a model without experts");
 }
 
