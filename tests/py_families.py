@@ -224,8 +224,9 @@ def beyond_the_pass():
             rows.append(logits(scratch('more.gguf'), tokens).tobytes())
         assert rows[0] == rows[1]
         for key, value in (('expert_count', 8), ('logit_scale', 0.5), ('attention.scale', 0.125),
-                           ('embedding_scale', 12.0), ('residual_scale', 0.22), ('attn_logit_softcapping', 50.0), ('attention.clamp_kqv', 8.0),
-                           ('attention.max_alibi_bias', 8.0), ('attention.causal', False)):
+                           ('embedding_scale', 12.0), ('residual_scale', 0.22), ('attn_logit_softcapping', 50.0),
+                           ('attention.clamp_kqv', 8.0), ('attention.max_alibi_bias', 8.0),
+                           ('attention.causal', False)):
             write_gguf(scratch('more.gguf'), {**kvs, f'llama.{key}': value}, tensors)
             bad(3, 'info', scratch('more.gguf'), says=f'key llama.{key} is')
 
