@@ -163,9 +163,7 @@ def check_letters():
         t = Terminal('-n', '1', locale=locale)
         t.wait('> ')
         t.type(text + 'é日\x7f\x7f\r')  # of two characters, not of two bytes
-        t.wait('> ')
-        t.wait('> ')  # behind the answer
-        t.type('/stats\r')
+        t.send('/stats\r')  # read behind the answer
         stats = t.wait(r'prompts +\d+ tokens') or t.seen
         case(f'letters of all kinds are typed, locale {locale}', numbers(stats, 'prompts') == wanted, stats)
         t.type('\x04')
