@@ -41,7 +41,7 @@ double ki_read_real(ki_reader *r, const char *gguf, const char *hf, double fallb
     return value;
 }
 
-bool ki_read_is_zero(const ki_reader *r, const char *gguf, const char *hf) {
+bool ki_read_is_set(const ki_reader *r, const char *gguf, const char *hf) {
     char buffer[KEY_BYTES];
     const char *key = key_of(buffer, r, gguf, hf);
     kivi_error other = {0};
@@ -49,8 +49,8 @@ bool ki_read_is_zero(const ki_reader *r, const char *gguf, const char *hf) {
     double real;
     bool found = false;
     if (!key) return false;
-    if (!ki_file_u64(&whole, &found, r->file, key, 0, 0, &other)) return found;
-    return !ki_file_f64(&real, &found, r->file, key, 0, 0, &other) && found;
+    if (!ki_file_u64(&whole, &found, r->file, key, 0, 0, &other)) return false; /* missing, or 0 */
+    return ki_file_f64(&real, &found, r->file, key, 0, 0, &other) != KIVI_OK;
 }
 
 bool ki_read_bool(ki_reader *r, const char *gguf, const char *hf, bool fallback) {
@@ -152,18 +152,15 @@ static void read_head_dim(ki_config *c, ki_reader *r) {
 /* What a GGUF file may ask for of any architecture and no pass here does. A value that changes
  * nothing is none: 0, or 1 for a factor. */
 static void refuse_beyond(ki_reader *r) {
-    static const char *const unknown[] = {"attention.scale",          "logit_scale",
-                                          "residual_scale",           "embedding_scale",
-                                          "attn_logit_softcapping",   "final_logit_softcapping",
-                                          "attention.max_alibi_bias", "attention.clamp_kqv"};
-    for (size_t i = 0; i < sizeof unknown / sizeof *unknown && r->is_gguf; i++) {
-        bool is_factor = i > 0 && i < 4;
-        if (ki_read_kind(r, unknown[i], NULL) == KI_VALUE_NONE ||
-            ki_read_is_zero(r, unknown[i], NULL) ||
-            (is_factor && ki_read_real(r, unknown[i], NULL, 1) == 1))
-            continue;
-        ki_refuse(r, unknown[i], NULL, "set", is_factor ? "1" : "0");
-    }
+    static const char *const factors[] = {"logit_scale", "residual_scale", "embedding_scale"},
+                             *const others[] = {"attention.scale", "attn_logit_softcapping",
+                                                "final_logit_softcapping",
+                                                "attention.max_alibi_bias", "attention.clamp_kqv"};
+    for (size_t i = 0; i < sizeof factors / sizeof *factors; i++)
+        if (ki_read_is_set(r, factors[i], NULL) && ki_read_real(r, factors[i], NULL, 1) != 1)
+            ki_refuse(r, factors[i], NULL, "set", "1");
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (ki_read_is_set(r, others[i], NULL)) ki_refuse(r, others[i], NULL, "set", "0");
     if (!ki_read_bool(r, "attention.causal", NULL, true))
         ki_refuse(r, "attention.causal", NULL, "false", "true");
 }
