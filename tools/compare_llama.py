@@ -5,7 +5,7 @@
   tools/compare_llama.py --quick         depths 0 and 2,048, batch 1, once: minutes
   tools/compare_llama.py -o json         every sample, for plots and for later
   tools/compare_llama.py --scaling 1,2,4,8,16 --depths 0,7680 --reps 1
-                                         one token at a time by threads, in another table
+                                         one token at a time by threads: a table a depth
 
 The protocol is the same on both sides. A run is a process of its own, so that memory does not pile
 up: it loads the model, fills each sequence to a depth with the same random ids in batches of 512
@@ -187,18 +187,18 @@ def run_llama(o, kind, depth, batch):
     return {name: value for name, value in found.items() if value is not None}
 
 
-def bench(o, kind, *options):
-    rows = run([KIVI, 'bench', o.model, '--kv', kind, '--threads', str(o.threads), '-r', '1',
+def bench(o, kind, threads, *options):
+    rows = run([KIVI, 'bench', o.model, '--kv', kind, '--threads', str(threads), '-r', '1',
                 '-o', 'json', *options], f'kivi {kind}')
     o.kivi = f"kivi {rows[0]['build_commit']} ({rows[0]['isa']})"
-    return rows[0]
+    return rows
 
 
 def run_kivi(o, kind, depth, batch):
-    found = bench(o, kind, '-p', '0', '-n', str(o.steps), '-d', str(depth), '-b', str(batch))
+    found, = bench(o, kind, o.threads, '-p', '0', '-n', str(o.steps), '-d', str(depth), '-b', str(batch))
     result = {'decode': batch * 1e9 / found['median_step_ns']}
     if depth and batch == 1:
-        result['prompt'] = bench(o, kind, '-p', str(depth), '-n', '0', '-d', '0')['avg_ts']
+        result['prompt'] = bench(o, kind, o.threads, '-p', str(depth), '-n', '0', '-d', '0')[0]['avg_ts']
     return result
 
 
@@ -295,9 +295,7 @@ def scale(o, engine, kind, depth):
     """Tokens a second by number of threads, from one process that fills its cache once, with the most of them."""
     if engine == 'llama':
         return run_llama(o, kind, depth, 1)['decode']
-    rows = run([KIVI, 'bench', o.model, '--kv', kind, '-t', ','.join(map(str, o.scaling)), '-r', '1', '-o', 'json',
-                '-p', '0', '-n', str(o.steps), '-d', str(depth)], f'kivi {kind}')
-    o.kivi = f"kivi {rows[0]['build_commit']} ({rows[0]['isa']})"
+    rows = bench(o, kind, ','.join(map(str, o.scaling)), '-p', '0', '-n', str(o.steps), '-d', str(depth))
     return [1e9 / row['median_step_ns'] for row in rows]
 
 

@@ -488,6 +488,17 @@ static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint3
     one_kind(d, heads, &kv, rule, n, decode_only);
 }
 
+/* bits: of keys, of values, and the parts. */
+static void one_plus(uint32_t d, uint32_t heads, const uint32_t bits[3], uint32_t residual,
+                     uint32_t sinks, uint32_t rule, uint32_t n, bool decode_only) {
+    const kivi_kv_options kv = {.k_bits = bits[0],
+                                .v_bits = bits[1],
+                                .plus = bits[2],
+                                .residual_tokens = residual,
+                                .sink_tokens = sinks};
+    one_kind(d, heads, &kv, rule, n, decode_only);
+}
+
 /* The + kinds: every head size, every pair of bits and parts left out, rules and sinks in turn. */
 static void plus_kinds(void) {
     static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
@@ -505,21 +516,12 @@ static void plus_kinds(void) {
     for (uint32_t i = 0; i < 8; i++)
         for (uint32_t b = 0; b < N; b++) {
             uint32_t turn = i * N + b;
-            const kivi_kv_options kv = {.k_bits = bits[b][0],
-                                        .v_bits = bits[b][1],
-                                        .plus = bits[b][2],
-                                        .residual_tokens = turn % 5 ? 128 : 256,
-                                        .sink_tokens = sinks[turn % 6]};
-            one_kind(dims[i], turn % 3, &kv, turn % 4, turn % 7 ? 450 : 150, false);
+            one_plus(dims[i], turn % 3, bits[b], turn % 5 ? 128 : 256, sinks[turn % 6], turn % 4,
+                     turn % 7 ? 450 : 150, false);
         }
     for (uint32_t b = 0; b < 4; b++) {
-        const kivi_kv_options kv = {.k_bits = bits[b][0],
-                                    .v_bits = bits[b][1],
-                                    .plus = KIVI_PLUS_ALL,
-                                    .residual_tokens = 128,
-                                    .sink_tokens = 4};
-        one_kind(64, 1, &kv, 1, 1500, false);
-        one_kind(128, 0, &kv, 0, 8192, true);
+        one_plus(64, 1, bits[b], 128, 4, 1, 1500, false);
+        one_plus(128, 0, bits[b], 128, 4, 0, 8192, true);
     }
 }
 
@@ -539,12 +541,8 @@ static void plain_parts(void) {
     for (uint32_t i = 0; i < 6; i++)
         for (uint32_t b = 0; b < N; b++) {
             uint32_t turn = i * N + b;
-            const kivi_kv_options kv = {.k_bits = bits[b][0],
-                                        .v_bits = bits[b][1],
-                                        .plus = bits[b][2],
-                                        .residual_tokens = (i + b) % 4 == 3 ? 256 : 128,
-                                        .sink_tokens = sinks[turn % 5]};
-            one_kind(dims[i], turn % 3, &kv, turn % 4, (i + 2 * b) % 5 == 4 ? 150 : 450, false);
+            one_plus(dims[i], turn % 3, bits[b], (i + b) % 4 == 3 ? 256 : 128, sinks[turn % 5],
+                     turn % 4, (i + 2 * b) % 5 == 4 ? 150 : 450, false);
         }
 }
 
