@@ -69,7 +69,7 @@ $(BUILD)/src/kernel/isa_neondot.o: ISA := $(KERNEL_OPT) -march=armv8.2-a+dotprod
 # The definition, not the fast way: at -O3 it takes the compiler four minutes.
 $(BUILD)/src/kernel/isa_scalar.o: ISA := -O1
 
-.PHONY: all run test test-gpu emulated lint install uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
+.PHONY: all run test test-gpu emulated lint install man uninstall clean help bench fuzz deps pareto aarch64-syntax FORCE
 all: $(BUILD)/kivi $(BUILD)/libkivi.a $(BUILD)/libkivi.so $(BUILD)/check-kernels $(BUILD)/kivi.pc
 
 $(BUILD)/%.o: %.c $(BUILD)/flags
@@ -203,9 +203,17 @@ pareto: $(BUILD)/kivi
 	@tools/deps.sh model plots
 	@KIVI_BIN=$(abspath $(BUILD))/kivi /usr/bin/python3 tools/pareto.py $(PARETO)
 
+# From the option table, by scdoc.
+man: $(BUILD)/man/kivi.1
+$(BUILD)/man/kivi.1: $(BUILD)/kivi
+	@scdoc -v > /dev/null || { echo 'kivi: error: man pages need scdoc: tools/deps.sh build' >&2; exit 2; }
+	@rm -rf $(@D) && mkdir -p $(@D)
+	set -o pipefail; for c in $$($< --completion names); do $< --man $$c | scdoc > $(@D)/kivi-$$c.1 || exit 1; done
+	set -o pipefail; $< --man | scdoc > $@
+
 MAN := $(PREFIX)/share/man/man1
 COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
-install: all
+install: all man
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
 	install -m 755 $(BUILD)/kivi $(DESTDIR)$(PREFIX)/bin/kivi
 	install -m 644 include/kivi.h include/kivi_cache.h include/kivi_text.h $(DESTDIR)$(PREFIX)/include/
@@ -218,8 +226,7 @@ install: all
 	install -d $(DESTDIR)$(PREFIX)/libexec/kivi
 	install -m 755 tools/fetch_model.sh $(DESTDIR)$(PREFIX)/libexec/kivi/
 	install -d $(DESTDIR)$(MAN) $(COMPLETIONS:%=$(DESTDIR)$(PREFIX)/share/%)
-	$(BUILD)/kivi --man > $(DESTDIR)$(MAN)/kivi.1
-	for c in $$($(BUILD)/kivi --completion names); do $(BUILD)/kivi --man $$c > $(DESTDIR)$(MAN)/kivi-$$c.1; done
+	install -m 644 $(BUILD)/man/*.1 $(DESTDIR)$(MAN)/
 	$(BUILD)/kivi --completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kivi
 	$(BUILD)/kivi --completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kivi
 	$(BUILD)/kivi --completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kivi.fish

@@ -109,15 +109,16 @@ typedef struct kivi_memory {
  * see, whichever is earlier. */
 typedef enum kivi_rule { KIVI_RULE_PAPER, KIVI_RULE_STREAM, KIVI_RULE_SPAN } kivi_rule;
 
-/* The parts of a + kind; ARCHITECTURE.md 5 says what each is. All but the first can be left out, to
- * measure what they are worth. */
+/* Parts of a + kind (ARCHITECTURE.md 5). All but the first can be left out, to measure each, and the
+ * last three, of a plain kind, put in: these alone have kivi2's codes. */
 enum {
-    KIVI_PLUS = 1,       /* keys in groups of a page, values without a zero point */
+    KIVI_PLUS = 1,       /* keys in groups of a page; values in groups of 64, no zero point */
     KIVI_PLUS_WIDE = 2,  /* 2-bit keys: a quarter of the channels of each page has 4 bits */
     KIVI_PLUS_FIT = 4,   /* 2-bit keys: ranges by least squares */
     KIVI_PLUS_TURN = 8,  /* values: turned by a Hadamard matrix */
     KIVI_PLUS_STEP = 16, /* values: steps by least squares */
-    KIVI_PLUS_ALL = 31
+    KIVI_PLUS_ALL = 31, KIVI_PLUS_ZERO = 32, /* ZERO: values with a zero point, and then no STEP */
+    KIVI_PLUS_K32 = 64, KIVI_PLUS_V32 = 128 /* groups of 32: of keys, of values */
 };
 
 /* A cache kind; kivi_kv_by_name (kivi_cache.h) knows those that have a name. Zero bits, group or
@@ -220,11 +221,11 @@ KIVI_API kivi_status kivi_session_fork(kivi_session **out, const kivi_session *f
 /* Back to the first n_tokens, exactly as if the rest had never been: at once within rewind_tokens,
  * else the remaining history is evaluated again. No logits until the next step. */
 KIVI_API kivi_status kivi_session_rewind(kivi_session *session, uint32_t n_tokens, kivi_error *err);
-/* History and cache in a file: versioned, checksummed, refused where model or kind differ. */
-KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path,
-                                       kivi_error *err);
+/* History and cache in a file, checksummed; load refuses another model's or kind's. check: does it? */
+KIVI_API kivi_status kivi_session_save(const kivi_session *session, const char *path, kivi_error *err);
 KIVI_API kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const char *path,
                                        kivi_error *err);
+KIVI_API kivi_status kivi_session_check(kivi_engine *engine, const char *path, kivi_error *err);
 /* float32 [V] of a row of the session's item in the last step, lent until the next one. Without
  * all_logits (of engine or item) there is one row, 0: the item's last. NULL: there is none. */
 KIVI_API const float *kivi_session_logits(const kivi_session *session, uint32_t row);

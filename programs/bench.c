@@ -3,10 +3,16 @@
  * would flatter the caches). A repetition forks the filled sessions, runs, and drops the forks; the
  * first one warms up and is not counted. Ids are drawn beforehand: nothing is sampled or tokenized.
  *
- * Prompts of a batch share steps where they fit, as generated tokens do. */
+ * Prompts of a batch share steps where they fit, as generated tokens do.
+ *
+ * Several numbers of threads are engines one after another. Filling is the long part, and what is
+ * in a cache does not depend on threads: the engine of the most of them fills it and saves the
+ * sessions, the others load them. */
 #include "commands.h"
 
+#include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -35,10 +41,11 @@ typedef struct bench {
     enum form form;
     kivi_engine *engine;
     const kivi_engine_info *info;
-    uint32_t ctx_tokens, max_batch, max_depth, n_rows, n_rows_done;
+    uint32_t ctx_tokens, max_batch, max_depth, n_threads, n_rows, n_rows_done;
     int32_t *ids;                     /* sequence i reads ids[i + position] */
     kivi_session *filled[MAX_BATCH];  /* at the depth of the test; none at depth 0 */
     kivi_session *running[MAX_BATCH]; /* of this repetition */
+    int saved[MAX_BATCH], n_saved;    /* open files without a name: the filled sessions */
     char kv[32], cpu[128];
     kivi_error err;
 } bench;
@@ -101,6 +108,46 @@ static kivi_status fill(bench *b, uint32_t depth) {
         if (status) return status;
     }
     return KIVI_OK;
+}
+
+static void forget_saved(bench *b) {
+    while (b->n_saved) close(b->saved[--b->n_saved]);
+}
+
+/* One filled session into a file that ends with us, whatever ends us. */
+static int save_one(bench *b, const kivi_session *session) {
+    const char *folder = getenv("TMPDIR");
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s/kivi-bench-%ld", folder && *folder ? folder : "/tmp",
+                     (long)getpid());
+    if (n < 0 || (size_t)n >= sizeof path) return usage_error("TMPDIR: longer than a path may be");
+    if (kivi_session_save(session, path, &b->err)) return failed(b);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) {
+        clear_progress();
+        fprintf(stderr, "kivi: error: %s: saved, and could not be opened again\n", path);
+    }
+    unlink(path);
+    if (file < 0) return EXIT_IO;
+    b->saved[b->n_saved++] = file;
+    return EXIT_OK;
+}
+
+static int save_filled(bench *b) {
+    int code = EXIT_OK;
+    for (uint32_t i = 0; i < b->max_batch && !code; i++) code = save_one(b, b->filled[i]);
+    return code;
+}
+
+static kivi_status load_filled(bench *b) {
+    kivi_status status = KIVI_OK;
+    drop(b->filled);
+    for (int i = 0; i < b->n_saved && !status; i++) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", b->saved[i]);
+        status = kivi_session_load(&b->filled[i], b->engine, path, &b->err);
+    }
+    return status;
 }
 
 static kivi_status start(bench *b, const test *t) {
@@ -414,7 +461,7 @@ static int run_test(bench *b, const test *t) {
 static int run_depth(bench *b, uint32_t depth) {
     const options *o = b->o;
     int code = EXIT_OK;
-    if (fill(b, depth)) return failed(b);
+    if (b->n_saved ? load_filled(b) : fill(b, depth)) return failed(b);
     for (uint32_t i = 0; i < o->bench_batch.n && !code; i++) {
         test t = {.n_depth = depth, .n_batch = o->bench_batch.values[i]};
         for (uint32_t p = 0; p < o->bench_prompt.n && !code; p++)
@@ -429,6 +476,7 @@ static int run_depth(bench *b, uint32_t depth) {
 /* Filled sessions and their forks are there at the same time. */
 static void size_engine(kivi_engine_options *eo, void *user) {
     const bench *b = user;
+    eo->n_threads = b->n_threads;
     eo->ctx_tokens = b->ctx_tokens;
     eo->max_sessions = b->max_batch * (b->max_depth ? 2 : 1);
 }
@@ -450,17 +498,46 @@ static int draw_ids(bench *b) {
     return EXIT_OK;
 }
 
-static int run_kind(bench *b) {
+static int open_with(bench *b, uint32_t n_threads) {
+    b->n_threads = n_threads;
     progress(b, "load");
     int code = open_engine(&b->engine, b->o, b->kv, size_engine, b);
     clear_progress();
     if (code) return code;
     b->info = kivi_engine_info_get(b->engine);
-    code = draw_ids(b);
-    for (uint32_t i = 0; i < b->o->bench_depth.n && !code; i++)
-        code = run_depth(b, b->o->bench_depth.values[i]);
+    return b->ids ? EXIT_OK : draw_ids(b);
+}
+
+static void close_engine(bench *b) {
     drop(b->filled);
     kivi_engine_destroy(&b->engine);
+}
+
+/* The sessions of one depth, by the engine that is fastest at it. */
+static int fill_for_all(bench *b, uint32_t depth) {
+    forget_saved(b);
+    if (!depth) return EXIT_OK;
+    int code = open_with(b, list_max(&b->o->bench_threads));
+    if (!code && fill(b, depth)) code = failed(b);
+    if (!code) code = save_filled(b);
+    close_engine(b);
+    return code;
+}
+
+static int run_kind(bench *b) {
+    const list *depths = &b->o->bench_depth, *threads = &b->o->bench_threads;
+    bool many = threads->n > 1;
+    int code = many ? EXIT_OK : open_with(b, threads->values[0]);
+    for (uint32_t i = 0; i < depths->n && !code; i++) {
+        if (many) code = fill_for_all(b, depths->values[i]);
+        for (uint32_t k = 0; k < threads->n && !code; k++) {
+            if (many) code = open_with(b, threads->values[k]);
+            if (!code) code = run_depth(b, depths->values[i]);
+            if (many) close_engine(b);
+        }
+    }
+    close_engine(b);
+    forget_saved(b);
     free(b->ids);
     b->ids = NULL;
     return code;
@@ -480,7 +557,7 @@ static int check_options(bench *b, const char *kinds) {
         int code = options_kv(&kv, o, b->kv);
         if (code) return code;
     }
-    b->n_rows = n_kinds * n_tests * o->bench_depth.n * o->bench_batch.n;
+    b->n_rows = n_kinds * n_tests * o->bench_depth.n * o->bench_batch.n * o->bench_threads.n;
     b->max_batch = list_max(&o->bench_batch);
     b->max_depth = list_max(&o->bench_depth);
     uint32_t p = list_max(&o->bench_prompt), n = list_max(&o->bench_gen);

@@ -6,6 +6,8 @@
 
 #include <errno.h>
 #include <histedit.h>
+#include <langinfo.h>
+#include <locale.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +20,13 @@ static volatile sig_atomic_t interrupted; /* Ctrl-C: the answer ends, or the lin
 static void on_interrupt(int signal_number) {
     (void)signal_number;
     interrupted = 1;
+}
+
+/* A write that waits for its reader goes on after Ctrl-C, or the program would end for it; while a
+ * line is waited for, Ctrl-C is not to be missed. */
+static void hear_interrupts(bool restarts) {
+    struct sigaction action = {.sa_handler = on_interrupt, .sa_flags = restarts ? SA_RESTART : 0};
+    sigaction(SIGINT, &action, NULL);
 }
 
 typedef struct chat {
@@ -46,8 +55,16 @@ static char *prompt_text(EditLine *editor) {
     return text;
 }
 
+/* The editor drops what is no character of the locale, which without one is all but ASCII. */
+static void take_locale(void) {
+    setlocale(LC_CTYPE, "");
+    if (MB_CUR_MAX == 1 && !strcmp(nl_langinfo(CODESET), "ANSI_X3.4-1968"))
+        setlocale(LC_CTYPE, "C.UTF-8");
+}
+
 static int open_editor(chat *c) {
     HistEvent event;
+    take_locale();
     c->editor = el_init("kivi", stdin, stderr, stderr);
     c->history = history_init();
     if (!c->editor || !c->history) return EXIT_MEMORY;
@@ -65,7 +82,7 @@ static int open_editor(chat *c) {
 }
 
 /* The next line without its end; NULL: there is none. */
-static const char *read_line(chat *c, size_t *n_bytes) {
+static const char *next_line(chat *c, size_t *n_bytes) {
     HistEvent event;
     int n = 0;
     if (!c->is_terminal) {
@@ -82,6 +99,13 @@ static const char *read_line(chat *c, size_t *n_bytes) {
     *n_bytes = (size_t)n - (text[n - 1] == '\n');
     if (*n_bytes) history(c->history, &event, H_ENTER, text);
     return text;
+}
+
+static const char *read_line(chat *c, size_t *n_bytes) {
+    hear_interrupts(c->is_terminal); /* there it is a key */
+    const char *line = next_line(c, n_bytes);
+    hear_interrupts(true);
+    return line;
 }
 
 /* ---- a turn ---- */
@@ -202,8 +226,10 @@ static int reset(chat *c) {
     return EXIT_OK;
 }
 
+/* Looked at first, for the conversation so far has to go before there is room for another. */
 static int load(chat *c, const char *path) {
     kivi_session *loaded = NULL;
+    if (kivi_session_check(c->engine, path, &c->err)) return fail_with(&c->err);
     kivi_session_destroy(&c->session);
     if (kivi_session_load(&loaded, c->engine, path, &c->err)) {
         int code = fail_with(&c->err), again = reset(c);
@@ -307,10 +333,9 @@ static int prepare(chat *c) {
 
 int command_chat(const options *o) {
     chat c = {.o = o};
-    struct sigaction action = {.sa_handler = on_interrupt};
     int code = open_engine(&c.engine, o, options_kind(o), NULL, NULL);
     if (!code) code = prepare(&c);
-    sigaction(SIGINT, &action, NULL);
+    hear_interrupts(true);
     if (!code && c.is_terminal)
         fprintf(stderr, "%s, %s; /help lists commands\n",
                 kivi_engine_info_get(c.engine)->model_name, c.format);

@@ -4,9 +4,9 @@
  *     kld   also the Kullback-Leibler divergence of each kind's next-token distribution from that
  *           of the same engine with a 16-bit cache, paired: the same rows of the same windows
  *
- * Each file is cut into windows of --ctx tokens; positions from --skip on are scored. A window is
- * one observation: neighbouring tokens are not independent, so standard errors are taken over the
- * windows' means. */
+ * Each file is cut into windows of --ctx tokens that begin --stride tokens apart (--ctx: side by
+ * side); positions from --skip on are scored. A window is one observation: neighbouring tokens are
+ * not independent, so standard errors are taken over the windows' means. */
 #include "commands.h"
 
 #include <math.h>
@@ -41,7 +41,7 @@ typedef struct measure {
 
 typedef struct evaluation {
     const options *o;
-    uint32_t ctx, skip;
+    uint32_t ctx, stride, skip;
     bool divergence;
     text texts[MAX_FILES];
     uint32_t n_texts;
@@ -62,24 +62,26 @@ static int encode(text *t, const kivi_engine *engine, const char *path) {
         kivi_tokenize(engine, bytes, n_bytes, KIVI_TEXT_ADD_BOS, NULL, 0, &t->n_ids, &err);
     if (!s || (s == KIVI_ARG && t->n_ids)) {
         t->ids = malloc((t->n_ids + 1) * sizeof *t->ids);
-        s = t->ids ? kivi_tokenize(engine, bytes, n_bytes, KIVI_TEXT_ADD_BOS, t->ids, t->n_ids,
-                                   &t->n_ids, &err)
-                   : KIVI_NOMEM;
+        if (t->ids)
+            s = kivi_tokenize(engine, bytes, n_bytes, KIVI_TEXT_ADD_BOS, t->ids, t->n_ids,
+                              &t->n_ids, &err);
+        else code = out_of_memory(path);
     }
     free(bytes);
+    if (code) return code;
     return s ? fail_with(&err) : EXIT_OK;
 }
 
 static int add_windows(evaluation *e, const text *t, const char *path) {
-    size_t n = t->n_ids / e->ctx;
+    size_t n = t->n_ids < e->ctx ? 0 : (t->n_ids - e->ctx) / e->stride + 1;
     if (e->o->chunks && n > e->o->chunks) n = e->o->chunks;
     if (n == 0)
         fprintf(stderr, "kivi: %s: %zu tokens, shorter than --ctx %u: left out\n", path, t->n_ids,
                 e->ctx);
     window *more = realloc(e->windows, (e->n_windows + n + 1) * sizeof *more);
-    if (!more) return EXIT_MEMORY;
+    if (!more) return out_of_memory(path);
     e->windows = more;
-    for (size_t i = 0; i < n; i++) e->windows[e->n_windows++].tokens = t->ids + i * e->ctx;
+    for (size_t i = 0; i < n; i++) e->windows[e->n_windows++].tokens = t->ids + i * e->stride;
     return EXIT_OK;
 }
 
@@ -301,7 +303,7 @@ static int run_kind(evaluation *e, measure *m, uint32_t kind, uint32_t n_kinds) 
     if (!code && e->divergence) code = open_engine(&base.engine, &plain, "f16", shape_engine, e);
     if (!code &&
         !(series_init(&m->kld, n) && series_init(&m->nll, n) && series_init(&m->nll_base, n)))
-        code = EXIT_MEMORY;
+        code = out_of_memory("the scores");
     if (!code) m->bits = kivi_engine_bits(own.engine);
     for (uint32_t w = 0; !code && w < e->n_windows; w++) {
         progress(e, m->kv, kind, n_kinds, w);
@@ -314,27 +316,41 @@ static int run_kind(evaluation *e, measure *m, uint32_t kind, uint32_t n_kinds) 
 
 /* ---- results ---- */
 
+/* JSON has no NaN and no infinity: null. */
+static void print_real(const char *key, int n_digits, double value) {
+    if (isfinite(value)) printf("\"%s\": %.*g", key, n_digits, value);
+    else printf("\"%s\": null", key);
+}
+
+static void print_divergence(measure *m) {
+    printf(", \"kld\": {");
+    print_real("mean", 6, series_mean(&m->kld));
+    printf(", "), print_real("se", 4, series_se(&m->kld, m->n_windows));
+    printf(", "), print_real("median", 6, series_quantile(&m->kld, 0.5));
+    printf(", "), print_real("p99", 6, series_quantile(&m->kld, 0.99));
+    printf("}, \"top1\": %.5f", (double)m->n_top1 / (double)m->n_positions);
+}
+
 static void print_json(measure *m, uint32_t n, bool with_divergence) {
     printf("[");
     for (uint32_t i = 0; i < n; i++) {
-        double ppl = exp(series_mean(&m[i].nll)), se = series_se(&m[i].nll, m[i].n_windows);
+        double nll = series_mean(&m[i].nll), base = series_mean(&m[i].nll_base);
         printf("%s\n {\"kv\": \"%s\", \"bits\": %.4g", i ? "," : "", m[i].kv, m[i].bits);
+        if (with_divergence) print_divergence(&m[i]);
+        printf(", "), print_real("ppl", 6, exp(nll));
+        printf(", "), print_real("ppl_se", 4, exp(nll) * series_se(&m[i].nll, m[i].n_windows));
         if (with_divergence) {
-            double kld_se = series_se(&m[i].kld, m[i].n_windows);
-            printf(", \"kld\": {\"mean\": %.6g, \"se\": ", series_mean(&m[i].kld));
-            if (isnan(kld_se)) printf("null");
-            else printf("%.4g", kld_se);
-            printf(", \"median\": %.6g, \"p99\": %.6g}, \"top1\": %.5f",
-                   series_quantile(&m[i].kld, 0.5), series_quantile(&m[i].kld, 0.99),
-                   (double)m[i].n_top1 / (double)m[i].n_positions);
+            printf(", "), print_real("ppl_base", 6, exp(base));
+            printf(", "), print_real("ppl_ratio", 6, exp(nll - base));
         }
-        printf(", \"ppl\": %.6g, \"ppl_se\": ", ppl);
-        if (isnan(se)) printf("null");
-        else printf("%.4g", ppl * se);
-        if (with_divergence) printf(", \"ppl_base\": %.6g", exp(series_mean(&m[i].nll_base)));
         printf(", \"tokens\": %zu, \"windows\": %zu}", m[i].n_positions, m[i].n_windows);
     }
     puts("\n]");
+}
+
+/* A standard error, if it is known. */
+static void print_se(int n_places, double se) {
+    if (isfinite(se)) printf(" +- %.*f", n_places, se);
 }
 
 static void print_table(measure *m, uint32_t n, bool with_divergence) {
@@ -344,22 +360,37 @@ static void print_table(measure *m, uint32_t n, bool with_divergence) {
     for (uint32_t i = 0; i < n; i++) {
         double ppl = exp(series_mean(&m[i].nll)), se = series_se(&m[i].nll, m[i].n_windows);
         printf("| %s | %.2f |", m[i].kv, m[i].bits);
-        if (with_divergence)
-            printf(" %.4f +- %.4f | %.4f | %.4f | %.4f | %.4f |", series_mean(&m[i].kld),
-                   series_se(&m[i].kld, m[i].n_windows), series_quantile(&m[i].kld, 0.5),
+        if (with_divergence) {
+            printf(" %.4f", series_mean(&m[i].kld));
+            print_se(4, series_se(&m[i].kld, m[i].n_windows));
+            printf(" | %.4f | %.4f | %.4f | %.4f |", series_quantile(&m[i].kld, 0.5),
                    series_quantile(&m[i].kld, 0.99), (double)m[i].n_top1 / (double)m[i].n_positions,
-                   ppl / exp(series_mean(&m[i].nll_base)));
-        printf(" %.3f +- %.3f | %zu |\n", ppl, ppl * se, m[i].n_positions);
+                   exp(series_mean(&m[i].nll) - series_mean(&m[i].nll_base)));
+        }
+        printf(" %.3f", ppl);
+        print_se(3, ppl * se);
+        printf(" | %zu |\n", m[i].n_positions);
     }
 }
 
+/* All kinds of the list, before hours go into the first. */
+static int read_kinds(const evaluation *e, measure *m, uint32_t *n) {
+    char kv[sizeof m->kv];
+    kivi_kv_options kind;
+    for (*n = 0; options_list_item(kv, sizeof kv, options_kind(e->o), *n); ++*n) {
+        if (*n == MAX_LIST) return usage_error("--kv: more than %d cache kinds", MAX_LIST);
+        int code = options_kv(&kind, e->o, kv);
+        if (code) return code;
+        memcpy(m[*n].kv, kv, sizeof kv);
+    }
+    return EXIT_OK;
+}
+
 static int run_all(evaluation *e, measure *m, uint32_t *n) {
-    const char *kinds = options_kind(e->o);
     uint32_t n_kinds = 0;
     kivi_engine *engine = NULL; /* its vocabulary cuts the texts once */
-    while (n_kinds < MAX_LIST && options_list_item(m[n_kinds].kv, sizeof m->kv, kinds, n_kinds))
-        n_kinds++;
-    int code = open_engine(&engine, e->o, m[0].kv, shape_engine, e);
+    int code = read_kinds(e, m, &n_kinds);
+    if (!code) code = open_engine(&engine, e->o, m[0].kv, shape_engine, e);
     if (!code) code = read_texts(e, engine);
     kivi_engine_destroy(&engine);
     e->started = now_seconds();
@@ -374,7 +405,12 @@ int command_eval(const options *o) {
     if (!o->what || (strcmp(o->what, "ppl") && strcmp(o->what, "kld")))
         return usage_error("eval: '%s', expected ppl or kld", o->what ? o->what : "");
     if (!o->n_files) return usage_error("eval needs -f FILE, once or more");
-    if (e.skip >= e.ctx) return usage_error("--skip %u leaves nothing of --ctx %u", e.skip, e.ctx);
+    e.stride = o->stride ? o->stride : e.ctx;
+    if (e.skip + 1 >= e.ctx) /* the last position's next token is outside */
+        return usage_error("--skip %u leaves no token to score of --ctx %u", e.skip, e.ctx);
+    if (e.stride > e.ctx)
+        return usage_error("--stride %u would leave out text between windows of --ctx %u", e.stride,
+                           e.ctx);
     if (o->format && strcmp(o->format, "json") && strcmp(o->format, "md"))
         return usage_error("-o: '%s', expected md or json", o->format);
     e.divergence = !strcmp(o->what, "kld");

@@ -30,95 +30,92 @@ static bool next_spelling(char out[64], const option_info *o, const char **p, ui
 
 /* ---- man pages ---- */
 
-static void put_roff(FILE *out, const char *text) {
-    if (*text == '.' || *text == '\'') fputs("\\&", out);
-    for (; *text; text++) {
-        if (*text == '-') fputs("\\-", out);
-        else if (*text == '\\') fputs("\\e", out);
-        else fputc(*text, out);
-    }
-}
+/* In scdoc's format (scdoc(5)), of which scdoc makes the page. */
+static void put_scdoc(FILE *out, const char *text) { put_escaped(out, text, "\\*_`", "\\"); }
 
 static void put_option(FILE *out, const option_info *o) {
     char spelled[64];
     const char *p = NULL;
-    fputs(".TP\n", out);
-    for (uint32_t i = 0; next_spelling(spelled, o, &p, i); i++) {
-        fputs(i ? ", \\fB" : "\\fB", out);
-        put_roff(out, spelled);
-        fputs("\\fR", out);
+    for (uint32_t i = 0; next_spelling(spelled, o, &p, i); i++)
+        fprintf(out, "%s*%s*", i ? ", " : "", spelled);
+    if (o->value) {
+        fputs(" _", out);
+        put_escaped(out, o->value, "\\_", "\\");
+        fputc('_', out);
     }
-    if (o->value) fprintf(out, " \\fI%s\\fR", o->value);
-    fputc('\n', out);
-    put_roff(out, o->help);
-    if (o->env) fprintf(out, "; in the environment %s", o->env);
-    fputc('\n', out);
+    fputs("\n\t", out);
+    put_scdoc(out, o->help);
+    if (o->env) {
+        fputs("; in the environment ", out);
+        put_scdoc(out, o->env);
+    }
+    fputs("\n\n", out);
 }
 
 static const char rest[] =
-    ".SH ENVIRONMENT\nEvery option has an environment name, its own in capitals behind KIVI_, such "
-    "as\n.BR KIVI_THREADS ;\nthe command line wins.\n.TP\n.B KIVI_DISABLE\nInstruction sets not to "
-    "use: avx2, avx512, avx512vnni (x86-64), neon, neondot (aarch64); a set goes with all that "
-    "are built on it. On a GPU: cudnn, and all prompts are attended by our own kernel.\n"
-    ".TP\n.B KIVI_CACHE_DIR\nFolder of fetched models.\n.SH EXIT STATUS\n0 "
-    "success, 2 usage, 3 the model, 4 memory or device, 5 input or output.\n";
+    "# ENVIRONMENT\n\nEvery option has an environment name, its own in capitals behind KIVI\\_, "
+    "such as *KIVI_THREADS*; the command line wins.\n\n"
+    "*KIVI_DISABLE*\n\tInstruction sets not to use: avx2, avx512, avx512vnni (x86-64), neon, "
+    "neondot (aarch64); a set goes with all that are built on it. On a GPU: cudnn, and all "
+    "prompts are attended by our own kernel.\n\n"
+    "*KIVI_CACHE_DIR*\n\tFolder of fetched models.\n\n"
+    "# EXIT STATUS\n\n0 success, 2 usage, 3 the model, 4 memory or device, 5 input or output.\n";
 
 static const char chat_part[] =
-    ".SH CONVERSATION\nEach line is a turn. Lines that begin with a slash are commands:\n.TP\n"
-    ".BI /save \" FILE\"\nkeep the conversation, with its cache\n.TP\n.BI /load \" FILE\"\ngo on "
-    "with "
-    "a saved one\n.TP\n.B /reset\nbegin anew\n.TP\n.B /stats\ntokens, speed and memory\n.TP\n"
-    ".BR /help \", \" /quit\nlist these, and end. Ctrl\\-C ends an answer, Ctrl\\-D the program.\n";
+    "# CONVERSATION\n\nEach line is a turn. Lines that begin with a slash are commands:\n\n"
+    "*/save* _FILE_\n\tkeep the conversation, with its cache\n\n"
+    "*/load* _FILE_\n\tgo on with a saved one; if that fails, with this one\n\n"
+    "*/reset*\n\tbegin anew\n\n*/stats*\n\ttokens, speed and memory\n\n"
+    "*/help*, */quit*\n\tlist these, and end. Ctrl-C ends an answer, Ctrl-D the program.\n\n";
 
 static const char convert_part[] =
-    "Reads\n.IR FOLDER ,\nwhich has config.json, safetensors and tokenizer.json, and writes one "
-    "GGUF file that llama.cpp reads too. Vectors stay float32; with q4_0 the matrix that makes the "
-    "logits is q8_0. The file has its name when it is whole; a failure leaves nothing. What GGUF "
-    "has no name for, such as a pre\\-tokenizer, is refused.\n";
+    "Reads _FOLDER_, which has config.json, safetensors and tokenizer.json, and writes one GGUF "
+    "file that llama.cpp reads too. Vectors stay float32; with q4\\_0 the matrix that makes the "
+    "logits is q8\\_0. The file has its name when it is whole; a failure leaves nothing. What "
+    "GGUF has no name for, such as a pre-tokenizer, is refused.\n\n";
 
 static const char attention_part[] =
     "Random data, no model; head size 128. A figure is the median of event-timed replays of a CUDA "
-    "graph over more memory than the L2 cache has. What is measured:\n.TP\n.B decode\nattention of "
-    "one new row of each sequence, pages alone\n.TP\n.B constant\nthe same, cut at constant "
-    "lengths: no row depends on its neighbours\n.TP\n.B window\nthe same with the rows in 16 bit, "
-    "R of the kind and 32\n.TP\n.B length\nwindow at 128 to 131,072 tokens, of the first "
-    "kind\n.TP\n.B append\na row to each sequence, of one layer of 32: rope, window, codes "
-    "of values\n.TP\n.B close\nthe keys of a page of each sequence in one layer become codes, as "
-    "once in R rows\n.TP\n.B "
-    "prompt\nattention of a whole prompt\n.PP\nBefore these, a stream that only reads, of which "
-    "shares are given, and a copy.\n";
+    "graph over more memory than the L2 cache has. What is measured:\n\n"
+    "*decode*\n\tattention of one new row of each sequence, pages alone\n\n"
+    "*constant*\n\tthe same, cut at constant lengths: no row depends on its neighbours\n\n"
+    "*window*\n\tthe same with the rows in 16 bit, R of the kind and 32\n\n"
+    "*length*\n\twindow at 128 to 131,072 tokens, of the first kind\n\n"
+    "*append*\n\ta row to each sequence, of one layer of 32: rope, window, codes of values\n\n"
+    "*close*\n\tthe keys of a page of each sequence in one layer become codes, as once in R "
+    "rows\n\n"
+    "*prompt*\n\tattention of a whole prompt\n\n"
+    "Before these, a stream that only reads, of which shares are given, and a copy.\n\n";
 
 static void put_page(FILE *out, const command_line *c) {
     option_info o;
-    fprintf(out, ".TH KIVI\\-%s 1 \"\" \"kivi " KIVI_VERSION "\"\n.SH NAME\nkivi\\-%s \\- ",
-            c->name, c->name);
-    put_roff(out, c->help);
-    fprintf(out, "\n.SH SYNOPSIS\n.B kivi %s\n", c->name);
-    if (*c->words) fprintf(out, ".I %s\n", c->words);
-    fputs("[options]\n.SH DESCRIPTION\n", out);
+    fprintf(out, "KIVI-%s(1) \"kivi " KIVI_VERSION "\"\n\n# NAME\n\nkivi-%s - ", c->name, c->name);
+    put_scdoc(out, c->help);
+    fprintf(out, "\n\n# SYNOPSIS\n\n*kivi %s* ", c->name);
+    if (*c->words) fprintf(out, "_%s_ ", c->words);
+    fputs("[options]\n\n# DESCRIPTION\n\n", out);
     fputs(c->command == CMD_CONVERT           ? convert_part
           : c->command == CMD_BENCH_ATTENTION ? attention_part
-                                              : ".I MODEL\nis a GGUF file, a Hugging Face "
-                                                "folder, or smollm2.\n",
+                                              : "_MODEL_ is a GGUF file, a Hugging Face folder, or "
+                                                "smollm2.\n\n",
           out);
-    fputs(".SH OPTIONS\n", out);
+    fputs("# OPTIONS\n\n", out);
     for (size_t i = 0; options_get(&o, i); i++)
         if (o.commands & c->command) put_option(out, &o);
     if (c->command == CMD_CHAT) fputs(chat_part, out);
     fputs(rest, out);
-    fputs(".SH SEE ALSO\n.BR kivi (1)\n", out);
+    fputs("\n# SEE ALSO\n\n*kivi*(1)\n", out);
 }
 
 static void put_main_page(FILE *out) {
     command_line c;
-    fputs(".TH KIVI 1 \"\" \"kivi " KIVI_VERSION "\"\n.SH NAME\nkivi \\- language models with a "
-          "2\\-bit key/value cache\n.SH SYNOPSIS\n.B kivi\n.I COMMAND MODEL\n[options]\n"
-          ".SH COMMANDS\n",
+    fputs("KIVI(1) \"kivi " KIVI_VERSION "\"\n\n# NAME\n\nkivi - language models with a 2-bit "
+          "key/value cache\n\n# SYNOPSIS\n\n*kivi* _COMMAND_ _MODEL_ [options]\n\n# COMMANDS\n\n",
           out);
     for (size_t i = 0; options_command(&c, i); i++) {
-        fprintf(out, ".TP\n.BR kivi\\-%s (1)\n", c.name);
-        put_roff(out, c.help);
-        fputc('\n', out);
+        fprintf(out, "*kivi-%s*(1)\n\t", c.name);
+        put_scdoc(out, c.help);
+        fputs("\n\n", out);
     }
     fputs(rest, out);
 }

@@ -94,6 +94,8 @@ static const option table[] = {
      0},
     {"skip", "", UINT, CMD_EVAL, AT(skip), AT(skip_given), "N", "score positions from N on (128)",
      0, 1e8},
+    {"stride", "", UINT, CMD_EVAL, AT(stride), 0, "N",
+     "tokens from one window's start to the next one's (--ctx)", 1, 1e8},
     {"chunks", "", UINT, CMD_EVAL, AT(chunks), 0, "N", "windows of each file (all)", 1, 1e8},
     {"output", "-o", TEXT, CMD_EVAL, AT(format), 0, "FORM", "md or json (md)", 0, 0},
     {"host", "", TEXT, CMD_SERVE, AT(host), 0, "ADDR", "address to listen at (127.0.0.1)", 0, 0},
@@ -173,10 +175,15 @@ static const option table[] = {
     {"sinks", "", UINT, CMD_ALL, AT(sinks), AT(sinks_given), "S",
      "first tokens kept in 16 bit (0; + kinds 4)", 0, 1e6},
     {"parts", "", TEXT, CMD_ALL, AT(parts), 0, "LIST",
-     "of a + kind, to measure each: wide fit turn step, all or none (all)", 0, 0},
+     "of a + kind, to measure each: wide fit turn step, all or none; a plain kind's: zero k32 v32 "
+     "(all)",
+     0, 0},
     {"rule", "", TEXT, CMD_ALL, AT(rule), 0, "RULE",
      "paper, stream or span:N (paper; in serve, batch and eval stream)", 0, 0},
-    {"threads", "-t", UINT, CMD_ALL, AT(threads), 0, "N", "threads (one for each core)", 1, 1024},
+    {"threads", "-t", UINT, CMD_ALL & ~CMD_BENCH, AT(threads), 0, "N",
+     "threads (one for each core)", 1, 1024},
+    {"threads", "-t", LIST, CMD_BENCH, AT(bench_threads), 0, "N,..",
+     "threads (one for each core); of several the most fill the cache", 1, 1024},
     {"ctx", "-c --ctx-size --max-model-len", UINT, CMD_ALL, AT(ctx), 0, "N",
      "longest context (the model's)", 1, 1e8},
     {"rope-freq", "", TEXT, CMD_LOGITS, AT(rope_type), 0, "TYPE",
@@ -530,6 +537,7 @@ int options_parse(options *o, int argc, char **argv, bool *done) {
                    .bench_gen = {{128}, 1},
                    .bench_depth = {{0}, 1},
                    .bench_batch = {{1}, 1},
+                   .bench_threads = {{0}, 1},
                    .port = 8080,
                    .max_seqs = 16,
                    .drain_s = 30,
@@ -596,8 +604,9 @@ static int parts_by_name(uint32_t *parts, const char *text) {
     static const struct {
         const char *name;
         uint32_t part;
-    } all[] = {{"wide", KIVI_PLUS_WIDE}, {"fit", KIVI_PLUS_FIT}, {"turn", KIVI_PLUS_TURN},
-               {"step", KIVI_PLUS_STEP}, {"all", KIVI_PLUS_ALL}, {"none", 0}};
+    } all[] = {{"wide", KIVI_PLUS_WIDE}, {"fit", KIVI_PLUS_FIT},   {"turn", KIVI_PLUS_TURN},
+               {"step", KIVI_PLUS_STEP}, {"zero", KIVI_PLUS_ZERO}, {"k32", KIVI_PLUS_K32},
+               {"v32", KIVI_PLUS_V32},   {"all", KIVI_PLUS_ALL},   {"none", 0}};
     enum { N = sizeof all / sizeof *all };
     char name[16];
     *parts = KIVI_PLUS;
@@ -605,7 +614,9 @@ static int parts_by_name(uint32_t *parts, const char *text) {
         uint32_t i = 0;
         while (i < N && strcmp(all[i].name, name) != 0) i++;
         if (i == N)
-            return usage_error("--parts: '%s', expected wide, fit, turn, step, all or none", name);
+            return usage_error("--parts: '%s', expected wide, fit, turn, step, zero, k32, v32, all "
+                               "or none",
+                               name);
         *parts |= all[i].part;
     }
     return EXIT_OK;

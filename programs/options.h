@@ -63,9 +63,9 @@ typedef struct options {
     uint64_t seed, dummy_seed;
     bool dummy;
     const char *what, *files[MAX_FILES]; /* eval: ppl or kld, and its texts */
-    uint32_t n_files, skip, chunks;
+    uint32_t n_files, skip, stride, chunks;
     bool skip_given;
-    list bench_prompt, bench_gen, bench_depth, bench_batch;
+    list bench_prompt, bench_gen, bench_depth, bench_batch, bench_threads;
     /* bench-attention */
     const char *heads, *measures;
     bool depth_given, batch_given, plain_launches;

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-from blackbox import GOLDEN, ROOT, bad, case, finish, good, kivi
+from blackbox import GOLDEN, ROOT, SCRATCH, bad, case, finish, good, kivi
 
 SMALL = os.path.join(GOLDEN, 'llama-gqa')
 # name, the kinds of keys and values that its rows tell
@@ -88,6 +88,18 @@ with case('bench/bits-apart'):
                          '-o', 'json').text)
     assert (r['type_k'], r['type_v'], r['stddev_ns']) == ('kivi4', 'kivi2', 0), r
 
+with case('bench/threads'):
+    # each number an engine of its own; of several the cache is filled once and saved, which leaves no file
+    left = os.path.join(SCRATCH, 'bench-left')
+    os.mkdir(left)
+    args = ('bench', SMALL, '-p', '0', '-n', '2', '-r', '1', '-b', '1,2', '-d', '0,130', '-o', 'json')
+    found = json.loads(good(*args, '-t', '1,3,2', env={'TMPDIR': left}).text)
+    assert [(r['n_depth'], r['n_threads'], r['n_batch']) for r in found] == \
+        [(d, t, b) for d in (0, 130) for t in (1, 3, 2) for b in (1, 2)], found
+    assert not os.listdir(left), os.listdir(left)
+    r = kivi(*args, '-t', '1,2', env={'TMPDIR': os.path.join(left, 'nowhere')})
+    assert r.code == 5 and 'nowhere' in r.errors, str(r)  # after the rows at depth 0
+
 with case('bench/jsonl'):
     lines = [json.loads(line) for line in bench('jsonl').splitlines()]
     assert [tuple(r[k] for k in KEYS) for r in lines] == TESTS
@@ -126,6 +138,7 @@ with case('bench/refusals'):
     bad(2, 'bench', SMALL, '-b', '0', says='-b')
     bad(2, 'bench', SMALL, '-b', '1000', says='-b')
     bad(2, 'bench', SMALL, '-r', '0', says='-r')
+    bad(2, 'bench', SMALL, '-t', '2,0', says='-t')
     bad(2, 'bench', SMALL, '--group', '48', '-o', 'json', says='group 48')
     bad(5, 'bench', os.path.join(GOLDEN, 'nothing-here'), says='nothing-here')
 

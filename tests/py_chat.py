@@ -57,6 +57,14 @@ def check_pipe(folder):
     bad = talk(['/load /nonexistent/x', '/save', '/nonsense', france, '/quit', 'not reached'], '-n', '24')
     case('what fails is said and changes nothing', bad.stdout == one.stdout and bad.stderr.count('kivi: ') == 3,
          bad.stderr)
+    broken = os.path.join(folder, 'broken.seq')
+    with open(path, 'rb') as f, open(broken, 'wb') as out:
+        out.write(f.read()[:-9])
+    kept = talk([france, '/load /nonexistent/x', f'/load {broken}', f'/load {folder}', germany], '-n', '24')
+    case('a /load that fails leaves the conversation', kept.stdout == both.stdout, kept.stdout + kept.stderr)
+    other = talk([france, f'/load {path}', germany], '-n', '24', '--kv', 'f16')
+    alone = talk([france, germany], '-n', '24', '--kv', 'f16')
+    case('so does one of another kind', other.stdout == alone.stdout and 'saved with' in other.stderr, other.stderr)
     said = [numbers(talk([france, '/stats'], '-n', '2', *more).stderr, 'prompts')
             for more in (['--system', 'Be brief.'], ['--system', 'Be brief, please, and kind to all who ask.'])]
     case('--system reaches the model', said[0] + 3 < said[1] < said[0] + 20, str(said))
@@ -72,10 +80,14 @@ def check_pipe(folder):
 
 
 class Terminal:
-    def __init__(self, *more):
+    def __init__(self, *more, locale=None):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ['TERM'] = 'xterm'
+            for name in ('LANG', 'LC_ALL', 'LC_CTYPE'):
+                os.environ.pop(name, None)
+            if locale:
+                os.environ['LC_ALL'] = locale
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
             os.execv(KIVI, [KIVI, 'chat', MODEL, *GREEDY, *more])
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))
@@ -144,6 +156,20 @@ def check_terminal():
     case('Ctrl-D ends', t.end() == 0)
 
 
+def check_letters():
+    text = 'Größe 你好'
+    wanted = numbers(talk([text, '/stats'], '-n', '1').stderr, 'prompts')
+    for locale in (None, 'C.UTF-8', 'C', 'xx_YY.UTF-8'):
+        t = Terminal('-n', '1', locale=locale)
+        t.wait('> ')
+        t.type(text + 'é日\x7f\x7f\r')  # of two characters, not of two bytes
+        t.send('/stats\r')  # read behind the answer
+        stats = t.wait(r'prompts +\d+ tokens') or t.seen
+        case(f'letters of all kinds are typed, locale {locale}', numbers(stats, 'prompts') == wanted, stats)
+        t.type('\x04')
+        t.end()
+
+
 def main():
     if not MODEL:
         print('skip chat: KIVI_TEST_MODEL is not set')
@@ -151,6 +177,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         check_pipe(folder)
     check_terminal()
+    check_letters()
     return 1 if N_FAILED else 0
 
 

@@ -78,7 +78,8 @@ def expected(model, windows, *options):
     return {'kld': {'mean': every.mean(), 'se': se(kld), 'median': np.quantile(every, 0.5),
                     'p99': np.quantile(every, 0.99)},
             'top1': np.concatenate(top1).mean(), 'ppl': ppl, 'ppl_se': ppl * se(nll),
-            'ppl_base': np.exp(np.concatenate(nll_base).mean()), 'tokens': every.size, 'windows': len(windows)}
+            'ppl_base': np.exp(np.concatenate(nll_base).mean()),
+            'ppl_ratio': ppl / np.exp(np.concatenate(nll_base).mean()), 'tokens': every.size, 'windows': len(windows)}
 
 
 def close(name, got, want, digits):
@@ -94,6 +95,7 @@ def compare(got, want):
     close('se', got['kld']['se'], want['kld']['se'], 4)
     close('ppl', got['ppl'], want['ppl'], 6)
     close('ppl_base', got['ppl_base'], want['ppl_base'], 6)
+    close('ppl_ratio', got['ppl_ratio'], want['ppl_ratio'], 6)
     close('ppl_se', got['ppl_se'], want['ppl_se'], 4)
     assert abs(got['top1'] - want['top1']) <= 0.5e-5 + 1e-12, f'top1 {got["top1"]}, expected {want["top1"]}'
     assert (got['tokens'], got['windows']) == (want['tokens'], want['windows']), got
@@ -109,7 +111,8 @@ SMALL = ('--residual', 32)  # so that 96 tokens have codes
 LONG = text(4, 600)
 LONG_WINDOWS = [[3 + b for b in LONG[at:at + 290]] for at in (0, 290)]
 LONG_ARGS = [LLAMA, '-f', write('long.txt', LONG), '--ctx', 290, '--skip', SKIP]
-PLUS_KINDS = (('kivi2+', ()), ('k4v2+', ()), ('k4v3+', ('--sinks', 0)), ('kivi2+', ('--parts', 'wide,turn')))
+PLUS_KINDS = (('kivi2+', ()), ('k4v2+', ()), ('k4v3+', ('--sinks', 0)), ('kivi2+', ('--parts', 'wide,turn')),
+              ('kivi2+', ('--parts', 'wide,fit,turn,zero,k32')))
 
 
 def numbers():
@@ -135,9 +138,14 @@ def numbers():
             assert want['kld']['mean'] > 1e-9, 'the kinds do not differ'
             compare(got[0], want)
     with case('eval/parts-differ'):
-        parts = ('all', 'fit,turn,step', 'wide,turn,step', 'wide,fit,step', 'wide,fit,turn')
+        parts = ('all', 'fit,turn,step', 'wide,turn,step', 'wide,fit,step', 'wide,fit,turn', 'wide,fit,turn,zero',
+                 'wide,fit,turn,step,k32', 'none', 'zero', 'k32', 'zero,k32,v32')
         means = {evaluate('kld', *LONG_ARGS, '--kv', 'kivi2+', '--parts', p)[0]['kld']['mean'] for p in parts}
         assert len(means) == len(parts), means
+    with case('eval/no-part-is-plain'):  # of all that makes kivi2+ out of kivi2 nothing is left
+        plain = evaluate('kld', *LONG_ARGS, '--kv', 'kivi2', '--sinks', 4)[0]
+        none = evaluate('kld', *LONG_ARGS, '--kv', 'kivi2+', '--parts', 'zero,k32,v32')[0]
+        assert plain['kld']['mean'] > 1e-9 and {**none, 'kv': 'kivi2'} == plain, (none, plain)
     with case('eval/ppl-is-the-same-without-a-base'):
         whole, alone = evaluate('kld', *ARGS, '--kv', 'kivi2', *SMALL)[0], evaluate('ppl', *ARGS, '--kv', 'kivi2',
                                                                                    *SMALL)[0]
@@ -151,6 +159,54 @@ def numbers():
         same = evaluate('kld', *ARGS, '--kv', 'f16')[0]
         assert same['kld'] == {'mean': 0, 'se': 0, 'median': 0, 'p99': 0} and same['top1'] == 1, same
         assert same['bits'] == 16, same
+
+
+def strides():
+    with case('eval/strides'):  # windows that overlap
+        for stride, n_windows in ((CTX, 3), (40, 5), (CTX - SKIP, 3)):
+            ids = [3 + b for b in TEXTS[0]]
+            windows = [ids[at:at + CTX] for at in range(0, len(ids) - CTX + 1, stride)]
+            assert len(windows) == n_windows
+            got = evaluate('kld', LLAMA, '-f', FILES[0], '--ctx', CTX, '--skip', SKIP, '--stride', stride, '--kv',
+                           'kivi2', *SMALL)
+            compare(got[0], expected(LLAMA, windows, '--kv', 'kivi2', *SMALL))
+    with case('eval/strides-of-an-exact-text'):  # the last window ends with the text
+        exact = write('exact.txt', TEXTS[0][:CTX + 2 * 40])
+        for name, n in (('exact.txt', 3), ('short.txt', 2)):
+            path = write(name, TEXTS[0][:CTX + 2 * 40 - (name != 'exact.txt')])
+            row = evaluate('ppl', LLAMA, '-f', path, '--ctx', CTX, '--skip', SKIP, '--stride', 40, '--kv', 'f16')[0]
+            assert row['windows'] == n, row
+        row = evaluate('ppl', LLAMA, '-f', exact, '--ctx', CTX, '--skip', SKIP, '--stride', 40, '--chunks', 2)[0]
+        assert row['windows'] == 2, row
+
+
+def extremes():
+    with case('eval/json-has-no-infinity'):  # logits so far apart that a perplexity is beyond a double
+        folder = make_model('llama')
+        path = os.path.join(folder, 'model.safetensors')
+        with open(path, 'rb') as f:
+            data = f.read()
+        n = int.from_bytes(data[:8], 'little')
+        entry = json.loads(data[8:8 + n])['lm_head.weight']
+        width = {'F32': 4, 'F16': 2, 'BF16': 2}[entry['dtype']]
+        begin, end = (8 + n + at for at in entry['data_offsets'])
+        rows = np.frombuffer(data[begin:end], {4: np.uint32, 2: np.uint16}[width]).copy()
+        if entry['dtype'] == 'F16':
+            rows = (rows.view(np.float16) * np.float16(2000)).view(np.uint16)
+        else:
+            rows += {4: 11 << 23, 2: 11 << 7}[width]  # times 2^11, in the exponent
+        with open(path, 'wb') as f:
+            f.write(data[:begin] + rows.tobytes() + data[end:])
+
+        def refuse(text):
+            raise AssertionError(f'{text} is no JSON')
+        out = good('eval', 'kld', folder, '-f', FILES[0], '--ctx', CTX, '--skip', SKIP, '--kv', 'kivi2', *SMALL, '-o',
+                   'json').text
+        row = json.loads(out, parse_constant=refuse)[0]
+        assert row['ppl'] is None and row['ppl_se'] is None and row['ppl_base'] is None, row
+    with case('eval/table-without-a-standard-error'):
+        text = good('eval', 'kld', LLAMA, '-f', FILES[1], '--ctx', CTX, '--skip', SKIP, '--chunks', 1).text
+        assert 'nan' not in text and '+-' not in text, text
 
 
 def same_everywhere():
@@ -176,7 +232,8 @@ def same_everywhere():
 def shape():
     with case('eval/json-fields'):
         for row in evaluate('kld', *ARGS, '--kv', 'kivi2,f16', *SMALL):
-            assert list(row) == ['kv', 'bits', 'kld', 'top1', 'ppl', 'ppl_se', 'ppl_base', 'tokens', 'windows'], row
+            assert list(row) == ['kv', 'bits', 'kld', 'top1', 'ppl', 'ppl_se', 'ppl_base', 'ppl_ratio', 'tokens',
+                                 'windows'], row
             assert list(row['kld']) == ['mean', 'se', 'median', 'p99'], row
     with case('eval/one-window-has-no-standard-error'):
         row = evaluate('kld', LLAMA, '-f', FILES[1], '--ctx', CTX, '--skip', SKIP, '--chunks', 1, '--kv', 'kivi2')[0]
@@ -200,9 +257,16 @@ def refused():
             ('no-text', 2, '-f', ['eval', 'ppl', LLAMA]),
             ('no-such-text', 5, 'nothing.txt', ['eval', 'ppl', LLAMA, '-f', scratch('nothing.txt')]),
             ('skip-all', 2, '--skip 96', ['eval', 'ppl', *ARGS, '--skip', CTX]),
+            ('skip-all-but-the-last', 2, '--skip 95', ['eval', 'kld', *ARGS, '--skip', CTX - 1]),  # no next token
+            ('one-token', 2, '--ctx 1', ['eval', 'ppl', LLAMA, '-f', FILES[0], '--ctx', 1, '--skip', 0]),
+            ('stride-0', 2, '--stride', ['eval', 'ppl', *ARGS, '--stride', 0]),
+            ('stride-above-ctx', 2, '--stride 97', ['eval', 'ppl', *ARGS, '--stride', CTX + 1]),
             ('format', 2, "'csv'", ['eval', 'ppl', *ARGS, '-o', 'csv']),
             ('kind', 2, "'kivi3'", ['eval', 'kld', *ARGS, '--kv', 'kivi3']),
             ('kind-in-a-list', 2, "'kivi3'", ['eval', 'kld', *ARGS, '--kv', 'f16,kivi3']),
+            ('kind-before-any-work', 2, "'kivi3'",
+             ['eval', 'kld', scratch('no-model'), *ARGS[1:], '--kv', 'f16,kivi3']),
+            ('kinds-without-end', 2, '--kv: more than 16', ['eval', 'ppl', *ARGS, '--kv', 'kivi2,' * 16 + 'f16']),
             ('sinks', 2, '4096', ['eval', 'kld', *ARGS, '--sinks', 4097]),
             ('chunks-0', 2, '--chunks', ['eval', 'ppl', *ARGS, '--chunks', 0])):
         with case(f'eval/refused/{name}'):
@@ -222,6 +286,8 @@ def verdicts():
 
 
 numbers()
+strides()
+extremes()
 verdicts()
 if not UNDER:
     same_everywhere()

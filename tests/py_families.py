@@ -11,7 +11,7 @@ import struct
 
 import numpy as np
 
-from blackbox import GOLDEN, UNDER, case, finish, kivi, logits, scratch
+from blackbox import GOLDEN, UNDER, bad, case, finish, kivi, logits, scratch
 
 N = 150  # tokens: past the windows of the golden models
 FAMILIES = ('llama', 'llama-gqa', 'mistral-swa', 'falcon-mqa', 'falcon-gqa', 'qwen2', 'qwen3', 'gemma3', 'yarn')
@@ -200,6 +200,37 @@ def gguf():
                 same(scratch('m.gguf'), family, f'GGUF version {version}', exact=family != 'llama-gqa')
 
 
+def old_rope_keys():
+    with case('gguf/rope-factor-without-a-type'):  # as llama.cpp reads them: linear
+        kvs, tensors = to_gguf('llama')
+        tokens, rows = load('llama', 'tokens.json')[:60], []
+        for more in ({}, {'rope.scaling.type': 'linear', 'rope.scaling.factor': 4.0}, {'rope.scaling.factor': 4.0},
+                     {'rope.scale_linear': 4.0}, {'rope.scale_linear': 2.0, 'rope.scaling.factor': 4.0},
+                     {'rope.scaling.type': 'none', 'rope.scaling.factor': 4.0}):
+            plain = {k: v for k, v in kvs.items() if '.rope.scal' not in k}
+            write_gguf(scratch('rope.gguf'), {**plain, **{f'llama.{k}': v for k, v in more.items()}}, tensors)
+            rows.append(logits(scratch('rope.gguf'), tokens).tobytes())
+        assert rows[0] != rows[1] and rows[1:5] == rows[1:2] * 4 and rows[5] == rows[0], [r == rows[1] for r in rows]
+
+
+def beyond_the_pass():
+    with case('gguf/keys-that-ask-for-more'):  # refused by name; what changes nothing is none
+        kvs, tensors = to_gguf('llama')
+        tokens, rows = load('llama', 'tokens.json')[:20], []
+        nothing = {'expert_count': 0, 'attention.sliding_window': 0, 'logit_scale': 1.0, 'attention.scale': 0.0,
+                   'final_logit_softcapping': 0.0, 'attention.causal': True}
+        for more in ({}, nothing):
+            write_gguf(scratch('more.gguf'), {**kvs, **{f'llama.{k}': v for k, v in more.items()}}, tensors)
+            rows.append(logits(scratch('more.gguf'), tokens).tobytes())
+        assert rows[0] == rows[1]
+        for key, value in (('expert_count', 8), ('logit_scale', 0.5), ('attention.scale', 0.125),
+                           ('embedding_scale', 12.0), ('residual_scale', 0.22), ('attn_logit_softcapping', 50.0),
+                           ('attention.clamp_kqv', 8.0), ('attention.max_alibi_bias', 8.0),
+                           ('attention.causal', False)):
+            write_gguf(scratch('more.gguf'), {**kvs, f'llama.{key}': value}, tensors)
+            bad(3, 'info', scratch('more.gguf'), says=f'key llama.{key} is')
+
+
 def parts():
     with case('parts/gguf'):
         kvs, tensors = to_gguf('mistral-swa')
@@ -258,6 +289,8 @@ def dummies():
 
 
 gguf()
+old_rope_keys()
+beyond_the_pass()
 parts()
 leftover()
 dummies()

@@ -99,6 +99,36 @@ NUMPY_CASES = [
 ]
 
 
+# What kivi2+ changes in kivi2's groups, alone: name, --parts, key group, value group, zero point
+PARTS_ALONE = [
+    ('none', 'zero,k32,v32', 32, 32, True),
+    ('k128', 'zero,v32', 128, 32, True),
+    ('nozero', 'k32,v32', 32, 32, False),
+    ('v64', 'zero,k32', 32, 64, True),
+    ('k128-nozero-v64', 'none', 128, 64, False),
+]
+
+
+def numpy_parts():
+    n, sinks, family = 205, 4, 'llama-gqa'
+    tokens = load(f'{family}/tokens.json')[:n]
+    model = Llama(os.path.join(GOLDEN, family))
+    exact = model.logits(tokens)
+    others = []
+    for name, parts, group, v_group, zero in PARTS_ALONE:
+        with case(f'numpy/parts-{name}-alone'):
+            cache = dict(k_bits=2, v_bits=2, group=group, v_group=v_group, zero=zero, residual=128, sinks=sinks,
+                         n_prompt=0, rule='stream')
+            reference = model.logits(tokens, cache)
+            to_f16 = np.abs(reference - exact).mean()
+            assert to_f16 > 1e-3, f'the case is no different from a 16-bit cache ({to_f16:.5f})'
+            ours = logits(os.path.join(GOLDEN, family), tokens, '--kv', 'kivi2+', '--parts', parts, '--rule', 'stream')
+            check(ours - reference, to_f16, NUMPY_SHARE)
+            # and none of them is another: the share would not tell two that lie near
+            assert all(np.abs(reference - o).mean() > 2 * np.abs(ours - reference).mean() for o in others)
+            others.append(reference)
+
+
 def numpy_cache():
     n = 205
     tokens = load('llama-gqa/tokens.json')[:n]
@@ -125,4 +155,6 @@ for family, *options in FAMILIES:
     golden(family, *options)
 frequencies()
 numpy_cache()
+if not UNDER:
+    numpy_parts()
 finish()

@@ -119,7 +119,7 @@ with case('headers/make install'):
                 'usr/include/kivi_text.h', 'usr/include/kivi_convert.h', 'usr/include/kivi_serve.h',
                 'usr/lib/libkivi.a',
                 'usr/lib/libkivi.so', 'usr/lib/libkivi.so.0', f'usr/lib/libkivi.so.{version}',
-                'usr/lib/pkgconfig/kivi.pc'}
+                'usr/lib/pkgconfig/kivi.pc', 'usr/share/man/man1/kivi.1', 'usr/share/man/man1/kivi-run.1'}
     assert expected <= found, f'missing: {sorted(expected - found)}'
     assert all(p.startswith('usr/') for p in found), sorted(found)
     assert DEST not in open(f'{DEST}/usr/lib/pkgconfig/kivi.pc').read(), 'DESTDIR is in kivi.pc'

@@ -25,6 +25,10 @@ def environment():
     with case('kv/parts of a + kind'):
         assert bits('--kv', 'kivi2+', '--parts', 'fit,turn,step') < bits('--kv', 'kivi2+') < 3
         assert abs(bits('--kv', 'kivi2+', '--v-bits', 3) - bits('--kv', 'kivi2+') - 0.5) < 1e-3
+        assert bits('--kv', 'kivi2+', '--parts', 'zero,k32,v32') == bits('--kv', 'kivi2')
+        whole = bits('--kv', 'kivi2+')
+        for parts, more in (('wide,fit,turn,step,k32', 0.375), ('wide,fit,turn,zero', 0.125)):  # 3 x 32 / 128 / 2, ...
+            assert abs(bits('--kv', 'kivi2+', '--parts', parts) - whole - more) < 0.05, (parts, more)
     with case('kv/sizes without a name are of plain kinds'):
         for size in ('--group', '--residual'):
             plans = json.loads(good('info', GQA, '--json', '--ctx', 384, size, 64).text)['memory_plan']
@@ -45,7 +49,7 @@ def environment():
         good(*args, env={'KIVI_PROMPT': 'Once upon a time'})
         bad(2, *args, env={'KIVI_LOGITS_PROMPT': 'Once upon a time'}, says='KIVI_LOGITS_PROMPT')
         good(*args, env={'KIVI_LOGITS_PROMPT': '2'})
-        assert 'KIVI_LOGITS_PROMPT' in good('--man', 'logits').text
+        assert 'KIVI_LOGITS_PROMPT' in good('--man', 'logits').text.replace('\\', '')  # scdoc's escapes
         folder = files.make_folder('llama-gqa', 'words')
         env = {'KIVI_PROMPT': 'hello'}
         assert good('tokenize', folder, '--ids', env=env).out == good('tokenize', folder, '--ids', '-p', 'hello').out

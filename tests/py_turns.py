@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """py_turns.py: where an answer ends, and what Ctrl-C does to a prompt; on tiny models with made-up tokenizers."""
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
+import termios
 import time
 
 import numpy as np
@@ -138,6 +140,35 @@ def interrupts():
         assert plain.code == 0 and plain.out == out, (plain.out, out)
 
 
+def waits_for_its_reader(pipe):
+    """Until nothing more comes into the pipe."""
+    before, same, end = -1, 0, time.monotonic() + 120
+    while same < 10 and time.monotonic() < end:
+        now = int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), 'little')
+        same, before = same + 1 if now and now == before else 0, now
+        time.sleep(0.05)
+    assert same == 10, f'{before} bytes'
+
+
+def blocked():
+    folder = files.make_folder('falcon-gqa', 'blocked')
+    with case('ctrl-c/an answer that waits for its reader ends, the program does not'):
+        options = ('--temp', '0', '-t', '1', '-c', '8192', '-n', '8000')
+        pipes = {k: subprocess.PIPE for k in ('stdin', 'stdout', 'stderr')}
+        with subprocess.Popen([KIVI, 'chat', folder, *options], env=CLEAN, **pipes) as chat:
+            fcntl.fcntl(chat.stdout, fcntl.F_SETPIPE_SZ, 4096)
+            chat.stdin.write(b'hello\n')
+            chat.stdin.flush()
+            waits_for_its_reader(chat.stdout)
+            chat.send_signal(signal.SIGINT)
+            time.sleep(0.2)  # for a program that wrongly gives up
+            out, err = chat.communicate(b'/stats\n', timeout=120)
+        assert chat.returncode == 0 and b'of 8192 tokens' in err, err
+        n = int(re.search(rb'answers +(\d+) tokens', err)[1])
+        assert 0 < n < 8000, n
+
+
 ends()
 interrupts()
+blocked()
 finish()

@@ -60,6 +60,15 @@ def quantize(x, bits):
     return (codes * scale + zero).astype(np.float64)
 
 
+def quantize_even(x, bits):
+    """The same without a zero point: levels lie evenly about 0 (DESIGN.md 11, the plain step)."""
+    x, middle = x.astype(np.float32), np.float32(2 ** bits - 1) / np.float32(2)
+    scale = _f16_up(np.abs(x).max(-1, keepdims=True) / middle)
+    divisor = np.where(scale == 0, np.float32(1), scale)
+    codes = np.where(scale == 0, 0, np.clip(np.rint(x / divisor + middle), 0, 2 * middle)).astype(np.float32)
+    return ((codes - middle) * scale).astype(np.float64)
+
+
 def quantize_keys(k, bits, group, sinks=0):
     """[T][Hk][D]; a group is `group` tokens of one channel. Tokens of a group that is not full stay as they are, and
     sinks do not count in the range of theirs."""
@@ -73,9 +82,10 @@ def quantize_keys(k, bits, group, sinks=0):
     return np.concatenate([quantize(x, bits).swapaxes(1, 2).reshape(k[:n].shape), k[n:]])
 
 
-def quantize_values(v, bits, group):
+def quantize_values(v, bits, group, has_zero=True):
     """[T][Hk][D]; a group is `group` channels of one token."""
-    return v if bits == 16 else quantize(v.reshape(len(v), -1, group), bits).reshape(v.shape)
+    form = quantize if has_zero else quantize_even
+    return v if bits == 16 else form(v.reshape(len(v), -1, group), bits).reshape(v.shape)
 
 
 # ---- what a query sees exactly ----
@@ -134,7 +144,8 @@ class Llama:
             kq, vq, exact_k, exact_v = k, v, column >= 0, column >= 0
         else:
             kq, vq = (quantize_keys(k, cache['k_bits'], cache['group'], cache.get('sinks', 0)),
-                      quantize_values(v, cache['v_bits'], cache['group']))
+                      quantize_values(v, cache['v_bits'], cache.get('v_group', cache['group']),
+                                      cache.get('zero', True)))
             first_k, first_v = visibility(len(q), cache['n_prompt'], cache['rule'], cache['residual'],
                                           cache.get('span', 0))
             sink = column < cache.get('sinks', 0)
@@ -150,7 +161,8 @@ class Llama:
         return out.reshape(len(q), -1)
 
     def logits(self, tokens, cache=None):
-        """float64 [T][V]. cache: None for 16 bit, or k_bits, v_bits, group, residual, n_prompt, rule (span, sinks)."""
+        """float64 [T][V]. cache: None for 16 bit, or k_bits, v_bits, group, residual, n_prompt, rule (span, sinks;
+        v_group and zero, of values, where they are not as in a plain kind)."""
         w, n = self.weights, len(tokens)
         x = w['model.embed_tokens.weight'][np.asarray(tokens)]
         for i in range(self.config['num_hidden_layers']):

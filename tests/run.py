@@ -11,6 +11,7 @@ all is a failure of its own: silence never counts as success. Tools called here 
   KIVI_TEST_QUICK  set to 1: no sanitizers, valgrind, qemu  KIVI_BUILD       the build folder (default: build)
 """
 import argparse
+import concurrent.futures
 import glob
 import os
 import re
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -55,7 +57,14 @@ def unit(build):
 
 
 def kernels(build):
-    return [('check-kernels', [f'{build}/check-kernels'])]
+    """One program a group of cases, the two long ones first."""
+    program = f'{build}/check-kernels'
+    try:
+        names = subprocess.run([program, '--list'], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return [('check-kernels', [program])]  # which then says what is wrong
+    groups = sorted({name.split('/')[0] for name in names}, key=lambda g: (g != 'attn', g != 'cache', g))
+    return [(f'check-kernels {group}/', [program, f'--test={group}/']) for group in groups]
 
 
 def emulated(build):
@@ -66,7 +75,7 @@ def emulated(build):
 def threads(build):
     """What the thread sanitizer is for: the rest of check-kernels has one thread."""
     return [(f'check-kernels {group}', [f'{build}/check-kernels', f'--test={group}'])
-            for group in ('workers/', 'cache/threads/', 'cache/batch/')]
+            for group in ('cache/batch/3/', 'cache/threads/', 'workers/')]
 
 
 def python(build):
@@ -74,7 +83,7 @@ def python(build):
 
 
 def server(build):
-    """The server: connections, preparation, steps, log. KIVI_TEST_UNDER=tsan by hand: it takes minutes."""
+    """The server: connections, preparation, steps, log."""
     return [('py_serve', [sys.executable, 'tests/py_serve.py'])]
 
 
@@ -106,6 +115,8 @@ def gpu(build):
 
 
 TESTED = ['tests', '{build}/check-kernels', '{build}/kivi']  # not the shared library: sanitizers are in programs
+# What may run beside others: one program a core. Not the Python tests, which start servers and watch their time.
+BESIDE = (unit, kernels, threads)
 # name, what to run, folder of the binaries, `make` arguments that build them, whether KIVI_TEST_QUICK leaves it out.
 # At least one program must be found for each entry: a stage that has nothing to run has failed.
 STAGES = [
@@ -114,8 +125,8 @@ STAGES = [
     ('kernels', [kernels, emulated], BUILD, None, False),
     ('python', [python], BUILD, None, False),
     ('aarch64', [aarch64], BUILD, None, True),
-    ('asan', [unit, kernels, command, server], 'build-asan', ['SAN=address,undefined', *TESTED], True),
-    ('tsan', [unit, threads], 'build-tsan', ['SAN=thread', *TESTED], True),
+    ('asan', [kernels, unit, command, server], 'build-asan', ['SAN=address,undefined', *TESTED], True),
+    ('tsan', [threads, unit, server], 'build-tsan', ['SAN=thread', *TESTED], True),
     ('valgrind', [valgrind], BUILD, None, True),
 ]
 # Stages that are run only when they are asked for: they need a machine of their own.
@@ -202,7 +213,8 @@ def take_reports(folder):
 
 class Report:
     def __init__(self, verbose):
-        self.verbose, self.total = verbose, {'ok': 0, 'not ok': 0, 'skip': 0}
+        self.verbose, self.total, self.took_s = verbose, {'ok': 0, 'not ok': 0, 'skip': 0}, []
+        self.lock = threading.Lock()  # of a program's lines and counts
 
     def case(self, stage, program, kind, name):
         self.total[kind] += 1
@@ -210,15 +222,22 @@ class Report:
             word = {'ok': 'ok  ', 'not ok': 'FAIL', 'skip': 'skip'}[kind]
             print(f'{word} {stage}: {program}: {name}' if name else f'{word} {stage}: {program}', flush=True)
 
-    def program(self, stage, name, command, env, folder):
-        code, output, timeout_s = execute(command, env, LONGER_S.get(name, TIMEOUT_S))
+    def program(self, stage, name, command, env):
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix='kivi-reports-') as folder:
+            ran = execute(command, {**env, **sanitizers(stage, folder)}, LONGER_S.get(name, TIMEOUT_S))
+            reported = take_reports(folder).rstrip().split('\n')
+        with self.lock:
+            self.took_s.append((time.monotonic() - start, name))
+            self.ended(stage, name, *ran, reported)
+
+    def ended(self, stage, name, code, output, timeout_s, reported):
         cases, planned = parse(output)
         for kind, case in cases:
             self.case(stage, name, kind, case)
         problem = verdict(cases, planned, code, timeout_s)
         if problem:
             self.case(stage, name, 'not ok', problem)
-        reported = take_reports(folder).rstrip().split('\n')
         if reported != ['']:
             self.case(stage, name, 'not ok', 'a sanitizer reported')
             print('\n'.join('    | ' + s for s in reported[:2 * TAIL_LINES]), flush=True)
@@ -230,20 +249,25 @@ class Report:
                 print('    | ' + s, flush=True)
 
 
-def environment(stage, build, folder):
+def sanitizers(stage, folder):
+    if stage not in ('asan', 'tsan', 'valgrind'):
+        return {}
+    return {name: f'{options}:exitcode={SANITIZED_EXIT}:log_path={folder}/report'
+            for name, options in SANITIZER_ENV.items()}
+
+
+def environment(stage, build):
     env = dict(os.environ)
     for name in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'CMOCKA_XML_FILE'):
         env.pop(name, None)  # we are called by make; its options are not ours
     env.update(CMOCKA_MESSAGE_OUTPUT='TAP', KIVI_GOLDEN=GOLDEN, KIVI_BIN=f'{build}/kivi', PYTHONDONTWRITEBYTECODE='1')
     if stage in ('asan', 'tsan', 'valgrind'):
         env['KIVI_TEST_UNDER'] = stage
-        env.update({name: f'{options}:exitcode={SANITIZED_EXIT}:log_path={folder}/report'
-                    for name, options in SANITIZER_ENV.items()})
     return env
 
 
-def run_stage(report, name, sources, build, make, folder):
-    env = environment(name, build, folder)
+def run_stage(report, name, sources, build, make):
+    env = environment(name, build)
     if make:
         command = ['make', '-j2', f'BUILD={build}', *(word.format(build=build) for word in make)]
         code, output, _ = execute(command, env)
@@ -254,12 +278,20 @@ def run_stage(report, name, sources, build, make, folder):
     # Address randomization as strong as new kernels have it leaves GCC 12's thread sanitizer no room.
     still = ['setarch', '-R'] if name == 'tsan' and shutil.which('setarch') \
         and subprocess.run(['setarch', '-R', 'true'], capture_output=True).returncode == 0 else []
-    for source in sources:
-        programs = source(build)
-        if not programs:
-            report.case(name, source.__name__, 'not ok', 'there is nothing to run')
-        for program, command in programs:
-            report.program(name, program, still + command, env, folder)
+    cores = len(os.sched_getaffinity(0))
+    for together in (True, False):
+        with concurrent.futures.ThreadPoolExecutor(cores if together else 1) as pool:
+            waiting = []
+            for source in sources:
+                if (source in BESIDE) != together:
+                    continue
+                programs = source(build)
+                if not programs:
+                    report.case(name, source.__name__, 'not ok', 'there is nothing to run')
+                waiting += [pool.submit(report.program, name, program, still + command, env)
+                            for program, command in programs]
+            for program in waiting:
+                program.result()  # what was raised there is raised here
 
 
 def main():
@@ -281,12 +313,12 @@ def main():
         if slow and quick and not options.stage:
             print(f'{name}: left out (KIVI_TEST_QUICK)')
             continue
-        before, start = dict(report.total), time.monotonic()
-        with tempfile.TemporaryDirectory(prefix='kivi-reports-') as folder:
-            run_stage(report, name, sources, build, make, folder)
+        before, start, report.took_s = dict(report.total), time.monotonic(), []
+        run_stage(report, name, sources, build, make)
         n = {kind: report.total[kind] - before[kind] for kind in before}
-        print(f'{name}: {n["ok"]} ok, {n["not ok"]} failed, {n["skip"]} skipped, {time.monotonic() - start:.1f} s',
-              flush=True)
+        longest = ', '.join(f'{program} {s:.0f} s' for s, program in sorted(report.took_s, reverse=True)[:3])
+        print(f'{name}: {n["ok"]} ok, {n["not ok"]} failed, {n["skip"]} skipped, {time.monotonic() - start:.1f} s '
+              f'(longest: {longest})', flush=True)
     if options.list:
         return 0
     total = report.total

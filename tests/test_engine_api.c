@@ -338,6 +338,11 @@ static void test_save_paths(void **state) {
     write_bytes(in_temp("folder/file"), "x", 1);
     FAILS(kivi_session_save(w.session, in_temp("folder"), &err), IO, "folder");
     FAILS(kivi_session_load(&other, w.engine, in_temp("nothing"), &err), IO, "nothing");
+    /* a pipe would wait, and be a file afterwards */
+    assert_int_equal(mkfifo(in_temp("pipe"), 0600), 0);
+    FAILS(kivi_session_save(w.session, in_temp("pipe"), &err), IO, "pipe|no regular file");
+    FAILS(kivi_session_load(&other, w.engine, in_temp("pipe"), &err), IO, "pipe|no regular file");
+    FAILS(kivi_session_check(w.engine, in_temp("pipe"), &err), IO, "pipe|no regular file");
     assert_null(other);
     char command[128];
     snprintf(command, sizeof command, "! ls '%s' | grep -q tmp", temp_folder);
@@ -345,6 +350,7 @@ static void test_save_paths(void **state) {
     /* a failed save over a good one leaves the good one */
     MUST(kivi_session_save(w.session, in_temp("good"), &err));
     MUST(kivi_session_save(w.session, in_temp("good"), &err));
+    MUST(kivi_session_check(w.engine, in_temp("good"), &err));
     MUST(kivi_session_load(&other, w.engine, in_temp("good"), &err));
     kivi_session_destroy(&other);
     if (!access("/dev/full", W_OK)) {

@@ -480,6 +480,7 @@ static void test_save_before_last_prompt(void **state) {
     MUST(kivi_session_prompt(session, tokens + 150, 8, &err));
     MUST(kivi_session_rewind(session, 148, &err));
     MUST(kivi_session_save(session, path, &err));
+    MUST(kivi_session_check(engine, path, &err));
     MUST(kivi_session_load(&loaded, engine, path, &err));
     assert_int_equal(kivi_session_length(loaded), 148);
     kivi_session_destroy(&loaded);
@@ -493,8 +494,10 @@ static void load_fails(kivi_engine *engine, const char *path, kivi_status expect
     kivi_memory before = kivi_engine_memory(engine), after;
     uint32_t pages = free_pages(engine);
     kivi_session *session = (kivi_session *)(void *)&before;
+    kivi_status checked = kivi_session_check(engine, path, &err);
     kivi_status status = kivi_session_load(&session, engine, path, &err);
     assert_null(session);
+    assert_int_equal(checked, status);
     after = kivi_engine_memory(engine);
     assert_int_equal(n_blocks(engine), blocks);
     assert_memory_equal(&before, &after, sizeof before);

@@ -58,6 +58,18 @@ static void test_config_errors(void **state) {
         {"{\"model_type\": \"llama\", " SIZES
          ", \"rope_scaling\": {\"rope_type\": \"longrope\", \"factor\": 4.0}}",
          "config.json|rope_scaling.rope_type|longrope|dynamic, yarn", KIVI_UNSUPPORTED},
+        {"{\"model_type\": \"llama\", " SIZES ", \"rope_scaling\": {\"type\": \"linear\"}}",
+         "config.json|rope_scaling.factor|missing|linear", KIVI_FORMAT},
+        {"{\"model_type\": \"falcon\", " SIZES ", \"rope_scaling\": {\"type\": \"dynamic\"}}",
+         "config.json|rope_scaling.factor|missing|dynamic", KIVI_FORMAT},
+        {"{\"model_type\": \"llama\", " SIZES ", \"rope_parameters\": {\"rope_type\": \"llama3\"}}",
+         "config.json|rope_parameters.factor|missing|llama3", KIVI_FORMAT},
+        {"{\"model_type\": \"llama\", " SIZES ", \"rope_scaling\": \"yarn\"}",
+         "config.json|rope_scaling|no object|null", KIVI_UNSUPPORTED},
+        {"{\"model_type\": \"qwen2\", " SIZES ", \"rope_parameters\": [4.0]}",
+         "config.json|rope_parameters|no object|null", KIVI_UNSUPPORTED},
+        {"{\"model_type\": \"llama\", " SIZES ", \"partial_rotary_factor\": 0.5}",
+         "config.json|partial_rotary_factor below 1|whole heads", KIVI_UNSUPPORTED},
         {"{\"model_type\": \"llama\", " SIZES ", \"head_dim\": 72}",
          "config.json|head size 72|multiple of 16", KIVI_UNSUPPORTED},
     };

@@ -123,6 +123,12 @@ static void test_scored(void **state) {
     check_ids(v, "  b   b  ", 0, "3 5 3 5");
     check_ids(v, "   ", 0, "");
     ki_vocab_destroy(&v);
+    spec.trims_spaces = false;
+    a.tokens[10] = (ki_span){"<|U|>", 5}; /* a mark, although the file says a user's word */
+    assert_int_equal(ki_vocab_create(&v, &mem, &spec, NULL), KIVI_OK);
+    check_ids(v, "b<|U|>b", KIVI_TEXT_SPECIAL, "3 5 10 3 5");
+    check_ids(v, "b<|U|>b", 0, "3 5 74 138 99 138 76 5");
+    ki_vocab_destroy(&v);
     a.scores[5] = (float)strtod("nan", NULL);
     assert_int_equal(ki_vocab_create(&v, &mem, &spec, &err), KIVI_FORMAT);
     spec.scores = NULL;

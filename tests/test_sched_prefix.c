@@ -104,7 +104,7 @@ static void test_names_of_settings(void **state) {
     OTHER(n.kv.k_bits = 2, n.kv.v_bits = 4); /* k4v2, turned round */
     OTHER(n.kv.k_bits = n.kv.v_bits = 16);
     OTHER(n.kv.plus = 0);
-    for (uint32_t part = KIVI_PLUS_WIDE; part < KIVI_PLUS_ALL; part *= 2) OTHER(n.kv.plus ^= part);
+    for (uint32_t part = KIVI_PLUS_WIDE; part <= KIVI_PLUS_V32; part *= 2) OTHER(n.kv.plus ^= part);
     OTHER(n.kv.group = 32);
     OTHER(n.kv.residual_tokens = 128);
     OTHER(n.kv.residual_tokens = 384, n.kv.span_tokens = 256); /* turned round, too */

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 
 PACKAGE, VERSION = 'llama-cpp-python', '0.3.36'
 WANTED = re.compile(r'/vendor/llama\.cpp/'
@@ -34,29 +35,42 @@ def unpack(archive, folder):
                     out.write(tar.extractfile(member).read())
 
 
-def fetch():
-    """The folder with models/ and tests/ in it, or (None, why)."""
+def fetch_package(package, version, binary, unpack_to, name):
+    """The folder `name` of the cache with what unpack_to(archive, folder) takes from a package, or (None, why)."""
     cache = cache_folder()
-    folder = os.path.join(cache, f'llama-vocab-{VERSION}')
+    folder = os.path.join(cache, f'{name}-{version}')
     if os.path.isdir(folder):
         return folder, None
     try:
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix='.fetch.') as tmp:
             command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
-                       '--no-cache-dir', '--no-binary', PACKAGE, '--retries', '1', '--dest', tmp,
-                       f'{PACKAGE}=={VERSION}']
+                       '--no-cache-dir', '--only-binary' if binary else '--no-binary', package, '--retries', '1',
+                       '--dest', tmp, f'{package}=={version}']
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            archives = [n for n in os.listdir(tmp) if n.endswith('.tar.gz')]
+            archives = [n for n in os.listdir(tmp) if n.endswith(('.tar.gz', '.whl'))]
             if not archives:
                 return None, 'cannot download: ' + (done.stderr.strip().split('\n') or [''])[-1][:120]
             ready = os.path.join(tmp, 'ready')
-            unpack(os.path.join(tmp, archives[0]), ready)
+            unpack_to(os.path.join(tmp, archives[0]), ready)
             os.rename(ready, folder)
-    except (OSError, subprocess.TimeoutExpired, tarfile.TarError) as e:
+    except (OSError, subprocess.TimeoutExpired, tarfile.TarError, zipfile.BadZipFile) as e:
         if not os.path.isdir(folder):  # another test may have been faster
             return None, f'cannot fetch: {e}'
     return folder, None
+
+
+def fetch():
+    """The folder with models/ and tests/ in it, or (None, why)."""
+    return fetch_package(PACKAGE, VERSION, False, unpack, 'llama-vocab')
+
+
+def fetch_tokenizers():
+    """A folder from which Hugging Face's `tokenizers` can be imported, or (None, why)."""
+    def unzip(archive, folder):
+        with zipfile.ZipFile(archive) as z:
+            z.extractall(folder)
+    return fetch_package('tokenizers', '0.23.3', True, unzip, 'tokenizers')
 
 
 # ---- GGUF metadata ----

@@ -5,7 +5,7 @@
   tools/compare_llama.py --quick         depths 0 and 2,048, batch 1, once: minutes
   tools/compare_llama.py -o json         every sample, for plots and for later
   tools/compare_llama.py --scaling 1,2,4,8,16 --depths 0,7680 --reps 1
-                                         one token at a time by threads, in another table
+                                         one token at a time by threads: a table a depth
 
 The protocol is the same on both sides. A run is a process of its own, so that memory does not pile
 up: it loads the model, fills each sequence to a depth with the same random ids in batches of 512
@@ -140,6 +140,9 @@ class Llama:
             times.append(time.perf_counter() - before)
         return times
 
+    def set_threads(self, n):
+        self.api.llama_set_n_threads(self.context, n, n)
+
     def drop_steps(self):
         for seq in range(self.batch):
             self.api.llama_memory_seq_rm(self.memory, seq, self.depth, -1)
@@ -148,11 +151,16 @@ class Llama:
 def llama_job(job):
     llama = Llama(job)
     prompt = llama.fill()
-    llama.steps(job['steps'])
-    llama.drop_steps()
-    step = statistics.median(llama.steps(job['steps']))
+    speeds = []
+    for n in job['scaling'] or [job['threads']]:  # the cache is filled once, by the most of them
+        if job['scaling']:
+            llama.set_threads(n)
+        llama.steps(job['steps'])
+        llama.drop_steps()
+        speeds.append(job['batch'] / statistics.median(llama.steps(job['steps'])))
+        llama.drop_steps()
     features = llama.api.llama_print_system_info().decode()
-    print(json.dumps({'prompt': prompt, 'decode': job['batch'] / step, 'features': features}))
+    print(json.dumps({'prompt': prompt, 'decode': speeds if job['scaling'] else speeds[0], 'features': features}))
 
 
 # ---- both engines from outside ----
@@ -172,25 +180,25 @@ def run(command, what):
 
 def run_llama(o, kind, depth, batch):
     job = {'model': o.model, 'kind': kind, 'depth': depth, 'batch': batch, 'threads': o.threads,
-           'prompt_threads': max(o.scaling or [o.threads]), 'steps': o.steps}
+           'prompt_threads': max(o.scaling or [o.threads]), 'scaling': o.scaling, 'steps': o.steps}
     command = [o.python, os.path.abspath(__file__), '--llama-job', json.dumps(job)]
     found = run(command, f'llama.cpp {kind}')
     o.features = found.pop('features')
     return {name: value for name, value in found.items() if value is not None}
 
 
-def bench(o, kind, *options):
-    rows = run([KIVI, 'bench', o.model, '--kv', kind, '--threads', str(o.threads), '-r', '1',
+def bench(o, kind, threads, *options):
+    rows = run([KIVI, 'bench', o.model, '--kv', kind, '--threads', str(threads), '-r', '1',
                 '-o', 'json', *options], f'kivi {kind}')
     o.kivi = f"kivi {rows[0]['build_commit']} ({rows[0]['isa']})"
-    return rows[0]
+    return rows
 
 
 def run_kivi(o, kind, depth, batch):
-    found = bench(o, kind, '-p', '0', '-n', str(o.steps), '-d', str(depth), '-b', str(batch))
+    found, = bench(o, kind, o.threads, '-p', '0', '-n', str(o.steps), '-d', str(depth), '-b', str(batch))
     result = {'decode': batch * 1e9 / found['median_step_ns']}
-    if depth and batch == 1 and not o.scaling:
-        result['prompt'] = bench(o, kind, '-p', str(depth), '-n', '0', '-d', '0')['avg_ts']
+    if depth and batch == 1:
+        result['prompt'] = bench(o, kind, o.threads, '-p', str(depth), '-n', '0', '-d', '0')[0]['avg_ts']
     return result
 
 
@@ -283,20 +291,32 @@ def print_md(o, found):
           f'load {o.machine["load"]:.2f} at the start.')
 
 
+def scale(o, engine, kind, depth):
+    """Tokens a second by number of threads, from one process that fills its cache once, with the most of them."""
+    if engine == 'llama':
+        return run_llama(o, kind, depth, 1)['decode']
+    rows = bench(o, kind, ','.join(map(str, o.scaling)), '-p', '0', '-n', str(o.steps), '-d', str(depth))
+    return [1e9 / row['median_step_ns'] for row in rows]
+
+
 def print_scaling(o):
-    """Decoding by number of threads; llama.cpp fills its cache with the most of them, which is not timed."""
-    o.batches, rows = [1], []
-    for threads in o.scaling:
-        o.threads = threads
-        found = measure(o)
-        rows.append((threads, [middle(found['decode', d, 1])[name] for name in o.names for d in o.depths]))
-    head = ['threads', *(f'{name.replace(":", " ")} at {d:,}' for name in o.names for d in o.depths)]
-    print('| ' + ' | '.join(head) + ' |\n|' + '---:|' * len(head))
-    for threads, speeds in rows:
-        print(f'| {threads} | ' + ' | '.join(f'{v:.1f}' for v in speeds) + ' |')
-    print(f'\nDecoding, tokens/s. {o.machine["cpu"]}, {o.machine["cores"]} cores; {os.path.basename(o.model)}; '
-          f'{o.kivi}; {PACKAGE} {VERSION}; median of {o.reps} x {o.steps} steps; load {o.machine["load"]:.2f} at the '
-          'start.')
+    """A table for each depth, a row for each number of threads."""
+    print(f'Decoding, tokens/s. {o.machine["cpu"]}, {o.machine["cores"]} cores; {os.path.basename(o.model)}; '
+          f'{PACKAGE} {VERSION}; median of {o.reps} x {o.steps} steps; load {o.machine["load"]:.2f} at the start.')
+    for depth in o.depths:
+        found = {name: [] for name in o.names}
+        for rep in range(o.reps):
+            for engine, kind in o.kinds if rep % 2 == 0 else o.kinds[::-1]:
+                before = time.time()
+                found[f'{engine}:{kind}'].append(scale(o, engine, kind, depth))
+                say(f'{engine} {kind} depth {depth}: ' + ', '.join(f'{v:.1f}' for v in found[f'{engine}:{kind}'][-1])
+                    + f' by threads, {time.time() - before:.0f} s')
+        print(f'\n| threads, at depth {depth:,} | ' + ' | '.join(name.replace(':', ' ') for name in o.names) + ' |\n|'
+              + '---:|' * (len(o.names) + 1))
+        for i, threads in enumerate(o.scaling):
+            cells = [statistics.median(run[i] for run in found[name]) for name in o.names]
+            print(f'| {threads} | ' + ' | '.join(f'{v:.1f}' for v in cells) + ' |', flush=True)
+    print(f'\n{o.kivi}')
 
 
 def print_json(o, found):

@@ -6,7 +6,7 @@ set -euo pipefail
 packages() {
     case $1 in
         build) echo gcc libc6-dev make pkg-config libjansson-dev libpcre2-dev libutf8proc-dev libedit-dev \
-            libmicrohttpd-dev ;;
+            libmicrohttpd-dev scdoc ;;
         test) echo g++ libcmocka-dev python3 python3-numpy python3-jinja2 valgrind # g++: headers compile as C++
             # the other architecture; on it, the kernels are tested as they are
             [ "$(uname -m)" != x86_64 ] || echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user ;;
@@ -22,7 +22,7 @@ probes() {
         build) printf '%s\n' 'cc --version' 'make --version' \
             'pkg-config --exists jansson' 'pkg-config --exists libpcre2-8' \
             'pkg-config --exists libutf8proc' 'pkg-config --exists libedit' \
-            'pkg-config --exists libmicrohttpd' ;;
+            'pkg-config --exists libmicrohttpd' 'scdoc -v' ;;
         test) printf '%s\n' 'g++ --version' 'pkg-config --exists cmocka' \
             'python3 -c import\ numpy' 'valgrind --version' ;;
         model) printf '%s\n' 'python3 -m pip --version' ;;

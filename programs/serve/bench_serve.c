@@ -37,10 +37,10 @@ typedef struct bench {
 } bench;
 
 typedef struct outcome {
-    bool ok;
-    double sent, first, last; /* seconds after the start */
-    uint32_t n_in, n_out;
-    double *gaps; /* [n_gaps] between two pieces */
+    bool ok, has_usage, ended;
+    double sent, first, last; /* seconds after the start: first text, last text or end */
+    uint32_t n_in, n_out;     /* by the server's usage */
+    double *gaps;             /* [n_gaps] between two pieces */
     uint32_t n_gaps, cap_gaps;
 } outcome;
 
@@ -191,13 +191,19 @@ static bool take_event(const bench *b, outcome *r, const char *data) {
     const json_t *usage = json_object_get(event, "usage");
     const json_t *choice = json_array_get(json_object_get(event, "choices"), 0);
     if (json_is_object(usage)) {
+        r->has_usage = true;
         r->n_in = (uint32_t)json_integer_value(json_object_get(usage, "prompt_tokens"));
         r->n_out = (uint32_t)json_integer_value(json_object_get(usage, "completion_tokens"));
     }
-    /* Tokens may have no text (half a character): the last event stands for those before it. */
-    bool last = json_is_string(json_object_get(choice, "finish_reason"));
-    if (json_string_length(json_object_get(choice, "text")) || (last && r->first == 0))
+    /* Tokens may have no text (half a character, a control token) and then no event of their own:
+     * how many there were is the usage's to say, and the end of the answer is that of the last. */
+    bool ends = json_is_string(json_object_get(choice, "finish_reason"));
+    if (json_string_length(json_object_get(choice, "text")) || (ends && r->first == 0))
         note_piece(r, now);
+    if (ends) {
+        r->ended = true;
+        r->last = now;
+    }
     json_decref(event);
     return false;
 }
@@ -214,7 +220,7 @@ static void ask(const bench *b, outcome *r, uint32_t index) {
         read_head(&in, &line) == 200)
         while (!done && body_line(&in, &line))
             if (!strncmp(line.data, "data: ", 6)) done = take_event(b, r, line.data + 6);
-    r->ok = done && r->n_out > 0 && r->first > 0;
+    r->ok = done && r->ended; /* not if an error ended it */
     if (in.socket >= 0) close(in.socket);
     text_deinit(&body);
     text_deinit(&line);
@@ -247,13 +253,17 @@ static int by_value(const void *a, const void *b) {
 static double percentile(const series *s, double p) {
     double at = p / 100 * ((double)s->n - 1);
     size_t i = (size_t)at;
-    if (s->n == 0) return 0;
+    if (s->n == 0) return NAN;
     if (i + 1 >= s->n) return s->values[s->n - 1];
     return s->values[i] + (at - (double)i) * (s->values[i + 1] - s->values[i]);
 }
 
+/* NAN: it is not known, which is null, and no zero. */
 static void put_number(const char *name, double value, bool json, bool first) {
-    if (json) printf("%s\"%s\": %.6g", first ? "{" : ", ", name, value);
+    if (json) printf("%s\"%s\": ", first ? "{" : ", ", name);
+    if (json && isnan(value)) printf("null");
+    else if (json) printf("%.6g", value);
+    else if (isnan(value)) printf("%-28s %12s\n", name, "-");
     else printf("%-28s %12.2f\n", name, value);
 }
 
@@ -262,14 +272,14 @@ static void put_series(series *s, bool json) {
     double sum = 0, squares = 0;
     qsort(s->values, s->n, sizeof *s->values, by_value);
     for (size_t i = 0; i < s->n; i++) sum += s->values[i];
-    double mean = s->n ? sum / (double)s->n : 0;
+    double mean = s->n ? sum / (double)s->n : NAN;
     for (size_t i = 0; i < s->n; i++) squares += (s->values[i] - mean) * (s->values[i] - mean);
     const struct {
         const char *name;
         double value;
     } figures[] = {{"mean", mean},
                    {"median", percentile(s, 50)},
-                   {"std", s->n ? sqrt(squares / (double)s->n) : 0},
+                   {"std", s->n ? sqrt(squares / (double)s->n) : NAN},
                    {"p90", percentile(s, 90)},
                    {"p99", percentile(s, 99)}};
     for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {
@@ -283,10 +293,26 @@ static bool is_good(const bench *b, double ttft_ms, double tpot_ms) {
            (b->o->goodput_tpot_ms == 0 || tpot_ms <= b->o->goodput_tpot_ms);
 }
 
+/* Milliseconds a token after the first, as vLLM and aiperf have it: (end - first) / (tokens - 1).
+ * False: not known, or there is none: one token, no usage, or all text came with the end. */
+static bool token_ms(double *ms, const outcome *r) {
+    if (!r->has_usage || r->n_out < 2 || r->last <= r->first) return false;
+    *ms = (r->last - r->first) * 1e3 / (r->n_out - 1);
+    return true;
+}
+
+/* The most that it can be, for the goal: as if the first token had come at once. */
+static double token_ms_limit(const outcome *r) {
+    double ms;
+    if (token_ms(&ms, r)) return ms;
+    if (r->has_usage && r->n_out < 2) return 0; /* no token after the first */
+    return r->has_usage ? (r->last - r->sent) * 1e3 / (r->n_out - 1) : INFINITY;
+}
+
 /* Returns how many requests failed. */
 static uint32_t report(const bench *b, double seconds, bool json) {
     enum { TTFT, TPOT, ITL, E2EL, N_SERIES };
-    uint32_t n = b->o->n_requests, n_ok = 0, n_good = 0;
+    uint32_t n = b->o->n_requests, n_ok = 0, n_good = 0, n_uncounted = 0;
     uint64_t n_in = 0, n_out = 0;
     size_t n_gaps = 0;
     for (uint32_t i = 0; i < n; i++) n_gaps += b->outcomes[i].n_gaps;
@@ -297,25 +323,29 @@ static uint32_t report(const bench *b, double seconds, bool json) {
         const outcome *r = &b->outcomes[i];
         if (!r->ok) continue;
         double ttft = (r->first - r->sent) * 1e3;
-        double tpot = r->n_out > 1 ? (r->last - r->first) * 1e3 / (r->n_out - 1) : 0;
         all[TTFT].values[all[TTFT].n++] = ttft;
-        if (r->n_out > 1) all[TPOT].values[all[TPOT].n++] = tpot;
+        if (token_ms(&all[TPOT].values[all[TPOT].n], r)) all[TPOT].n++;
         for (uint32_t k = 0; k < r->n_gaps; k++) all[ITL].values[all[ITL].n++] = r->gaps[k] * 1e3;
         all[E2EL].values[all[E2EL].n++] = (r->last - r->sent) * 1e3;
         n_ok++;
-        n_good += is_good(b, ttft, tpot);
+        n_good += is_good(b, ttft, token_ms_limit(r));
+        n_uncounted += !r->has_usage;
         n_in += r->n_in;
         n_out += r->n_out;
     }
     put_number("duration", seconds, json, true);
     put_number("completed", n_ok, json, false);
     put_number("failed", n - n_ok, json, false);
-    put_number("total_input_tokens", (double)n_in, json, false);
-    put_number("total_output_tokens", (double)n_out, json, false);
+    /* Sums over answers without a usage would look like few tokens. */
+    double in = n_uncounted ? NAN : (double)n_in, out = n_uncounted ? NAN : (double)n_out;
+    put_number("total_input_tokens", in, json, false);
+    put_number("total_output_tokens", out, json, false);
     put_number("request_throughput", n_ok / seconds, json, false);
     put_number("request_goodput", n_good / seconds, json, false);
-    put_number("output_throughput", (double)n_out / seconds, json, false);
-    put_number("total_token_throughput", (double)(n_in + n_out) / seconds, json, false);
+    put_number("output_throughput", out / seconds, json, false);
+    put_number("total_token_throughput", (in + out) / seconds, json, false);
+    put_number("without_usage", n_uncounted, json, false);
+    put_number("without_tpot", (double)(n_ok - all[TPOT].n), json, false);
     for (int i = 0; i < N_SERIES; i++) {
         put_series(&all[i], json);
         free(all[i].values);

@@ -2,12 +2,14 @@
 #include "http.h"
 
 #include <arpa/inet.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/ioctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -32,6 +34,10 @@ struct peer {
     bool busy;           /* a request is whole and not answered yet */
     bool reading;        /* a head has come */
     bool used;           /* something was answered */
+    bool dropped;        /* its reader is too slow: it is being closed */
+    bool late;           /* its request did not come in time: it was told 408 */
+    int n_unsent;        /* bytes that the system held for the reader at the last look */
+    uint64_t moved_us;   /* when that was something else */
     struct peer *next, *before;
 };
 
@@ -103,6 +109,10 @@ static void name_address(char *out, size_t n_bytes, struct MHD_Connection *conne
 
 /* ---- answers ---- */
 
+static const char *header(const exchange *e, const char *name) {
+    return MHD_lookup_connection_value(e->connection, MHD_HEADER_KIND, name);
+}
+
 static void add_headers(exchange *e, struct MHD_Response *response, const fault *f) {
     char number[16];
     const char *origin = e->s->o.cors_origin;
@@ -110,7 +120,8 @@ static void add_headers(exchange *e, struct MHD_Response *response, const fault 
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
     if (origin) {
         MHD_add_response_header(response, "Access-Control-Allow-Origin", origin);
-        MHD_add_response_header(response, "Access-Control-Expose-Headers", "X-Request-Id");
+        MHD_add_response_header(response, "Access-Control-Expose-Headers",
+                                "X-Request-Id, Retry-After");
         if (strcmp(origin, "*")) MHD_add_response_header(response, "Vary", "Origin");
     }
     if (f && f->retry_s) {
@@ -172,8 +183,20 @@ enum MHD_Result respond_fault(exchange *e, const fault *f) {
     struct MHD_Response *response = from_text(&t, "application/json");
     if (!response) return MHD_NO;
     add_headers(e, response, f);
-    if (f->status == 405) MHD_add_response_header(response, "Allow", f->code);
+    if (f->status == 405 && e->allow) MHD_add_response_header(response, "Allow", e->allow);
     return queue(e, f->status, response);
+}
+
+/* The headers that a page of another origin may send: those it asks for. Clients have some of their
+ * own (OpenAI's: X-Stainless-...), none of them means anything here, and "*" would leave out
+ * Authorization. */
+static const char *allowed_headers(const exchange *e) {
+    enum { MAX_BYTES = 2048 };
+    static const char names[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_, ";
+    const char *asked = header(e, "Access-Control-Request-Headers");
+    bool ok = asked && *asked && strlen(asked) <= MAX_BYTES && !asked[strspn(asked, names)];
+    return ok ? asked : "Authorization, Content-Type, X-Request-Id";
 }
 
 /* What a browser asks before it sends a request of another origin. */
@@ -183,8 +206,7 @@ static enum MHD_Result respond_preflight(exchange *e) {
     if (!response) return MHD_NO;
     add_headers(e, response, NULL);
     MHD_add_response_header(response, "Access-Control-Allow-Methods", "GET, POST, OPTIONS");
-    MHD_add_response_header(response, "Access-Control-Allow-Headers",
-                            "Authorization, Content-Type, X-Request-Id");
+    MHD_add_response_header(response, "Access-Control-Allow-Headers", allowed_headers(e));
     MHD_add_response_header(response, "Access-Control-Max-Age", "600");
     return queue(e, 204, response);
 }
@@ -291,6 +313,7 @@ static enum MHD_Result start_job(exchange *e) {
     fault f = {0};
     j->connection = e->connection;
     j->socket = p ? p->socket : -1;
+    j->peer = p;
     j->log.has_job = true;
     j->log.streamed = j->p.stream;
     link_job(e->s, j);
@@ -318,22 +341,17 @@ static void make_id(char *id, size_t n_bytes, const char *given) {
     for (size_t i = 0; i < sizeof random; i++) snprintf(id + 2 * i, 3, "%02x", random[i]);
 }
 
-static const char *header(const exchange *e, const char *name) {
-    return MHD_lookup_connection_value(e->connection, MHD_HEADER_KIND, name);
-}
-
 /* What the head alone tells; true: go on. */
 static bool check_head(exchange *e, const char *method, const char *path) {
     server *s = e->s;
     fault *f = &e->failure;
-    const char *allow, *length = header(e, "Content-Length");
+    const char *length = header(e, "Content-Length");
     if (atomic_load(&s->n_connections) > s->o.max_connections) {
         refuse_with(f, 503, NULL, "more than %u connections", s->o.max_connections);
         f->retry_s = 1;
         return false;
     }
-    e->to = route_find(&e->rest, &allow, method, path, f);
-    if (f->status == 405) f->code = allow;
+    e->to = route_find(&e->rest, &e->allow, method, path, f);
     if (!e->to) return false;
     if (e->to->needs_key && !keys_allow(&s->keys, header(e, "Authorization"))) {
         refuse_with(f, 401, NULL, "no valid API key was given (Authorization: Bearer KEY)");
@@ -524,11 +542,15 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     server *s = user;
     exchange *e = *context;
     struct peer *p = peer_of(connection);
+    bool dropped = false, late = false;
     *context = NULL;
     if (p) {
         pthread_mutex_lock(&s->lock);
+        dropped = p->dropped;
+        late = p->late;
         p->busy = p->reading = false;
         p->used = true;
+        p->n_unsent = 0;
         p->since_us = now_us();
         pthread_mutex_unlock(&s->lock);
     }
@@ -536,10 +558,12 @@ static void on_completed(void *user, struct MHD_Connection *connection, void **c
     if (e->work && e->stage == PREPARING) job_release(e->work); /* it was never started */
     else if (e->work) {
         unlink_job(s, e->work);
-        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK) job_abandon(e->work, &s->counts.n_left);
+        if (how != MHD_REQUEST_TERMINATED_COMPLETED_OK)
+            job_abandon(e->work, dropped ? NULL : &s->counts.n_left);
         job_release(e->work);
     } else if (e->to || e->failure.status) {
         e->log.ended_us = now_us();
+        if (late) e->log.status = 408;
         if (!e->log.path) e->log.path = "?";
         log_request(s, &e->log);
     }
@@ -581,7 +605,8 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     pthread_mutex_lock(&j->lock);
     bool waits = j->out.n_bytes > j->n_sent;
     uint64_t idle_ms = now > j->active_us ? (now - j->active_us) / 1000 : 0;
-    bool drop = waits && !j->gone && idle_ms > s->o.stall_ms;
+    bool is_dropped = !j->peer || j->peer->dropped;
+    bool drop = waits && !j->gone && !is_dropped && idle_ms > s->o.stall_ms;
     if (!waits && !j->done && !j->gone && idle_ms > s->o.keep_alive_ms) {
         text_puts(&j->out, ": keep-alive\n\n");
         j->active_us = now;
@@ -590,18 +615,53 @@ static void look_at_stream(server *s, job *j, uint64_t now) {
     pthread_mutex_unlock(&j->lock);
     if (!drop) return;
     job_abandon(j, &s->counts.n_slow_dropped);
+    j->peer->dropped = true;
     shutdown(j->socket, SHUT_RDWR); /* it waits for room to write; this wakes it */
 }
 
-static void look_at_peer(server *s, const struct peer *p, uint64_t now) {
-    static const char late[] = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                               "Content-Length: 0\r\n\r\n";
+/* An answer that is complete, or is no stream, and that nobody reads would hold its connection and
+ * memory for ever. That its reader takes something shows in what the system keeps for it. */
+static void look_at_reader(server *s, struct peer *p, uint64_t now) {
+    int n_unsent = 0;
+    if (p->dropped || ioctl(p->socket, SIOCOUTQ, &n_unsent)) return;
+    if (n_unsent == 0 || n_unsent != p->n_unsent) {
+        p->n_unsent = n_unsent;
+        p->moved_us = now;
+    } else if ((now - p->moved_us) / 1000 > s->o.stall_ms) {
+        p->dropped = true;
+        metrics_count(&s->counts, &s->counts.n_slow_dropped);
+        shutdown(p->socket, SHUT_RDWR);
+    }
+}
+
+/* Past libmicrohttpd, which has no answer for what is not a request yet. */
+static void tell_late(server *s, struct peer *p) {
+    text head, body;
+    fault f;
+    refuse_with(&f, 408, NULL, "the request did not come in time");
+    text_init(&head, 1 << 12);
+    text_init(&body, 1 << 12);
+    answer_fault(&body, &f);
+    text_printf(&head,
+                "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
+                "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n",
+                body.n_bytes);
+    text_put(&head, body.data, body.n_bytes);
+    if (!head.failed && !body.failed &&
+        send(p->socket, head.data, head.n_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) > 0) {
+        metrics_count(&s->counts, &s->counts.n_responses[4]);
+        p->late = true;
+    }
+    text_deinit(&head);
+    text_deinit(&body);
+}
+
+static void look_at_peer(server *s, struct peer *p, uint64_t now) {
     bool idle = p->used && !p->reading;
     uint64_t limit_ms = idle ? IDLE_MS : s->o.header_ms + p->n_received / BODY_BYTES_A_MS;
-    if (p->busy || now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
+    if (now < p->since_us || (now - p->since_us) / 1000 <= limit_ms) return;
     /* Nothing else is written to a connection whose request is not whole. */
-    if (!idle && !s->o.tls_cert)
-        (void)!send(p->socket, late, sizeof late - 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (!idle && !s->o.tls_cert) tell_late(s, p);
     shutdown(p->socket, SHUT_RDWR);
 }
 
@@ -612,7 +672,10 @@ void http_look_after(server *s, bool quick) {
     if (!quick) {
         for (job *j = s->jobs; j; j = j->next)
             if (j->p.stream) look_at_stream(s, j, now);
-        for (const struct peer *p = s->peers; p; p = p->next) look_at_peer(s, p, now);
+        for (struct peer *p = s->peers; p; p = p->next) {
+            if (p->busy) look_at_reader(s, p, now);
+            else look_at_peer(s, p, now);
+        }
     }
     pthread_mutex_unlock(&s->lock);
 }
@@ -630,14 +693,17 @@ bool http_idle(server *s) {
 bool http_start(server *s) {
     if (!start_preparers(s)) return false;
     unsigned flags = MHD_USE_EPOLL_INTERNAL_THREAD | MHD_ALLOW_SUSPEND_RESUME;
-    struct MHD_OptionItem tls[3] = {{MHD_OPTION_END, 0, NULL}};
+    /* RFC 8996: nothing older than TLS 1.2. */
+    static char versions[] = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2";
+    struct MHD_OptionItem tls[4] = {{MHD_OPTION_END, 0, NULL}};
     if (s->o.tls_cert) {
         flags |= MHD_USE_TLS;
         tls[0] =
             (struct MHD_OptionItem){MHD_OPTION_HTTPS_MEM_KEY, 0, (void *)(uintptr_t)s->o.tls_key};
         tls[1] =
             (struct MHD_OptionItem){MHD_OPTION_HTTPS_MEM_CERT, 0, (void *)(uintptr_t)s->o.tls_cert};
-        tls[2] = (struct MHD_OptionItem){MHD_OPTION_END, 0, NULL};
+        tls[2] = (struct MHD_OptionItem){MHD_OPTION_HTTPS_PRIORITIES, 0, versions};
+        tls[3] = (struct MHD_OptionItem){MHD_OPTION_END, 0, NULL};
     }
     s->daemon = MHD_start_daemon(
         flags, 0, NULL, NULL, handle, s, MHD_OPTION_LISTEN_SOCKET, s->o.listener,

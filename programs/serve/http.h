@@ -10,7 +10,8 @@ typedef struct exchange {
     server *s;
     struct MHD_Connection *connection;
     const route *to;
-    const char *rest; /* of the path, behind a route that ends in a slash */
+    const char *rest;  /* of the path, behind a route that ends in a slash */
+    const char *allow; /* of 405: the methods there are */
     text body;
     json_t *parsed; /* of the body */
     text reply;     /* what a preparation leaves to be sent, unless it leaves a job or a failure */
@@ -33,7 +34,7 @@ struct route {
     void (*prepare)(exchange *e);
 };
 
-/* The route; NULL: f says why (404 or 405), and *allow names the method there is. */
+/* The route; NULL: f says why (404 or 405), and *allow names the methods there are. */
 const route *route_find(const char **rest, const char **allow, const char *method, const char *path,
                         fault *f);
 

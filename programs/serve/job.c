@@ -236,7 +236,7 @@ static void on_choice(job *j, const prompt_run *run, const kivi_event *e) {
     if (j->p.stream) send_chunk(j, which);
 }
 
-static void observe_end(const job *j, const kivi_event *e) {
+static void observe_end(const job *j, const prompt_run *run, const kivi_event *e) {
     metrics *m = &j->s->counts;
     const kivi_timings *t = e->timings;
     double scale = 1e-6;
@@ -262,6 +262,11 @@ static void observe_end(const job *j, const kivi_event *e) {
     }
     metrics_observe(m, HISTOGRAM_request_prompt_tokens, t->n_prompt);
     metrics_observe(m, HISTOGRAM_request_generation_tokens, t->n_generated);
+    uint32_t n_longest = 0;
+    for (uint32_t i = 0; i < r->n; i++)
+        if (j->choices[run->index * r->n + i].n_tokens > n_longest)
+            n_longest = j->choices[run->index * r->n + i].n_tokens;
+    metrics_observe(m, HISTOGRAM_request_max_num_generation_tokens, n_longest);
     metrics_observe(m, HISTOGRAM_request_params_n, r->n);
     if (r->max_tokens != UINT32_MAX)
         metrics_observe(m, HISTOGRAM_request_params_max_tokens, r->max_tokens);
@@ -284,7 +289,7 @@ static void on_end(job *j, prompt_run *run, const kivi_event *e) {
     metrics *m = &j->s->counts;
     run->ended = true;
     j->n_ended++;
-    observe_end(j, e);
+    observe_end(j, run, e);
     note_timings(&j->log, e->timings);
     if (e->status && !j->failure.status)
         refuse_with(&j->failure, e->status == KIVI_CANCELLED ? 503 : 500, NULL, "%s", e->error);

@@ -49,6 +49,7 @@ struct job {
     request_log log;
     /* The connection: */
     struct MHD_Connection *connection; /* NULL: it let go */
+    struct peer *peer;                 /* while it is in server.jobs */
     int socket;
     bool suspended;
     /* A job without a connection: called once, on the owner's thread, with the lock held. */

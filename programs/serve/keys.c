@@ -38,8 +38,10 @@ bool keys_allow(const key_list *list, const char *authorization) {
     unsigned found = 0;
     if (list->n == 0) return true;
     if (!authorization || strncasecmp(authorization, "Bearer ", 7)) return false;
-    if (strlen(authorization + 7) >= KEY_BYTES) return false;
-    memcpy(given, authorization + 7, strlen(authorization + 7));
+    size_t n = strlen(authorization + 7);
+    while (n && strchr(" \t", authorization[7 + n - 1])) n--;
+    if (n >= KEY_BYTES) return false;
+    memcpy(given, authorization + 7, n);
     for (size_t i = 0; i < list->n; i++) {
         volatile unsigned char differs = 0; /* no early way out, for the compiler either */
         for (size_t k = 0; k < KEY_BYTES; k++)

@@ -117,9 +117,39 @@ static void write_memory(text *out, const metrics_context *c) {
           "Allocated bytes of a cached element, scales and zeros counted.");
 }
 
+/* As vLLM's: always 1, the labels say how the cache is made. Its names where there is one (blocks
+ * are pages, on any device), then our own. */
+static void write_config(text *out, const metrics_context *c, const kivi_scheduler_stats *s) {
+    static const char *const rules[] = {"paper", "stream", "span"};
+    const kivi_engine_info *info = kivi_engine_info_get(c->engine);
+    const kivi_kv_options *kv = &info->kv;
+    head(out, "cache_config_info", "gauge", "How the cache is made; always 1.");
+    text_puts(out, "kivi:cache_config_info{model_name=\"");
+    label_value(out, c->model_name);
+    text_printf(out,
+                "\",engine=\"0\",block_size=\"%u\",num_gpu_blocks=\"%u\","
+                "kv_cache_size_tokens=\"%llu\",kv_cache_memory_bytes=\"%llu\","
+                "cache_dtype=\"k%uv%u\",enable_prefix_caching=\"%s\"",
+                s->page_tokens, s->n_pages, (unsigned long long)s->n_pages * s->page_tokens,
+                (unsigned long long)s->n_pages * s->page_bytes, kv->k_bits, kv->v_bits,
+                s->prefix_bytes_limit ? "True" : "False");
+    text_printf(out,
+                ",group=\"%u\",residual_tokens=\"%u\",sink_tokens=\"%u\",rule=\"%s\","
+                "max_model_len=\"%u\",device=\"",
+                kv->group, kv->residual_tokens, kv->sink_tokens, rules[kv->rule], info->ctx_tokens);
+    label_value(out, info->device);
+    text_puts(out, "\"} 1\n");
+}
+
 static void write_queue(text *out, const metrics_context *c, const kivi_scheduler_stats *s) {
     gauge(out, "num_requests_running", c, s->n_running, "Requests begun and not ended.");
     gauge(out, "num_requests_waiting", c, s->n_waiting, "Requests not yet begun.");
+    /* vLLM's two reasons, whose sum is the number above. What is deferred waits for something else
+     * than room (a grammar, keys from elsewhere): nothing here does. */
+    static const char by_reason[] = "num_requests_waiting_by_reason";
+    head(out, by_reason, "gauge", "Requests not yet begun, by reason.");
+    sample(out, by_reason, c, "reason", "capacity", s->n_waiting);
+    sample(out, by_reason, c, "reason", "deferred", 0);
     gauge(out, "num_requests_paused", c, s->n_paused, "Requests whose reader is slow.");
     gauge(out, "num_sequences_running", c, s->n_sequences, "Sequences that hold pages.");
     gauge(out, "num_sequences_preempted", c, s->n_preempted,
@@ -145,6 +175,12 @@ static void write_totals(text *out, const metrics_context *c, const kivi_schedul
     counter(out, "prompt_tokens_total", c, (double)s->prompt_tokens, "Prompt tokens admitted.");
     counter(out, "prompt_tokens_cached_total", c, (double)s->prefix_hits,
             "Prompt tokens found in the prefix cache.");
+    head(out, "prompt_tokens_by_source_total", "counter",
+         "Prompt tokens admitted, by where their keys and values come from.");
+    sample(out, "prompt_tokens_by_source_total", c, "source", "local_compute",
+           (double)(s->prompt_tokens - s->prefix_hits));
+    sample(out, "prompt_tokens_by_source_total", c, "source", "local_cache_hit",
+           (double)s->prefix_hits);
     counter(out, "generation_tokens_total", c, (double)s->generated_tokens, "Tokens generated.");
     counter(out, "recomputed_tokens_total", c, (double)s->recomputed_tokens,
             "Rows evaluated again after preemption.");
@@ -168,6 +204,7 @@ void metrics_write(text *out, metrics *m, const metrics_context *c) {
     if (c->scheduler) {
         kivi_scheduler_stats stats;
         kivi_scheduler_stats_get(&stats, c->scheduler);
+        write_config(out, c, &stats);
         write_queue(out, c, &stats);
         write_totals(out, c, &stats);
         write_memory(out, c);

@@ -22,6 +22,8 @@
     X(request_inference_time_seconds, latency, "Seconds from admission to the end.")               \
     X(request_prompt_tokens, tokens, "Prompt tokens of a request.")                                \
     X(request_generation_tokens, tokens, "Generated tokens of a request.")                         \
+    X(request_max_num_generation_tokens, tokens,                                                   \
+      "Generated tokens of a request's longest choice.")                                           \
     X(request_params_n, choices, "The parameter n of a request.")                                  \
     X(request_params_max_tokens, tokens,                                                           \
       "The parameter max_tokens of a request, where it is set.")                                   \

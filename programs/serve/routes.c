@@ -240,7 +240,7 @@ const route *route_find(const char **rest, const char **allow, const char *metho
         if (!path_fits(&routes[i], path)) continue;
         *rest = path + strlen(routes[i].path);
         if (!strcmp(routes[i].method, method)) return &routes[i];
-        *allow = routes[i].method;
+        *allow = strcmp(routes[i].method, "GET") ? routes[i].method : "GET, HEAD";
     }
     if (*allow) refuse_with(f, 405, NULL, "%s takes %s", path, *allow);
     else refuse_with(f, 404, NULL, "nothing is at '%.200s'", path);

@@ -76,48 +76,52 @@ static void close_key_page(kivi_seq *seq, uint32_t layer, uint32_t head, uint32_
                                          l->kv.plus & KIVI_PLUS_FIT ? KI_PLUS_KEY_STEPS : 1);
 }
 
-static void pack_plain_values(uint8_t *page, const kivi_cache *cache, const uint16_t *row,
-                              uint32_t in_page, uint8_t *codes) {
+/* Codes of a row of values without a zero point, by plus.h. Groups smaller than its own are rows of
+ * that head size. */
+static void plus_values(uint8_t *codes, uint16_t *scale, const kivi_cache *cache,
+                        const uint16_t *row) {
     const ki_layout *l = &cache->layout;
-    uint32_t n_groups = l->head_dim / l->v_group;
-    uint16_t scale[KI_MAX_HEAD_DIM / 16], zero[KI_MAX_HEAD_DIM / 16];
-    cache->kernels->quant.quantize(codes, scale, zero, row, n_groups, l->v_group, l->kv.v_bits);
-    ki_pack_values((uint32_t *)(page + l->v_codes_at), codes, in_page, l->head_dim, l->kv.v_bits);
-    for (uint32_t g = 0; g < n_groups; g++) {
-        ((uint16_t *)(page + l->v_scale_at))[g * KI_PAGE_TOKENS + in_page] = scale[g];
-        ((uint16_t *)(page + l->v_zero_at))[g * KI_PAGE_TOKENS + in_page] = zero[g];
-    }
-}
-
-static void pack_plus_values(uint8_t *page, const kivi_cache *cache, const uint16_t *row,
-                             uint32_t in_page, uint8_t *codes) {
-    const ki_layout *l = &cache->layout;
-    uint16_t scale[KI_MAX_HEAD_DIM / 16], *scales = (uint16_t *)(page + l->v_scale_at);
-    uint32_t *third = ki_has_third(l) ? (uint32_t *)(page + l->v_third_at) : NULL;
-    cache->kernels->plus.quantize_values(codes, scale, row, l->head_dim, l->kv.v_bits,
-                                         l->kv.plus & KIVI_PLUS_STEP ? KI_PLUS_VALUE_STEPS : 1);
-    ki_plus_pack_values((uint32_t *)(page + l->v_codes_at), third, codes, in_page, l->head_dim);
-    for (uint32_t g = 0; g < l->head_dim / l->v_group; g++)
-        scales[g * KI_PAGE_TOKENS + in_page] = scale[g];
+    uint32_t n_steps = l->kv.plus & KIVI_PLUS_STEP ? KI_PLUS_VALUE_STEPS : 1;
+    uint32_t n = l->v_group == ki_plus_value_group(l->head_dim) ? l->head_dim : l->v_group;
+    for (uint32_t c = 0; c < l->head_dim; c += n)
+        cache->kernels->plus.quantize_values(codes + c, scale + c / l->v_group, row + c, n,
+                                             l->kv.v_bits, n_steps);
 }
 
 static void pack_value_row(kivi_seq *seq, uint32_t layer, uint32_t head, uint32_t pos,
                            const append_scratch *s) {
-    const ki_layout *l = &seq->cache->layout;
+    const kivi_cache *cache = seq->cache;
+    const ki_layout *l = &cache->layout;
     const uint16_t *row =
         ki_seq_v_block(seq, layer, head, pos / KI_LANES) + (size_t)(pos % KI_LANES) * l->head_dim;
     uint8_t *page = ki_seq_page(seq, pos / KI_PAGE_TOKENS, layer, head);
-    (l->kv.plus ? pack_plus_values : pack_plain_values)(page, seq->cache, row, pos % KI_PAGE_TOKENS,
-                                                        s->codes);
+    uint16_t scale[KI_MAX_HEAD_DIM / 16], zero[KI_MAX_HEAD_DIM / 16],
+        *scales = (uint16_t *)(page + l->v_scale_at), *zeros = (uint16_t *)(page + l->v_zero_at);
+    uint32_t in_page = pos % KI_PAGE_TOKENS, n_groups = l->head_dim / l->v_group,
+             *words = (uint32_t *)(page + l->v_codes_at);
+    bool has_zero = ki_has_v_zero(l);
+    if (has_zero)
+        cache->kernels->quant.quantize(s->codes, scale, zero, row, n_groups, l->v_group,
+                                       l->kv.v_bits);
+    else plus_values(s->codes, scale, cache, row);
+    if (ki_has_third(l))
+        ki_plus_pack_values(words, (uint32_t *)(page + l->v_third_at), s->codes, in_page,
+                            l->head_dim);
+    else ki_pack_values(words, s->codes, in_page, l->head_dim, l->kv.v_bits);
+    for (uint32_t g = 0; g < n_groups; g++) {
+        scales[g * KI_PAGE_TOKENS + in_page] = scale[g];
+        if (has_zero) zeros[g * KI_PAGE_TOKENS + in_page] = zero[g];
+    }
 }
 
 static void pack_behind_line(kivi_seq *seq, uint32_t layer, uint32_t head,
                              const append_scratch *s) {
     const ki_layout *l = &seq->cache->layout;
     uint32_t from = seq->n_tokens, to = from + seq->step_rows, sinks = l->kv.sink_tokens;
-    uint32_t k_from = KI_MAX(ki_k_packed(l, from), sinks / l->k_group * l->k_group);
-    for (uint32_t p = k_from; p < ki_k_packed(l, to); p += l->k_group)
-        if (l->kv.plus) close_key_page(seq, layer, head, p);
+    uint32_t unit = ki_closes_pages(l) ? (uint32_t)KI_PAGE_TOKENS : l->k_group;
+    uint32_t k_from = KI_MAX(ki_k_packed(l, from), sinks / unit * unit);
+    for (uint32_t p = k_from; p < ki_k_packed(l, to); p += unit)
+        if (ki_closes_pages(l)) close_key_page(seq, layer, head, p);
         else pack_plain_keys(seq, layer, head, p, s);
     for (uint32_t p = KI_MAX(ki_v_packed(l, from), sinks); p < ki_v_packed(l, to); p++)
         pack_value_row(seq, layer, head, p, s);

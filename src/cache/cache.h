@@ -41,15 +41,25 @@ typedef struct ki_layout {
         sink_blocks; /* such blocks of the window, and of the sinks (rounded up) */
 } ki_layout;
 
-/* What a kind's pages have. Keys: wide codes and the list of their channels. Values: a third bit, a
- * zero point; turned rows, here and in the 16-bit store. */
+/* What a kind's pages have. Keys: wide codes and the list of their channels; closed a page at a
+ * time, by plus.h, or a group at a time, by quant.h. Values: a third bit, a zero point; turned
+ * rows, here and in the 16-bit store. */
 static inline bool ki_has_wide(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_WIDE; }
 static inline bool ki_has_third(const ki_layout *l) { return l->kv.v_bits == 3; }
-static inline bool ki_has_v_zero(const ki_layout *l) { return !l->kv.plus; }
+static inline bool ki_has_v_zero(const ki_layout *l) {
+    return !l->kv.plus || l->kv.plus & KIVI_PLUS_ZERO;
+}
+static inline bool ki_closes_pages(const ki_layout *l) {
+    return l->kv.plus && (l->kv.k_bits == 4 || l->kv.plus & (KIVI_PLUS_WIDE | KIVI_PLUS_FIT));
+}
 static inline bool ki_is_turned(const ki_layout *l) { return l->kv.plus & KIVI_PLUS_TURN; }
 
 /* The planes of a + kind's keys in a page. */
 void ki_layout_keys(ki_plus_keys *out, const ki_layout *layout, uint8_t *page);
+
+/* What a resolved + kind is without, or has of a plain kind: kernels that know whole ones alone
+ * refuse it by that. NULL: it is whole, or no + kind. */
+const char *ki_plus_not_whole(const kivi_kv_options *kv);
 
 kivi_status ki_layout_init(ki_layout *out, const kivi_cache_geometry *geometry, kivi_error *err);
 /* The most pages a sequence of n_tokens holds at once, fed in steps of at most step_rows: with a

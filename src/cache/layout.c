@@ -67,9 +67,20 @@ static kivi_status resolve_plain(kivi_kv_options *kv, uint32_t head_dim, kivi_er
     return KIVI_OK;
 }
 
-/* A + kind has one key group a page, and value groups that the head size gives. */
+/* Parts that the bits leave no room for. */
+static uint32_t idle_parts(const kivi_kv_options *kv) {
+    uint32_t parts = 0;
+    if (kv->k_bits != 2) parts |= KIVI_PLUS_WIDE | KIVI_PLUS_FIT;
+    if (kv->k_bits == 16) parts |= KIVI_PLUS_K32;
+    if (kv->v_bits == 16) parts |= KIVI_PLUS_TURN | KIVI_PLUS_STEP | KIVI_PLUS_ZERO | KIVI_PLUS_V32;
+    return parts;
+}
+
+/* A + kind has one key group a page, unless a part says 32, and value groups that the head size
+ * gives. */
 static kivi_status resolve_plus(kivi_kv_options *kv, kivi_error *err) {
-    if (!(kv->plus & KIVI_PLUS) || kv->plus > KIVI_PLUS_ALL)
+    const uint32_t known = KIVI_PLUS_ALL | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32;
+    if (!(kv->plus & KIVI_PLUS) || kv->plus & ~known)
         return KI_FAIL(err, ARG, "kv: unknown parts %u of a + kind", kv->plus);
     if (kv->k_bits != 2 && kv->k_bits != 4 && kv->k_bits != 16)
         return KI_FAIL(err, ARG, "kv: %u bits for keys of a + kind, expected 2, 4 or 16",
@@ -77,20 +88,44 @@ static kivi_status resolve_plus(kivi_kv_options *kv, kivi_error *err) {
     if (kv->v_bits != 2 && kv->v_bits != 3 && kv->v_bits != 16)
         return KI_FAIL(err, ARG, "kv: %u bits for values of a + kind, expected 2, 3 or 16",
                        kv->v_bits);
-    if (!kv->group) kv->group = KI_PAGE_TOKENS;
-    if (kv->group != KI_PAGE_TOKENS)
-        return KI_FAIL(err, ARG, "kv: group %u, a + kind has key groups of a page (%d)", kv->group,
-                       KI_PAGE_TOKENS);
-    if (kv->k_bits != 2) kv->plus &= ~(uint32_t)(KIVI_PLUS_WIDE | KIVI_PLUS_FIT);
-    if (kv->v_bits == 16) kv->plus &= ~(uint32_t)(KIVI_PLUS_TURN | KIVI_PLUS_STEP);
+    kv->plus &= ~idle_parts(kv);
+    if (kv->plus & KIVI_PLUS_ZERO && kv->plus & KIVI_PLUS_STEP)
+        return KI_FAIL(err, ARG,
+                       "kv: values with a zero point (zero) have no step by least squares (step)");
+    const uint32_t group = kv->plus & KIVI_PLUS_K32 ? 32 : KI_PAGE_TOKENS;
+    if (!kv->group) kv->group = group;
+    if (kv->group != group)
+        return KI_FAIL(err, ARG, "kv: group %u, a + kind has key groups of a page (%d)%s",
+                       kv->group, KI_PAGE_TOKENS, group == 32 ? ", and of 32 by part k32" : "");
     return KIVI_OK;
 }
 
+const char *ki_plus_not_whole(const kivi_kv_options *kv) {
+    static const struct {
+        uint32_t part;
+        const char *without, *with;
+    } all[] = {{KIVI_PLUS_WIDE, "no wide channels", NULL},
+               {KIVI_PLUS_FIT, "no ranges by least squares (fit)", NULL},
+               {KIVI_PLUS_TURN, "no turned values", NULL},
+               {KIVI_PLUS_STEP, "no steps by least squares", NULL},
+               {KIVI_PLUS_ZERO, NULL, "values with a zero point"},
+               {KIVI_PLUS_K32, NULL, "key groups of 32 (k32)"},
+               {KIVI_PLUS_V32, NULL, "value groups of 32 (v32)"}};
+    for (size_t i = sizeof all / sizeof *all; kv->plus && i--;) {
+        bool is_idle = idle_parts(kv) & all[i].part;
+        const char *text = kv->plus & all[i].part ? all[i].with : all[i].without;
+        if (!is_idle && text) return text;
+    }
+    return NULL;
+}
+
 static kivi_status check_kind(const kivi_kv_options *kv, kivi_error *err) {
-    if (kv->residual_tokens < kv->group || kv->residual_tokens % kv->group ||
+    /* keys of a + kind are closed a page at a time, whatever their groups */
+    const uint32_t unit = kv->plus ? (uint32_t)KI_PAGE_TOKENS : kv->group;
+    if (kv->residual_tokens < unit || kv->residual_tokens % unit ||
         kv->residual_tokens > MAX_RESIDUAL_TOKENS)
-        return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the group (%u) up to %d",
-                       kv->residual_tokens, kv->group, MAX_RESIDUAL_TOKENS);
+        return KI_FAIL(err, ARG, "kv: residual %u, expected a multiple of the %s (%u) up to %d",
+                       kv->residual_tokens, kv->plus ? "page" : "group", unit, MAX_RESIDUAL_TOKENS);
     if (kv->sink_tokens > MAX_RESIDUAL_TOKENS)
         return KI_FAIL(err, ARG, "kv: %u sinks, expected up to %d", kv->sink_tokens,
                        MAX_RESIDUAL_TOKENS);
@@ -130,6 +165,7 @@ static void place_planes(ki_layout *l) {
     const size_t elements = (size_t)KI_PAGE_TOKENS * d;
     l->k_group = l->kv.group;
     l->v_group = l->kv.plus ? ki_plus_value_group(d) : l->kv.group;
+    if (l->kv.plus & KIVI_PLUS_V32) l->v_group = KI_MIN(l->v_group, 32u);
     const size_t k_meta = k < 16 ? elements / l->k_group * 2 : 0,
                  v_meta = v < 16 ? elements / l->v_group * 2 : 0;
     const size_t n_wide = ki_has_wide(l) ? d / 4 : 0;
@@ -151,7 +187,8 @@ void ki_layout_keys(ki_plus_keys *out, const ki_layout *l, uint8_t *page) {
     *out = (ki_plus_keys){.bits = l->kv.k_bits,
                           .low = (uint32_t *)(page + l->k_codes_at),
                           .scale = (uint16_t *)(page + l->k_scale_at),
-                          .zero = (uint16_t *)(page + l->k_zero_at)};
+                          .zero = (uint16_t *)(page + l->k_zero_at),
+                          .group = l->k_group};
     if (!ki_has_wide(l)) return;
     out->wide = (uint32_t *)(page + l->k_wide_at);
     out->list = page + l->k_list_at;

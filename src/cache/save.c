@@ -21,6 +21,7 @@
 #include "save.h"
 
 #include <errno.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* ---- the stream ---- */
@@ -36,6 +37,10 @@ kivi_status ki_stream_open(ki_stream *s, const char *path, bool writing, kivi_er
                 : 0;
     if (n < 0 || (size_t)n >= sizeof s->temp_path)
         return KI_FAIL(err, ARG, "%s: the path is too long", path);
+    /* A pipe or device would be replaced by the renamed file; opening a pipe waits. */
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        return KI_FAIL(err, IO, "%s: is no regular file", path);
     s->file = fopen(writing ? s->temp_path : path, writing ? "wb" : "rb");
     if (!s->file) return KI_FAIL(err, IO, "%s: %s", path, strerror(errno));
     return KIVI_OK;
@@ -233,8 +238,9 @@ static void side(ki_stream *s, kivi_seq *seq, bool keys, uint32_t layer, uint32_
     uint32_t groups_from = from / l->k_group * l->k_group; /* it may begin with sinks */
     uint32_t groups_end = keys && from < line ? line : 0;
     rows(s, seq, keys, layer, head, 0, sinks);
-    for (uint32_t p = groups_from; ki_has_wide(l) && p < groups_end && s->status == KIVI_OK;
-         p += l->k_group)
+    uint32_t pages_from = from / KI_PAGE_TOKENS * KI_PAGE_TOKENS;
+    for (uint32_t p = pages_from; ki_has_wide(l) && p < groups_end && s->status == KIVI_OK;
+         p += KI_PAGE_TOKENS)
         key_list(s, seq, layer, head, p);
     for (uint32_t p = from; p < packed && s->status == KIVI_OK; p++)
         (keys ? key_codes : value_codes)(s, seq, layer, head, p);
@@ -259,8 +265,7 @@ static void expect_u32(ki_stream *s, uint32_t value, const char *name) {
 static const char *const versions[] = {"a plain kind and no sliding window",
                                        "a plain kind and a sliding window", "a + kind"};
 
-static void header(ki_stream *s, kivi_seq *seq) {
-    const ki_layout *l = &seq->cache->layout;
+static void header(ki_stream *s, const ki_layout *l) {
     const int version = l->kv.plus ? 2 : l->window ? 1 : 0;
     const char expected[9] = {'K', 'I', 'V', 'I', 'S', 'E', 'Q', (char)('1' + version)};
     char magic[8], what[128];
@@ -340,7 +345,7 @@ void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
         ki_stream_fail(s, KIVI_UNSUPPORTED, "a cache on another device cannot be saved or loaded");
         return;
     }
-    header(s, seq);
+    header(s, l);
     ki_stream_bytes(s, &n_tokens, sizeof n_tokens);
     ki_stream_bytes(s, &run_start, sizeof run_start);
     if (l->window || l->kv.plus) ki_stream_bytes(s, &n_gone, sizeof n_gone);
@@ -351,6 +356,18 @@ void ki_seq_stream(ki_stream *s, kivi_seq *seq) {
             side(s, seq, true, layer, head);
             side(s, seq, false, layer, head);
         }
+}
+
+void ki_seq_look(ki_stream *s, const ki_layout *layout) {
+    uint8_t bytes[4096];
+    struct stat st;
+    header(s, layout);
+    if (s->status == KIVI_OK && fstat(fileno(s->file), &st))
+        ki_stream_fail(s, KIVI_IO, strerror(errno));
+    if (s->status != KIVI_OK) return;
+    off_t left = st.st_size - ftello(s->file) - (off_t)sizeof s->hash;
+    for (; left > 0 && s->status == KIVI_OK; left -= (off_t)sizeof bytes)
+        ki_stream_bytes(s, bytes, KI_MIN((size_t)left, sizeof bytes));
 }
 
 kivi_status kivi_seq_save(const kivi_seq *seq, const char *path, kivi_error *err) {

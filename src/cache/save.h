@@ -27,6 +27,9 @@ kivi_status ki_stream_finish(ki_stream *s);
 /* A sequence in the plain order (quant.h). Reading fills a new, empty sequence; a file of another
  * geometry or kind, or with numbers that are not finite, fails the stream. */
 void ki_seq_stream(ki_stream *s, kivi_seq *seq);
+/* The same file without a sequence to fill: its cache must be one of this layout; the rest is only
+ * read for the checksum. */
+void ki_seq_look(ki_stream *s, const ki_layout *layout);
 /* A new sequence gets the state of another, perhaps of a cache on another device, and pages for as
  * many tokens; what is in them the caller copies. */
 kivi_status ki_seq_take_shape(kivi_seq *to, const kivi_seq *from, kivi_error *err);

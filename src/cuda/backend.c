@@ -14,12 +14,11 @@ static ki_cuda_backend *of(const ki_backend *b) { return (ki_cuda_backend *)(uin
 
 /* The parts of a + kind as the kernels have them: all that its bits leave room for. */
 static kivi_status check_parts(const ki_layout *l, kivi_error *err) {
-    uint32_t parts = KIVI_PLUS_ALL;
-    if (l->kv.k_bits != 2) parts &= ~(uint32_t)(KIVI_PLUS_WIDE | KIVI_PLUS_FIT);
-    if (!l->kv.plus || l->kv.plus == parts) return KIVI_OK;
+    const char *not_whole = ki_plus_not_whole(&l->kv);
+    if (!not_whole) return KIVI_OK;
     return KI_FAIL(err, UNSUPPORTED,
-                   "cuda: parts %u of a + kind of cache, expected all (%u); take --device cpu",
-                   l->kv.plus, parts);
+                   "cuda: a + kind of cache with %s, expected a whole one; take --device cpu",
+                   not_whole);
 }
 
 static kivi_cache_geometry geometry_of(const ki_layout *l) {

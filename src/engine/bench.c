@@ -34,14 +34,13 @@ static kivi_status resolve_kind(kivi_bench_kind *out, const kivi_bench_kind *kin
                                 kivi_error *err) {
     kivi_cache_geometry g = {
         .n_layers = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = 128, .kv = kind->kv};
-    uint32_t parts = KIVI_PLUS_ALL;
     ki_layout layout;
     KI_TRY(ki_layout_init(&layout, &g, err));
     *out = (kivi_bench_kind){kind->name, layout.kv};
-    if (layout.kv.k_bits != 2) parts &= ~(uint32_t)(KIVI_PLUS_WIDE | KIVI_PLUS_FIT);
-    if (layout.kv.plus && layout.kv.plus != parts)
-        return KI_FAIL(err, UNSUPPORTED, "bench: %s: parts %u of a + kind, expected all (%u)",
-                       kind->name, layout.kv.plus, parts);
+    const char *not_whole = ki_plus_not_whole(&layout.kv);
+    if (not_whole)
+        return KI_FAIL(err, UNSUPPORTED, "bench: %s with %s, expected a whole + kind", kind->name,
+                       not_whole);
     if (layout.kv.group < 32 || layout.kv.residual_tokens % 32)
         return KI_FAIL(err, UNSUPPORTED,
                        "bench: %s: group %u and residual %u, expected multiples of 32", kind->name,

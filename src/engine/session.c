@@ -387,3 +387,17 @@ kivi_status kivi_session_load(kivi_session **out, kivi_engine *engine, const cha
     if (status != KIVI_OK) kivi_session_destroy(out);
     return status;
 }
+
+kivi_status kivi_session_check(kivi_engine *engine, const char *path, kivi_error *err) {
+    kivi_session *session = NULL;
+    ki_stream s;
+    KI_TRY(ki_session_new(&session, engine, err));
+    kivi_status status = ki_stream_open(&s, path, false, err);
+    if (status == KIVI_OK) {
+        session_stream(&s, session);
+        if (s.status == KIVI_OK) ki_seq_look(&s, &engine->cache->layout);
+        status = ki_stream_finish(&s);
+    }
+    kivi_session_destroy(&session);
+    return status;
+}

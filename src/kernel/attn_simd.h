@@ -100,10 +100,10 @@ KI_INLINE void fold_group_n(float *out, vf *bias, vf *largest, const float *x, u
     else fold_group(out, bias, largest, x, 4, scale, zero, n, centre);
 }
 
-/* 4 x s of the wide channels, from rows x s [nq][256]: the high bits' side of fold_group. */
-KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, unsigned nq,
+/* 4 x s of the wide channels, from rows x s [n][256]: the high bits' side of fold_group. */
+KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, unsigned n,
                          const uint8_t *list, unsigned n_wide, float centre) {
-    for (unsigned i = 0; i < nq; i++, out += ROW, xs += ROW) {
+    for (unsigned i = 0; i < n; i++, out += ROW, xs += ROW) {
         vf sum = vf_set(0.0f), top = sum;
         unsigned w = 0;
         for (; w < n_wide; w++) out[w] = 4 * xs[list[w]];
@@ -121,13 +121,13 @@ KI_INLINE void fold_wide(float *out, vf *bias, vf *largest, const float *xs, uns
  * integers, a step and a bias so that
  *   sum x (code s + z) = step (integers . codes) + bias  up to the rounding
  * r of x s to integers, which meets codes less their centre:  sum x z + centre sum r, so that an
- * integer rounded to zero still weighs its share. With a list of wide channels there is one group,
- * and row nq + i is for the high bits of query i. */
+ * integer rounded to zero still weighs its share. With a list of wide channels as many rows follow,
+ * for the high bits of each. */
 static KI_APART void fold_rows(attn_scratch *s, const float *x, unsigned nq, const uint16_t *scale,
                                const uint16_t *zero, unsigned n_groups, unsigned n, unsigned bits,
                                const uint8_t *list) {
     const float centre = (float)((1u << bits) - 1) / 2;
-    const unsigned n_low = n_groups * nq, n_rows = list ? n_low + nq : n_low;
+    const unsigned n_low = n_groups * nq, n_rows = list ? 2 * n_low : n_low;
     vf bias[FOLD_ROWS], largest[FOLD_ROWS];
     float inverse[FOLD_ROWS];
     for (unsigned r = n_rows; r < FOLD_ROWS; r++) bias[r] = largest[r] = vf_set(0.0f);
@@ -135,7 +135,8 @@ static KI_APART void fold_rows(attn_scratch *s, const float *x, unsigned nq, con
         fold_group_n(s->x + g * nq * ROW, bias + g * nq, largest + g * nq, x, nq,
                      scale + (size_t)g * n, zero ? zero + (size_t)g * n : NULL, n, centre);
     if (list)
-        fold_wide(s->x + n_low * ROW, bias + n_low, largest + n_low, s->x, nq, list, n / 4, centre);
+        fold_wide(s->x + n_low * ROW, bias + n_low, largest + n_low, s->x, n_low, list, n / 4,
+                  centre);
     vf top = vf_maxes(largest, n_rows), limit = vf_set(FOLD_LIMIT), step = vf_div(top, limit);
     vf_store(s->step, step);
     vf_store(inverse, vf_div(limit, vf_max2(top, vf_set(1e-30f)))); /* finite for a row of 0 */
@@ -398,17 +399,17 @@ static unsigned packed_to(const ki_attn_query *q, unsigned exact) {
 }
 
 /* All packed keys of nq queries, blocks [from / 16, to / 16): as many groups are folded at a time
- * as there are rows for. The high bits of wide channels have rows of their own, behind the others.
+ * as there are rows for. The high bits of wide channels have rows of their own, behind the others'.
  */
 static void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, unsigned to,
                          unsigned nq) {
-    const unsigned n = t->head_dim, bits = t->k_bits, at_once = FOLD_ROWS / nq;
+    const bool wide = t->k_bits == 2 && t->k_wide;
+    const unsigned n = t->head_dim, bits = t->k_bits, at_once = FOLD_ROWS / nq / (wide ? 2 : 1);
     const unsigned end = (to + t->k_group - 1) / t->k_group;
     const unsigned nb = vectors_at_once(bits, t->k_group), n_quads = n / 16;
-    const bool wide = bits == 2 && t->k_wide;
     dot_fn *dot = dot_kernel(bits, nb, nq), *dot_wide = dot_kernel(STREAM, nb, nq);
     code_rows c = {.n_words = n * bits / 32, .stride = 16};
-    code_rows w = {.words = t->k_wide, .n_words = n_quads, .stride = 16, .row = nq, .add = true};
+    code_rows w = {.words = t->k_wide, .n_words = n_quads, .stride = 16, .add = true};
     c.apart = (size_t)c.n_words * 16;
     for (unsigned g0 = from / t->k_group; g0 < end; g0 += at_once) {
         unsigned n_groups = KI_MIN(end - g0, at_once);
@@ -418,6 +419,7 @@ static void score_packed(const ki_attn_tile *t, attn_scratch *s, unsigned from, 
             unsigned token = (g0 + g) * t->k_group, stop = KI_MIN(token + t->k_group, to);
             for (unsigned i = 0; i < nq; i++) w.out[i] = c.out[i] = s->p + i * ROW + token;
             c.row = g * nq;
+            w.row = (n_groups + g) * nq;
             c.words = t->k_words + (size_t)token * c.n_words;
             w.first = token / 16 * n_quads;
             w.n_vectors = c.n_vectors = (stop - token + 15) / 16;

@@ -32,11 +32,16 @@ static float key_at(const uint16_t *const *blocks, unsigned token, unsigned chan
     return ki_f16_to_f32(blocks[token / KI_LANES][channel * KI_LANES + token % KI_LANES]);
 }
 
-static float squared_error(const uint16_t *const *blocks, unsigned n_sinks, unsigned c, float scale,
-                           float zero) {
+/* Tokens [from, to) of one channel. */
+typedef struct key_run {
+    const uint16_t *const *blocks;
+    unsigned channel, from, to;
+} key_run;
+
+static float squared_error(const key_run *k, float scale, float zero) {
     float sum = 0;
-    for (unsigned t = n_sinks; t < KI_PAGE_TOKENS; t++) {
-        float x = key_at(blocks, t, c);
+    for (unsigned t = k->from; t < k->to; t++) {
+        float x = key_at(k->blocks, t, k->channel);
         float value = key_code(x, scale, zero, 3) * scale + zero, d = x - value;
         sum += d * d;
     }
@@ -44,13 +49,14 @@ static float squared_error(const uint16_t *const *blocks, unsigned n_sinks, unsi
 }
 
 typedef struct key_range {
-    float min, max; /* of the tokens from n_sinks on; -0 is +0 here */
+    float min, max; /* -0 is +0 here */
 } key_range;
 
-static key_range range_of(const uint16_t *const *blocks, unsigned n_sinks, unsigned c) {
-    key_range r = {key_at(blocks, n_sinks, c), key_at(blocks, n_sinks, c)};
-    for (unsigned t = n_sinks + 1; t < KI_PAGE_TOKENS; t++) {
-        float x = key_at(blocks, t, c);
+static key_range range_of(const key_run *k) {
+    float first = key_at(k->blocks, k->from, k->channel);
+    key_range r = {first, first};
+    for (unsigned t = k->from + 1; t < k->to; t++) {
+        float x = key_at(k->blocks, t, k->channel);
         r.min = x < r.min ? x : r.min;
         r.max = x > r.max ? x : r.max;
     }
@@ -59,18 +65,19 @@ static key_range range_of(const uint16_t *const *blocks, unsigned n_sinks, unsig
     return r;
 }
 
-static void four_bits(uint16_t *scale, uint16_t *zero, key_range r) {
+static void four_bits(uint16_t *scale, uint16_t *zero, const key_run *k) {
+    key_range r = range_of(k);
     *zero = ki_f32_to_f16(r.min);
     *scale = f16_up((r.max - r.min) / 15);
 }
 
-static void two_bits(uint16_t *scale, uint16_t *zero, key_range r, const uint16_t *const *blocks,
-                     unsigned n_sinks, unsigned c, unsigned n_steps) {
+static void two_bits(uint16_t *scale, uint16_t *zero, const key_run *k, unsigned n_steps) {
+    key_range r = range_of(k);
     float mid = (r.min + r.max) / 2, least = 0;
     for (unsigned i = 0; i < n_steps; i++) {
         float a = ki_plus_key_steps[i], lo = mid + (r.min - mid) * a, hi = mid + (r.max - mid) * a;
         uint16_t z = f16_down(lo), s = f16_up((hi - ki_f16_to_f32(z)) / 3);
-        float e = squared_error(blocks, n_sinks, c, ki_f16_to_f32(s), ki_f16_to_f32(z));
+        float e = squared_error(k, ki_f16_to_f32(s), ki_f16_to_f32(z));
         if (i > 0 && !(e < least)) continue;
         least = e;
         *scale = s;
@@ -78,23 +85,31 @@ static void two_bits(uint16_t *scale, uint16_t *zero, key_range r, const uint16_
     }
 }
 
-static void code_channel(const ki_plus_keys *out, const uint16_t *const *blocks, unsigned n_sinks,
-                         unsigned c, unsigned head_dim, float levels) {
-    float scale = ki_f16_to_f32(out->scale[c]), zero = ki_f16_to_f32(out->zero[c]);
-    for (unsigned t = 0; t < KI_PAGE_TOKENS; t++) {
-        float x = key_at(blocks, t < n_sinks ? n_sinks : t, c);
-        ki_plus_put_key_code(out, t, c, head_dim, (unsigned)key_code(x, scale, zero, levels));
+/* One channel's group of tokens, the first `first`; sinks among them get the code of k->from. */
+static void close_group(const ki_plus_keys *out, const key_run *k, unsigned first,
+                        unsigned head_dim, bool is_wide, unsigned n_steps) {
+    size_t at = (size_t)(first / ki_plus_key_group(out)) * head_dim + k->channel;
+    uint16_t *scale = out->scale + at, *zero = out->zero + at;
+    *scale = *zero = 0;
+    if (k->from >= k->to) return;
+    bool is_four = out->bits == 4 || is_wide;
+    if (is_four) four_bits(scale, zero, k);
+    else two_bits(scale, zero, k, n_steps);
+    for (unsigned t = first; t < k->to; t++) {
+        float x = key_at(k->blocks, KI_MAX(t, k->from), k->channel);
+        float code = key_code(x, ki_f16_to_f32(*scale), ki_f16_to_f32(*zero), is_four ? 15 : 3);
+        ki_plus_put_key_code(out, t, k->channel, head_dim, (unsigned)code);
     }
 }
 
 void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *blocks,
                                unsigned n_sinks, unsigned head_dim, unsigned n_steps) {
-    const unsigned bits = out->bits;
+    const unsigned group = ki_plus_key_group(out);
     float spread[256];
     bool wide[256] = {false};
-    memset(out->low, 0, (size_t)KI_PAGE_TOKENS * head_dim * bits / 8);
+    memset(out->low, 0, (size_t)KI_PAGE_TOKENS * head_dim * out->bits / 8);
     for (unsigned c = 0; c < head_dim; c++) {
-        key_range r = range_of(blocks, n_sinks, c);
+        key_range r = range_of(&(key_run){blocks, c, n_sinks, KI_PAGE_TOKENS});
         spread[c] = r.max - r.min;
     }
     if (out->list) {
@@ -102,12 +117,11 @@ void ki_plus_close_keys_scalar(const ki_plus_keys *out, const uint16_t *const *b
         ki_plus_choose(out->list, spread, head_dim);
         for (unsigned w = 0; w < head_dim / 4; w++) wide[out->list[w]] = true;
     }
-    for (unsigned c = 0; c < head_dim; c++) {
-        key_range r = range_of(blocks, n_sinks, c);
-        if (bits == 4 || wide[c]) four_bits(out->scale + c, out->zero + c, r);
-        else two_bits(out->scale + c, out->zero + c, r, blocks, n_sinks, c, n_steps);
-        code_channel(out, blocks, n_sinks, c, head_dim, bits == 4 || wide[c] ? 15 : 3);
-    }
+    for (unsigned first = 0; first < KI_PAGE_TOKENS; first += group)
+        for (unsigned c = 0; c < head_dim; c++) {
+            key_run run = {blocks, c, KI_MAX(first, n_sinks), first + group};
+            close_group(out, &run, first, head_dim, wide[c], n_steps);
+        }
 }
 
 static float value_code(float x, float scale, float half) {

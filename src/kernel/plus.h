@@ -1,7 +1,9 @@
 /* plus.h: the quantizers of kivi2+, k4v2+ and k4v3+ (DESIGN.md 11) and the planes they fill.
  *
  * Keys, once for a page of 128 tokens; S sinks before the page's first other token count nowhere.
- * Arithmetic in float32, every operation rounded by itself:
+ * A channel's page is one group. To measure what that is worth it can be cut into groups: wide
+ * channels are still those of the page, the rest is said of each group; one that is all sinks has
+ * scale, zero and codes 0. Arithmetic in float32, every operation rounded by itself:
  *     wide      the D/4 channels of the largest max - min; of equal ones the lower index
  *     4 bits    (wide channels, and all of k4v2+ and k4v3+)  quant.h's definition, G = 128
  *     2 bits    mid = (min + max) / 2; for a = 1, .93, .86, .79, .72:
@@ -33,7 +35,7 @@
  *             4-bit keys: quant.h's key order for 4 bits                     4096 / 8192
  *     wide    code >> 2 of the wide channels, numbered in ascending order    512 / 1024
  *     list    [D/4] u8, the wide channels, ascending                         16 / 32
- *     scale   [D] f16, zero [D] f16                                          128 + 128 / 256 + 256
+ *     scale   [D] f16, zero [D] f16, of each group                           128 + 128 / 256 + 256
  *     values  code & 3 in quant.h's value order for 2 bits                   2048 / 4096
  *     third   3-bit values: code >> 2 in quant.h's value order for 1 bit     1024 / 2048
  *     vscale  [D/G][128] f16                                                 256 / 512
@@ -51,8 +53,8 @@
  * word [t / 32][c]. The low plane's quad k of its row r (tokens 16 r + 4 k on) so becomes bytes by
  *     (low >> 2 k & 0x03030303) | (third >> (4 (r % 2) + k) & 0x01010101) << 2
  *
- * What attention makes of them, with one key group a page (step: attn.h's fold of a vector of
- * float32 to 15 bits):
+ * What attention makes of them, of each key group (step: attn.h's fold of a vector of float32 to 15
+ * bits):
  *     score = step1 (integers of q s . low) + step2 (integers of 4 q s, wide channels gathered
  *             through the list, . high) + q . z
  *     acc   = step (integers of p s . code) - half sum p s, then turned once a row at the very end
@@ -85,14 +87,19 @@ typedef struct ki_plus_keys {
     uint32_t *low;          /* bits 2: [8][D/16][16]; bits 4: [8][D/8][16] */
     uint32_t *wide;         /* [D/8][16]; NULL at 4 bits, or where no channel is wide */
     uint8_t *list;          /* [D/4]; NULL where wide is */
-    uint16_t *scale, *zero; /* [D] f16 */
+    uint16_t *scale, *zero; /* [128 / group][D] f16 */
+    unsigned group;         /* tokens: 16, 32, 64, 128; 0: 128 */
 } ki_plus_keys;
+
+static inline unsigned ki_plus_key_group(const ki_plus_keys *keys) {
+    return keys->group ? keys->group : (unsigned)KI_PAGE_TOKENS;
+}
 
 typedef struct ki_plus_kernels {
     /* blocks: 8 of [D][16] f16, as the 16-bit store has them; finite from token n_sinks on. n_sinks
-     * <= 127. Sinks' codes are those of token n_sinks and never read; their keys are not read. Of
-     * the candidates the first n_steps are tried, 1 to KI_PLUS_KEY_STEPS. D a multiple of 16 up to
-     * 256. */
+     * <= 127. Sinks' codes are those of their group's first other token and never read; their keys
+     * are not read. Of the candidates the first n_steps are tried, 1 to KI_PLUS_KEY_STEPS. D a
+     * multiple of 16 up to 256. */
     void (*close_keys)(const ki_plus_keys *out, const uint16_t *const *blocks, unsigned n_sinks,
                        unsigned head_dim, unsigned n_steps);
     /* codes [D] u8, scale [D/G] f16 from a turned row x [D] f16, finite. bits 2 or 3; the first

@@ -6,16 +6,19 @@ enum { PLUS_BLOCKS = KI_PAGE_TOKENS / KI_LANES, PLUS_MAX_DIM = 256 };
 
 /* ---- keys ---- */
 
+/* Of a page, then of each of its groups: the blocks of n_tokens tokens, of which the first n_sinks,
+ * fewer, are sinks. */
 typedef struct plus_page {
     const uint16_t *const *blocks;
-    unsigned n_sinks, head_dim;
+    unsigned n_sinks, n_tokens, head_dim;
     uint8_t list[PLUS_MAX_DIM];
     float min[PLUS_MAX_DIM], max[PLUS_MAX_DIM], spread[PLUS_MAX_DIM];
 } plus_page;
 
-/* One channel's 128 keys, sinks replaced by the first other token: so they change no range. */
+/* One channel's keys, sinks replaced by the first other token: so they change no range. */
 KI_INLINE void plus_row(uint16_t *row, const plus_page *p, unsigned c) {
-    for (unsigned b = 0; b < PLUS_BLOCKS; b++)
+    memcpy(row, p->blocks[0] + (size_t)c * KI_LANES, KI_LANES * sizeof *row);
+    for (unsigned b = 1; b < p->n_tokens / KI_LANES; b++)
         memcpy(row + b * KI_LANES, p->blocks[b] + (size_t)c * KI_LANES, KI_LANES * sizeof *row);
     for (unsigned t = 0; t < p->n_sinks; t++) row[t] = row[p->n_sinks];
 }
@@ -25,7 +28,7 @@ static void plus_ranges(plus_page *p) {
         uint16_t row[KI_PAGE_TOKENS];
         plus_row(row, p, c);
         vf low = vf_load_f16(row), high = low;
-        for (unsigned t = KI_LANES; t < KI_PAGE_TOKENS; t += KI_LANES) {
+        for (unsigned t = KI_LANES; t < p->n_tokens; t += KI_LANES) {
             vf x = vf_load_f16(row + t);
             low = vf_min2(x, low);
             high = vf_max2(x, high);
@@ -58,15 +61,15 @@ KI_INLINE vf plus_code(vf x, vf scale, vf zero, vf levels) {
     return vf_zero_where_zero(plus_clamp(q, levels), scale);
 }
 
-/* zero and scale [steps][16] f16 of sixteen channels whose keys stand in x [128][16]: the error of
- * every candidate, the channels in the lanes, so that each sum runs from token to token. */
+/* zero and scale [steps][16] f16 of sixteen channels whose keys stand in x [tokens][16]: the error
+ * of every candidate, the channels in the lanes, so that each sum runs from token to token. */
 typedef struct plus_search {
     uint16_t x[KI_PAGE_TOKENS * KI_LANES];
     uint16_t zero[KI_PLUS_KEY_STEPS][KI_LANES], scale[KI_PLUS_KEY_STEPS][KI_LANES];
     float error[KI_PLUS_KEY_STEPS][KI_LANES];
 } plus_search;
 
-static void plus_try(plus_search *s, vf min, vf max, unsigned n_sinks) {
+static void plus_try(plus_search *s, vf min, vf max, unsigned n_sinks, unsigned n_tokens) {
     vf scale[KI_PLUS_KEY_STEPS], zero[KI_PLUS_KEY_STEPS], error[KI_PLUS_KEY_STEPS];
     vf mid = vf_div(vf_add(min, max), vf_set(2.0f)), levels = vf_set(3.0f);
     for (int k = 0; k < KI_PLUS_KEY_STEPS; k++) {
@@ -77,7 +80,7 @@ static void plus_try(plus_search *s, vf min, vf max, unsigned n_sinks) {
         scale[k] = vf_load_f16(s->scale[k]);
         error[k] = vf_set(0.0f);
     }
-    for (unsigned t = n_sinks; t < KI_PAGE_TOKENS; t++) {
+    for (unsigned t = n_sinks; t < n_tokens; t++) {
         vf x = vf_load_f16(s->x + (size_t)t * KI_LANES);
         for (int k = 0; k < KI_PLUS_KEY_STEPS; k++) {
             vf code = plus_code(x, scale[k], zero[k], levels);
@@ -97,11 +100,11 @@ static void plus_search_channels(const ki_plus_keys *out, const plus_page *p, co
         unsigned c = list[i < n ? i : n - 1];
         uint16_t row[KI_PAGE_TOKENS];
         plus_row(row, p, c);
-        for (unsigned t = 0; t < KI_PAGE_TOKENS; t++) s.x[(size_t)t * KI_LANES + i] = row[t];
+        for (unsigned t = 0; t < p->n_tokens; t++) s.x[(size_t)t * KI_LANES + i] = row[t];
         min[i] = p->min[c];
         max[i] = p->max[c];
     }
-    plus_try(&s, vf_load(min), vf_load(max), p->n_sinks);
+    plus_try(&s, vf_load(min), vf_load(max), p->n_sinks, p->n_tokens);
     for (unsigned i = 0; i < n; i++) {
         unsigned best = 0;
         for (unsigned k = 1; k < n_steps; k++)
@@ -120,13 +123,13 @@ static void plus_four_bits(const ki_plus_keys *out, const plus_page *p) {
     }
 }
 
-/* codes [8][16] i32 of one channel. */
+/* codes [n_tokens / 16][16] i32 of one channel. */
 KI_INLINE void plus_code_channel(vi *codes, const ki_plus_keys *out, const plus_page *p, unsigned c,
                                  float levels) {
     uint16_t row[KI_PAGE_TOKENS];
     plus_row(row, p, c);
     vf scale = vf_set(ki_f16_to_f32(out->scale[c])), zero = vf_set(ki_f16_to_f32(out->zero[c]));
-    for (unsigned b = 0; b < PLUS_BLOCKS; b++)
+    for (unsigned b = 0; b < p->n_tokens / KI_LANES; b++)
         codes[b] =
             vf_to_vi(plus_code(vf_load_f16(row + b * KI_LANES), scale, zero, vf_set(levels)));
 }
@@ -135,52 +138,83 @@ KI_INLINE void plus_or(uint32_t *words, vi codes, unsigned bit) {
     vi_store((int32_t *)words, vi_or(vi_load((const int32_t *)words), vi_shl(codes, bit)));
 }
 
-/* The high two bits of wide channel number w: its place moves from block to block. */
-static void plus_put_wide(uint32_t *wide, const vi *codes, unsigned w, unsigned head_dim) {
-    for (unsigned b = 0; b < PLUS_BLOCKS; b++) {
-        unsigned quad = b * (head_dim / 16) + w / 4;
+/* The high two bits of wide channel number w in n blocks from `first` on: its place moves from
+ * block to block. */
+static void plus_put_wide(uint32_t *wide, const vi *codes, unsigned w, unsigned first, unsigned n,
+                          unsigned head_dim) {
+    for (unsigned b = 0; b < n; b++) {
+        unsigned quad = (first + b) * (head_dim / 16) + w / 4;
         plus_or(wide + (size_t)(quad / 4) * KI_LANES, vi_shr(codes[b], 2),
                 8 * (w % 4) + 2 * (quad % 4));
     }
 }
 
-/* All codes, the tokens in the lanes, as the words have them. n_wide channels of the list are wide.
+/* All codes of a group, the tokens in the lanes, as the words have them, into planes that were
+ * zeroed; its first block is the page's block number `first`. n_wide channels of the list are wide.
  */
-static void plus_write_codes(const ki_plus_keys *out, const plus_page *p, unsigned n_wide) {
+static void plus_write_codes(const ki_plus_keys *out, const plus_page *p, unsigned first,
+                             unsigned n_wide) {
     unsigned bits = out->bits, n = 32 / bits, n_words = p->head_dim / n, w = 0;
-    memset(out->low, 0, (size_t)KI_PAGE_TOKENS * n_words * sizeof *out->low);
-    if (out->wide) memset(out->wide, 0, (size_t)KI_PAGE_TOKENS * p->head_dim / 16);
+    unsigned n_blocks = p->n_tokens / KI_LANES;
+    uint32_t *low = out->low + (size_t)first * n_words * KI_LANES;
     for (unsigned c = 0; c < p->head_dim; c++) {
         bool wide = w < n_wide && p->list[w] == c;
         vi codes[PLUS_BLOCKS], mask = vi_set((1 << bits) - 1);
         plus_code_channel(codes, out, p, c, wide || bits == 4 ? 15.0f : 3.0f);
-        for (unsigned b = 0; b < PLUS_BLOCKS; b++)
-            plus_or(out->low + ((size_t)b * n_words + c / n) * KI_LANES, vi_and(codes[b], mask),
+        for (unsigned b = 0; b < n_blocks; b++)
+            plus_or(low + ((size_t)b * n_words + c / n) * KI_LANES, vi_and(codes[b], mask),
                     ki_code_bit(c % n, bits));
-        if (wide) plus_put_wide(out->wide, codes, w++, p->head_dim);
+        if (wide) plus_put_wide(out->wide, codes, w++, first, n_blocks, p->head_dim);
     }
+}
+
+/* A group whose ranges are known. */
+static void plus_close_group(const ki_plus_keys *out, const plus_page *p, unsigned first,
+                             unsigned n_wide, unsigned n_steps) {
+    plus_four_bits(out, p);
+    if (out->bits == 2) {
+        uint8_t narrow[PLUS_MAX_DIM];
+        unsigned n_narrow = 0;
+        for (unsigned c = 0, w = 0; c < p->head_dim; c++)
+            if (w < n_wide && p->list[w] == c) w++;
+            else narrow[n_narrow++] = (uint8_t)c;
+        for (unsigned i = 0; i < n_narrow; i += KI_LANES)
+            plus_search_channels(out, p, narrow + i, KI_MIN(n_narrow - i, (unsigned)KI_LANES),
+                                 n_steps);
+    }
+    plus_write_codes(out, p, first, n_wide);
 }
 
 static void plus_close_keys_simd(const ki_plus_keys *out, const uint16_t *const *blocks,
                                  unsigned n_sinks, unsigned head_dim, unsigned n_steps) {
-    plus_page p = {.blocks = blocks, .n_sinks = n_sinks, .head_dim = head_dim};
-    unsigned n_wide = out->list ? head_dim / 4 : 0, n_narrow = 0;
+    plus_page p = {
+        .blocks = blocks, .n_sinks = n_sinks, .n_tokens = KI_PAGE_TOKENS, .head_dim = head_dim};
+    unsigned n_wide = out->list ? head_dim / 4 : 0, group = ki_plus_key_group(out);
+    memset(out->low, 0, (size_t)KI_PAGE_TOKENS * head_dim * out->bits / 8);
     plus_ranges(&p);
-    plus_four_bits(out, &p);
     if (out->list) {
+        memset(out->wide, 0, (size_t)KI_PAGE_TOKENS * head_dim / 16);
         ki_plus_choose(p.list, p.spread, head_dim);
         memcpy(out->list, p.list, n_wide);
     }
-    if (out->bits == 2) {
-        uint8_t narrow[PLUS_MAX_DIM];
-        for (unsigned c = 0, w = 0; c < head_dim; c++)
-            if (w < n_wide && p.list[w] == c) w++;
-            else narrow[n_narrow++] = (uint8_t)c;
-        for (unsigned i = 0; i < n_narrow; i += KI_LANES)
-            plus_search_channels(out, &p, narrow + i, KI_MIN(n_narrow - i, (unsigned)KI_LANES),
-                                 n_steps);
+    if (group == KI_PAGE_TOKENS) {
+        plus_close_group(out, &p, 0, n_wide, n_steps);
+        return;
     }
-    plus_write_codes(out, &p, n_wide);
+    p.n_tokens = group;
+    ki_plus_keys part = *out;
+    for (unsigned t = 0; t < KI_PAGE_TOKENS; t += group) {
+        p.blocks = blocks + t / KI_LANES;
+        p.n_sinks = n_sinks > t ? n_sinks - t : 0;
+        memset(part.scale, 0, head_dim * sizeof *part.scale);
+        memset(part.zero, 0, head_dim * sizeof *part.zero);
+        if (p.n_sinks < group) {
+            plus_ranges(&p);
+            plus_close_group(&part, &p, t / KI_LANES, n_wide, n_steps);
+        }
+        part.scale += head_dim;
+        part.zero += head_dim;
+    }
 }
 
 /* ---- values ---- */

@@ -41,6 +41,18 @@ double ki_read_real(ki_reader *r, const char *gguf, const char *hf, double fallb
     return value;
 }
 
+bool ki_read_is_set(const ki_reader *r, const char *gguf, const char *hf) {
+    char buffer[KEY_BYTES];
+    const char *key = key_of(buffer, r, gguf, hf);
+    kivi_error other = {0};
+    uint64_t whole;
+    double real;
+    bool found = false;
+    if (!key) return false;
+    if (!ki_file_u64(&whole, &found, r->file, key, 0, 0, &other)) return false; /* missing, or 0 */
+    return ki_file_f64(&real, &found, r->file, key, 0, 0, &other) != KIVI_OK;
+}
+
 bool ki_read_bool(ki_reader *r, const char *gguf, const char *hf, bool fallback) {
     char buffer[KEY_BYTES];
     const char *key = key_of(buffer, r, gguf, hf);
@@ -137,7 +149,24 @@ static void read_head_dim(ki_config *c, ki_reader *r) {
                             ki_file_label(r->file), r->prefix, turned, c->head_dim);
 }
 
+/* What a GGUF file may ask for of any architecture and no pass here does. A value that changes
+ * nothing is none: 0, or 1 for a factor. */
+static void refuse_beyond(ki_reader *r) {
+    static const char *const factors[] = {"logit_scale", "residual_scale", "embedding_scale"},
+                             *const others[] = {"attention.scale", "attn_logit_softcapping",
+                                                "final_logit_softcapping",
+                                                "attention.max_alibi_bias", "attention.clamp_kqv"};
+    for (size_t i = 0; i < sizeof factors / sizeof *factors; i++)
+        if (ki_read_is_set(r, factors[i], NULL) && ki_read_real(r, factors[i], NULL, 1) != 1)
+            ki_refuse(r, factors[i], NULL, "set", "1");
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
+        if (ki_read_is_set(r, others[i], NULL)) ki_refuse(r, others[i], NULL, "set", "0");
+    if (!ki_read_bool(r, "attention.causal", NULL, true))
+        ki_refuse(r, "attention.causal", NULL, "false", "true");
+}
+
 void ki_config_sizes(ki_config *c, ki_reader *r, const ki_size_keys *keys) {
+    refuse_beyond(r);
     c->n_layers = ki_read_uint(r, "block_count", keys->layers, KI_MAX_LAYERS, 0);
     c->n_embd = ki_read_uint(r, "embedding_length", "hidden_size", KI_MAX_WIDTH, 0);
     c->n_ff =

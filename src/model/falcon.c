@@ -56,7 +56,7 @@ void ki_falcon_read(ki_config *c, ki_reader *r) {
                          .gguf_eps = "attention.layer_norm_epsilon",
                          .eps = "layer_norm_epsilon",
                          .eps_default = 1e-5};
-    bool nested = ki_read_kind(r, NULL, "rope_parameters") == KI_VALUE_OBJECT;
+    bool nested = ki_read_kind(r, NULL, "rope_parameters") != KI_VALUE_NONE;
     ki_config_sizes(c, r, &keys);
     ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters" : "rope_scaling", "rope_theta",
                  10000.0);

@@ -56,7 +56,7 @@ const char *const ki_gemma_names[KI_PART_COUNT][2] = {
 /* ---- configurations ---- */
 
 static void plain_rope(ki_config *c, ki_reader *r) {
-    bool nested = ki_read_kind(r, NULL, "rope_parameters") == KI_VALUE_OBJECT;
+    bool nested = ki_read_kind(r, NULL, "rope_parameters") != KI_VALUE_NONE;
     ki_rope_read(&c->rope[0], r, c, nested ? "rope_parameters" : "rope_scaling", "rope_theta",
                  10000.0);
 }
@@ -68,9 +68,8 @@ static void want_activation(ki_reader *r, const char *hf, const char *name) {
 }
 
 static void read_window(ki_config *c, ki_reader *r) {
-    if (ki_read_kind(r, "attention.sliding_window", "sliding_window") == KI_VALUE_NONE) return;
-    c->window =
-        ki_read_uint(r, "attention.sliding_window", "sliding_window", KI_MAX_CTX, KI_MAX_CTX);
+    static const char gguf[] = "attention.sliding_window", hf[] = "sliding_window";
+    if (ki_read_is_set(r, gguf, hf)) c->window = ki_read_uint(r, gguf, hf, KI_MAX_CTX, KI_MAX_CTX);
 }
 
 static void llama_like(ki_config *c, ki_reader *r) {
@@ -92,9 +91,9 @@ void ki_llama_read(ki_config *c, ki_reader *r) {
     ki_refuse_flag(r, "attention_bias");
     c->paired_rows = r->is_gguf;
     if (r->is_gguf) all_local(c, r); /* a Mistral calls itself llama there */
-    else if (ki_read_kind(r, NULL, "sliding_window") != KI_VALUE_NONE)
+    else if (ki_read_is_set(r, NULL, "sliding_window"))
         ki_refuse(r, NULL, "sliding_window", "set", "none");
-    if (r->status == KIVI_OK && ki_read_kind(r, "expert_count", "num_local_experts"))
+    if (ki_read_is_set(r, "expert_count", "num_local_experts"))
         ki_refuse(r, "expert_count", "num_local_experts", "set", "a model without experts");
 }
 
@@ -174,8 +173,8 @@ void ki_gemma3_read(ki_config *c, ki_reader *r) {
     ki_refuse_flag(r, "attention_bias");
     ki_refuse_flag(r, "use_bidirectional_attention");
     for (size_t i = 0; i < sizeof caps / sizeof *caps; i++)
-        if (ki_read_kind(r, caps[i], caps[i]) != KI_VALUE_NONE)
-            ki_refuse(r, caps[i], caps[i], "set", "none");
+        if (ki_read_kind(r, NULL, caps[i]) != KI_VALUE_NONE) /* GGUF's: ki_config_sizes */
+            ki_refuse(r, NULL, caps[i], "set", "none");
     c->head_norms = c->post_norms = c->tanh_gelu = true;
     c->norm_plus_one = !r->is_gguf;
     c->embed_scale = sqrtf((float)c->n_embd);

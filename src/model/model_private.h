@@ -26,6 +26,8 @@ double ki_read_real(ki_reader *r, const char *gguf, const char *hf, double fallb
 bool ki_read_bool(ki_reader *r, const char *gguf, const char *hf, bool fallback);
 void ki_read_text(ki_reader *r, char *out, size_t n_bytes, const char *gguf, const char *hf);
 ki_value_kind ki_read_kind(ki_reader *r, const char *gguf, const char *hf);
+/* The key is there and no 0, which many files write for "none". */
+bool ki_read_is_set(const ki_reader *r, const char *gguf, const char *hf);
 /* UNSUPPORTED: the key, what it is, what would do. */
 void ki_refuse(ki_reader *r, const char *gguf, const char *hf, const char *found,
                const char *expected);

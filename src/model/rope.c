@@ -20,8 +20,12 @@ static double yarn_mscale(double scale, double mscale) {
     return scale <= 1 ? 1.0 : 0.1 * mscale * log(scale) + 1.0;
 }
 
+/* A factor without a type is linear, as in the files from before there were types, which also had
+ * another key for it. */
 static void gguf_rope(ki_rope *out, ki_reader *r, const ki_config *c, const char *type) {
-    out->factor = ki_read_real(r, "rope.scaling.factor", NULL, 1.0);
+    out->factor = ki_read_real(r, "rope.scale_linear", NULL, 1.0);
+    out->factor = ki_read_real(r, "rope.scaling.factor", NULL, out->factor);
+    if (!type[0] && out->factor != 1.0) type = "linear";
     out->original_ctx =
         ki_read_uint(r, "rope.scaling.original_context_length", NULL, KI_MAX_CTX, c->ctx_tokens);
     if (!strcmp(type, "linear")) out->scaling = KI_ROPE_LINEAR;
@@ -78,17 +82,32 @@ static void hf_llama3(ki_rope *out, const hf_object *o) {
                     ki_file_label(o->r->file), o->name, out->high, out->low);
 }
 
+/* Without its factor a scaling would silently be none. */
+static void want_factor(const hf_object *o, const char *type) {
+    char key[128];
+    snprintf(key, sizeof key, "%s.factor", o->name);
+    if (o->r->status == KIVI_OK && ki_read_kind(o->r, NULL, key) == KI_VALUE_NONE)
+        o->r->status = KI_FAIL(o->r->err, FORMAT, "%s: key %s is missing, rope type %.20s needs it",
+                               ki_file_label(o->r->file), key, type);
+}
+
 static void hf_rope(ki_rope *out, ki_reader *r, const ki_config *c, const char *name) {
     hf_object o = {r, name};
     char type[32], key[128];
+    ki_value_kind kind = ki_read_kind(r, NULL, name);
+    if (kind != KI_VALUE_NONE && kind != KI_VALUE_OBJECT)
+        ki_refuse(r, NULL, name, "no object", "an object or null");
     hf_text(&o, type, sizeof type, "rope_type");
     snprintf(key, sizeof key, "%s.%s", name, type[0] ? "rope_type" : "type");
     if (!type[0]) hf_text(&o, type, sizeof type, "type"); /* the older spelling */
     out->factor = hf_real(&o, "factor", 1.0);
     out->original_ctx = ki_read_real(r, NULL, "original_max_position_embeddings", c->ctx_tokens);
     out->original_ctx = hf_real(&o, "original_max_position_embeddings", out->original_ctx);
-    if (r->status == KIVI_OK && hf_real(&o, "partial_rotary_factor", 1.0) < 1.0)
+    double turned = ki_read_real(r, NULL, "partial_rotary_factor", 1.0);
+    if (r->status == KIVI_OK && hf_real(&o, "partial_rotary_factor", turned) < 1.0)
         ki_refuse(r, NULL, name, "partial_rotary_factor below 1", "whole heads");
+    if (!strcmp(type, "linear") || !strcmp(type, "llama3") || !strcmp(type, "dynamic"))
+        want_factor(&o, type);
     if (!strcmp(type, "linear")) out->scaling = KI_ROPE_LINEAR;
     else if (!strcmp(type, "llama3")) hf_llama3(out, &o);
     else if (!strcmp(type, "yarn")) hf_yarn(out, &o, c);

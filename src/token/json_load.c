@@ -205,9 +205,8 @@ static kivi_status make_model(ki_vocab *v, const json_t *model, kivi_error *err)
 
 /* Control tokens are always looked for in the text as it came: only there is it known what is a
  * template's and what a user's. The others may ask for normalized text. */
-static bool is_late(const json_t *item) {
-    bool is_special = ki_json_flag(item, "special", false);
-    return !is_special && ki_json_flag(item, "normalized", true);
+static bool is_late(const json_t *item, bool is_control) {
+    return !is_control && ki_json_flag(item, "normalized", true);
 }
 
 /* The text that a late token is looked for as: its spelling, normalized. */
@@ -236,7 +235,7 @@ static kivi_status add_tokens(ki_vocab *v, ki_pass *run, const json_t *added, ki
                         .takes_left = ki_json_flag(item, "lstrip", false),
                         .takes_right = ki_json_flag(item, "rstrip", false),
                         .single_word = ki_json_flag(item, "single_word", false)};
-        bool late_one = is_late(item);
+        bool late_one = is_late(item, s.is_control);
         if (late_one) KI_TRY(late_text(&s.text, v, run, s.text, err));
         ki_specials *to = late_one ? late : early;
         if (s.text.n_bytes) to->items[to->n_items++] = s;

@@ -104,12 +104,26 @@ static kivi_status copy_tokens(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_
     return KIVI_OK;
 }
 
+/* Whether an added token marks a turn, or looks as such tokens do. Some files have these as words
+ * of the user's, who could then write a turn of another. */
+static bool is_mark(ki_span text) {
+    static const char *const marks[] = {"<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"};
+    if (text.n_bytes > 4 && !memcmp(text.bytes, "<|", 2) &&
+        !memcmp(text.bytes + text.n_bytes - 2, "|>", 2))
+        return true;
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (strlen(marks[i]) == text.n_bytes && !memcmp(marks[i], text.bytes, text.n_bytes))
+            return true;
+    return false;
+}
+
 static kivi_status copy_types(ki_vocab *vocab, const ki_vocab_spec *spec, kivi_error *err) {
     KI_TRY(make(&vocab->types, vocab, spec->n_tokens, 1, err));
     for (size_t i = 0; i < spec->n_tokens; i++) {
         int32_t type = spec->types ? spec->types[i] : KI_TOKEN_NORMAL;
         if (type < 0 || type > KI_TOKEN_BYTE)
             return KI_FAIL(err, FORMAT, "vocabulary: token %zu: type %d, expected 0 to 6", i, type);
+        if (type == KI_TOKEN_USER && is_mark(ki_vocab_text(vocab, i))) type = KI_TOKEN_CONTROL;
         vocab->types[i] = (uint8_t)type;
     }
     return KIVI_OK;

@@ -63,10 +63,10 @@ static void side_init(side *s, size_t n) {
 static void oracle_plus_page(oracle *o, uint32_t t, uint32_t head) {
     const ki_layout *l = &o->l;
     uint32_t d = l->head_dim, row = l->n_kv_heads * d, sinks = l->kv.sink_tokens;
-    uint16_t *store = check_alloc((size_t)128 * d * 2), scale[256], zero[256];
+    uint16_t *store = check_alloc((size_t)128 * d * 2), scale[4 * 256], zero[4 * 256];
     uint8_t list[64];
     const uint16_t *blocks[8];
-    ki_plus_keys keys = {.bits = l->kv.k_bits, .scale = scale, .zero = zero};
+    ki_plus_keys keys = {.bits = l->kv.k_bits, .scale = scale, .zero = zero, .group = l->k_group};
     keys.low = check_alloc((size_t)128 * d);
     uint32_t *wide = check_alloc((size_t)128 * d);
     if (l->kv.plus & KIVI_PLUS_WIDE) keys.wide = wide, keys.list = list;
@@ -80,31 +80,34 @@ static void oracle_plus_page(oracle *o, uint32_t t, uint32_t head) {
     for (uint32_t i = 0; i < 128 * d; i++) {
         size_t at = (size_t)(t + i / d) * row + head * d + i % d;
         o->k.code[at] = (uint8_t)ki_plus_key_code(&keys, i / d, i % d, d);
-        o->k.scale[at] = ki_f16_to_f32(scale[i % d]);
-        o->k.zero[at] = ki_f16_to_f32(zero[i % d]);
+        o->k.scale[at] = ki_f16_to_f32(scale[i / d / l->k_group * d + i % d]);
+        o->k.zero[at] = ki_f16_to_f32(zero[i / d / l->k_group * d + i % d]);
         for (uint32_t w = 0; keys.list && w < d / 4; w++)
             if (list[w] == i % d) o->k.wide[at] = 1;
     }
     free(store), free(keys.low), free(wide);
 }
 
-/* One head's row of values at element `at`: the zero that makes (code - half) scale. */
+/* One group of a row of values at element `at`: the zero that makes (code - half) scale. */
 static void oracle_plus_values(oracle *o, size_t at) {
     const ki_layout *l = &o->l;
-    uint32_t d = l->head_dim, bits = l->kv.v_bits, group = ki_plus_value_group(d);
-    uint16_t x[256], scale[16];
-    for (uint32_t c = 0; c < d; c++) x[c] = ki_f32_to_f16(o->v.exact[at + c]);
-    ki_plus_quantize_values_scalar(o->v.code + at, scale, x, d, bits,
+    uint32_t n = l->v_group, bits = l->kv.v_bits;
+    uint16_t x[64], scale;
+    for (uint32_t c = 0; c < n; c++) x[c] = ki_f32_to_f16(o->v.exact[at + c]);
+    ki_plus_quantize_values_scalar(o->v.code + at, &scale, x, n, bits,
                                    l->kv.plus & KIVI_PLUS_STEP ? KI_PLUS_VALUE_STEPS : 1);
-    for (uint32_t c = 0; c < d; c++) {
-        o->v.scale[at + c] = ki_f16_to_f32(scale[c / group]);
+    for (uint32_t c = 0; c < n; c++) {
+        o->v.scale[at + c] = ki_f16_to_f32(scale);
         o->v.zero[at + c] = -(float)((1u << bits) - 1) / 2 * o->v.scale[at + c];
     }
 }
 
 static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, uint32_t n_tokens) {
     size_t row = (size_t)l->n_kv_heads * l->head_dim, n = row * n_tokens;
-    uint32_t group = l->k_group;
+    const uint32_t parts = l->kv.plus;
+    /* keys that plus.h says nothing of are quant.h's, in groups of a page too */
+    bool closes_pages = parts && (l->kv.k_bits == 4 || parts & (KIVI_PLUS_WIDE | KIVI_PLUS_FIT));
+    uint32_t group = closes_pages ? 128 : l->k_group;
     *o = (oracle){.l = *l, .n_tokens = n_tokens};
     side_init(&o->k, n);
     side_init(&o->v, n);
@@ -119,13 +122,13 @@ static void oracle_init(oracle *o, const ki_layout *l, const uint32_t *tokens, u
          t += group) { /* whole groups of tokens; sinks do not count in theirs */
         uint32_t first = KI_MAX(t, KI_MIN(l->kv.sink_tokens, t + group));
         if (first == t + group) continue;
-        for (uint32_t head = 0; l->kv.plus && head < l->n_kv_heads; head++)
+        for (uint32_t head = 0; closes_pages && head < l->n_kv_heads; head++)
             oracle_plus_page(o, t, head);
-        for (size_t c = 0; !l->kv.plus && c < row; c++)
+        for (size_t c = 0; !closes_pages && c < row; c++)
             oracle_group(&o->k, first * row + c, row, t + group - first, l->kv.k_bits);
     }
-    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += l->kv.plus ? l->head_dim : l->v_group)
-        if (l->kv.plus) oracle_plus_values(o, i);
+    for (size_t i = 0; l->kv.v_bits < 16 && i < n; i += l->v_group)
+        if (parts && !(parts & KIVI_PLUS_ZERO)) oracle_plus_values(o, i);
         else oracle_group(&o->v, i, 1, l->v_group, l->kv.v_bits);
 }
 
@@ -485,6 +488,17 @@ static void one(uint32_t d, uint32_t heads, uint32_t bits, uint32_t group, uint3
     one_kind(d, heads, &kv, rule, n, decode_only);
 }
 
+/* bits: of keys, of values, and the parts. */
+static void one_plus(uint32_t d, uint32_t heads, const uint32_t bits[3], uint32_t residual,
+                     uint32_t sinks, uint32_t rule, uint32_t n, bool decode_only) {
+    const kivi_kv_options kv = {.k_bits = bits[0],
+                                .v_bits = bits[1],
+                                .plus = bits[2],
+                                .residual_tokens = residual,
+                                .sink_tokens = sinks};
+    one_kind(d, heads, &kv, rule, n, decode_only);
+}
+
 /* The + kinds: every head size, every pair of bits and parts left out, rules and sinks in turn. */
 static void plus_kinds(void) {
     static const uint32_t dims[] = {16, 32, 48, 64, 80, 96, 128, 256};
@@ -502,22 +516,62 @@ static void plus_kinds(void) {
     for (uint32_t i = 0; i < 8; i++)
         for (uint32_t b = 0; b < N; b++) {
             uint32_t turn = i * N + b;
-            const kivi_kv_options kv = {.k_bits = bits[b][0],
-                                        .v_bits = bits[b][1],
-                                        .plus = bits[b][2],
-                                        .residual_tokens = turn % 5 ? 128 : 256,
-                                        .sink_tokens = sinks[turn % 6]};
-            one_kind(dims[i], turn % 3, &kv, turn % 4, turn % 7 ? 450 : 150, false);
+            one_plus(dims[i], turn % 3, bits[b], turn % 5 ? 128 : 256, sinks[turn % 6], turn % 4,
+                     turn % 7 ? 450 : 150, false);
         }
     for (uint32_t b = 0; b < 4; b++) {
-        const kivi_kv_options kv = {.k_bits = bits[b][0],
-                                    .v_bits = bits[b][1],
-                                    .plus = KIVI_PLUS_ALL,
-                                    .residual_tokens = 128,
-                                    .sink_tokens = 4};
-        one_kind(64, 1, &kv, 1, 1500, false);
-        one_kind(128, 0, &kv, 0, 8192, true);
+        one_plus(64, 1, bits[b], 128, 4, 1, 1500, false);
+        one_plus(128, 0, bits[b], 128, 4, 0, 8192, true);
     }
+}
+
+/* What + kinds leave out, alone and beside their parts. */
+static void plain_parts(void) {
+    static const uint32_t dims[] = {64, 128, 80, 96, 32, 256};
+    static const uint32_t bits[][3] = {
+        {2, 2, KIVI_PLUS_ALL | KIVI_PLUS_K32},
+        {2, 2, (KIVI_PLUS_ALL & ~KIVI_PLUS_STEP) | KIVI_PLUS_ZERO},
+        {4, 3, KIVI_PLUS_ALL | KIVI_PLUS_K32 | KIVI_PLUS_V32},
+        {2, 3, KIVI_PLUS | KIVI_PLUS_FIT | KIVI_PLUS_TURN | KIVI_PLUS_ZERO | KIVI_PLUS_K32},
+        {2, 2, KIVI_PLUS | KIVI_PLUS_WIDE | KIVI_PLUS_ZERO | KIVI_PLUS_V32},
+        {2, 2, KIVI_PLUS | KIVI_PLUS_K32 | KIVI_PLUS_STEP | KIVI_PLUS_V32},
+        {2, 2, KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32}};
+    static const uint32_t sinks[] = {4, 40, 0, 20, 130};
+    enum { N = sizeof bits / sizeof *bits };
+    for (uint32_t i = 0; i < 6; i++)
+        for (uint32_t b = 0; b < N; b++) {
+            uint32_t turn = i * N + b;
+            one_plus(dims[i], turn % 3, bits[b], (i + b) % 4 == 3 ? 256 : 128, sinks[turn % 5],
+                     turn % 4, (i + 2 * b) % 5 == 4 ? 150 : 450, false);
+        }
+}
+
+/* A + kind without its parts and with all of a plain kind's is kivi2: the same output. */
+static void no_part_is_plain(void) {
+    static attn_case a;
+    for (uint32_t d = 32; d <= 128; d *= 2)
+        for (uint32_t sinks = 0; sinks <= 40; sinks += 20) {
+            if (!check_case("attn/no-part-is-plain/d%u-s%u", d, sinks)) continue;
+            uint32_t tokens[450];
+            float *out[2];
+            for (uint32_t i = 0; i < 450; i++) tokens[i] = (uint32_t)hash_u64(check_opt.seed, i);
+            for (int plus = 0; plus < 2; plus++) {
+                a = (attn_case){.w = world_small()};
+                a.w.geometry.head_dim = d, a.w.geometry.n_layers = 1, a.w.geometry.n_pages = 6;
+                a.w.geometry.kv = (kivi_kv_options){
+                    .k_bits = 2, .v_bits = 2, .residual_tokens = 128, .sink_tokens = sinks};
+                if (plus)
+                    a.w.geometry.kv.plus =
+                        KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32;
+                make_plan(&a, 450, false);
+                out[plus] = check_alloc((size_t)a.n_probes * a.w.geometry.n_heads * d * 4);
+                run_plan(out[plus], &a, KI_ISA_SCALAR, tokens);
+            }
+            CHECK(!memcmp(out[0], out[1], (size_t)a.n_probes * a.w.geometry.n_heads * d * 4),
+                  "another output");
+            free(out[0]), free(out[1]);
+            check_end();
+        }
 }
 
 /* Groups that divide the head size, in turn. */
@@ -559,4 +613,6 @@ void check_attn(void) {
     one(64, 0, 0, 32, 128, 0, 1, 32768, true);
     one(128, 0, 3, 128, 128, 128, 1, 32768, true);
     plus_kinds();
+    plain_parts();
+    no_part_is_plain();
 }

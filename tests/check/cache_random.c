@@ -237,7 +237,10 @@ void check_cache_random(void) {
                  {16, 16, 32, 128, 0, 16, KIVI_RULE_PAPER, 0, 0},
                  {2, 2, 128, 128, 4, 16, KIVI_RULE_STREAM, 0, KIVI_PLUS_ALL},
                  {4, 3, 128, 128, 130, 40, KIVI_RULE_PAPER, 0, KIVI_PLUS_ALL},
-                 {2, 2, 128, 128, 1, 0, KIVI_RULE_SPAN, 256, KIVI_PLUS_ALL}};
+                 {2, 2, 128, 128, 1, 0, KIVI_RULE_SPAN, 256, KIVI_PLUS_ALL},
+                 {2, 2, 32, 128, 75, 16, KIVI_RULE_STREAM, 0, KIVI_PLUS_ALL | KIVI_PLUS_K32},
+                 {2, 3, 128, 128, 0, 16, KIVI_RULE_PAPER, 0,
+                  KIVI_PLUS | KIVI_PLUS_WIDE | KIVI_PLUS_TURN | KIVI_PLUS_ZERO | KIVI_PLUS_V32}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         world w = world_small();
         w.geometry.n_heads = 2, w.geometry.n_kv_heads = 1, w.geometry.n_layers = 1,

@@ -13,12 +13,17 @@ EMBED(80)
 EMBED(96)
 EMBED(128)
 EMBED(256)
+EMBED(64g32)
+EMBED(80g32)
 #define SET(d)                                                                                     \
-    { d, plus_d##d, plus_d##d##_end }
+    { d, plus_d##d, plus_d##d##_end, NULL, NULL }
+#define SET_G(d)                                                                                   \
+    { d, plus_d##d, plus_d##d##_end, plus_d##d##g32, plus_d##d##g32_end }
 static const struct {
     unsigned head_dim;
     const uint8_t *bytes, *end;
-} golden_files[] = {SET(64), SET(80), SET(96), SET(128), SET(256)};
+    const uint8_t *groups, *groups_end; /* its pages with keys in groups of 32; NULL: not made */
+} golden_files[] = {SET_G(64), SET_G(80), SET(96), SET(128), SET(256)};
 
 enum { N_GOLDEN = sizeof golden_files / sizeof *golden_files, N_PAGES = 3, N_ROWS = 22 };
 
@@ -60,13 +65,13 @@ static golden_plus golden_open(int i) {
 /* ---- pages ---- */
 
 typedef struct page {
-    unsigned head_dim, n_sinks;
+    unsigned head_dim, n_sinks, group;
     uint16_t *store; /* [8][D][16] */
     const uint16_t *blocks[8];
 } page;
 
 static page page_make(unsigned head_dim, unsigned n_sinks) {
-    page p = {.head_dim = head_dim, .n_sinks = n_sinks};
+    page p = {.head_dim = head_dim, .n_sinks = n_sinks, .group = 128};
     p.store = check_alloc((size_t)128 * head_dim * 2);
     for (unsigned b = 0; b < 8; b++) p.blocks[b] = p.store + (size_t)b * head_dim * 16;
     return p;
@@ -94,14 +99,15 @@ static closed close_page_with(const page *p, unsigned bits, unsigned n_wide, uns
                               const ki_plus_kernels *kernels) {
     size_t d = p->head_dim;
     closed c = {.low = dirty(16 * d * bits), .wide = dirty(8 * d), .list = dirty(d / 4)};
-    c.scale = dirty(d * 2);
-    c.zero = dirty(d * 2);
+    c.scale = dirty(128 / p->group * d * 2);
+    c.zero = dirty(128 / p->group * d * 2);
     c.keys = (ki_plus_keys){.bits = bits,
                             .low = (uint32_t *)c.low.data,
                             .wide = n_wide ? (uint32_t *)c.wide.data : NULL,
                             .list = n_wide ? c.list.data : NULL,
                             .scale = (uint16_t *)c.scale.data,
-                            .zero = (uint16_t *)c.zero.data};
+                            .zero = (uint16_t *)c.zero.data,
+                            .group = p->group};
     kernels->close_keys(&c.keys, p->blocks, p->n_sinks, p->head_dim, n_steps);
     return c;
 }
@@ -127,15 +133,21 @@ static void draw_wide(uint8_t *bytes, const uint32_t *wide, unsigned head_dim) {
     }
 }
 
-static void golden_page(const golden_plus *g, unsigned index, unsigned bits,
-                        const ki_plus_kernels *kernels) {
-    unsigned d = g->head_dim, k = bits == 4;
+static page golden_page_open(const golden_plus *g, unsigned index) {
+    unsigned d = g->head_dim;
     uint32_t n_sinks;
     memcpy(&n_sinks, g->sinks + (size_t)4 * index, 4);
     page p = page_make(d, n_sinks);
     for (unsigned t = 0; t < 128; t++)
         for (unsigned c = 0; c < d; c++)
             memcpy(page_at(&p, t, c), g->x + (((size_t)index * 128 + t) * d + c) * 2, 2);
+    return p;
+}
+
+static void golden_page(const golden_plus *g, unsigned index, unsigned bits,
+                        const ki_plus_kernels *kernels) {
+    unsigned d = g->head_dim, k = bits == 4;
+    page p = golden_page_open(g, index);
     closed got = close_page(&p, bits, kernels);
     CHECK(!memcmp(got.keys.scale, g->scale[k] + (size_t)index * d * 2, (size_t)d * 2), "scales");
     CHECK(!memcmp(got.keys.zero, g->zero[k] + (size_t)index * d * 2, (size_t)d * 2), "zeros");
@@ -157,6 +169,36 @@ static void golden_page(const golden_plus *g, unsigned index, unsigned bits,
         }
         w += wide;
     }
+    closed_free(&got);
+    free(p.store);
+}
+
+/* The page again, its keys in groups of 32. */
+static void golden_groups(const golden_plus *g, unsigned index, unsigned bits, const uint8_t *at,
+                          const uint8_t *end, const ki_plus_kernels *kernels) {
+    unsigned d = g->head_dim;
+    page p = golden_page_open(g, index);
+    p.group = 32;
+    const uint8_t *scale[2], *zero[2], *code[2];
+    for (int k = 0; k < 2; k++) {
+        scale[k] = take(&at, (size_t)N_PAGES * 4 * d * 2);
+        zero[k] = take(&at, (size_t)N_PAGES * 4 * d * 2);
+        code[k] = take(&at, (size_t)N_PAGES * 128 * d);
+    }
+    CHECK(at == end, "d%ug32.bin has another size than make_plus.py writes", d);
+    unsigned k = bits == 4;
+    size_t n = (size_t)4 * d * 2;
+    closed got = close_page(&p, bits, kernels);
+    CHECK(!memcmp(got.keys.scale, scale[k] + index * n, n), "page %u: scales", index);
+    CHECK(!memcmp(got.keys.zero, zero[k] + index * n, n), "page %u: zeros", index);
+    CHECK(k || !memcmp(got.keys.list, g->list + (size_t)index * d / 4, d / 4), "wide channels");
+    for (unsigned t = 0; t < 128; t++)
+        for (unsigned c = 0; c < d; c++) {
+            unsigned want = code[k][((size_t)index * 128 + t) * d + c],
+                     have = ki_plus_key_code(&got.keys, t, c, d);
+            CHECK(have == want, "page %u token %u channel %u: code %u, expected %u", index, t, c,
+                  have, want);
+        }
     closed_free(&got);
     free(p.store);
 }
@@ -187,7 +229,12 @@ static void golden_row(const golden_plus *g, unsigned r, const ki_plus_kernels *
 static void golden_set_of(int i, const ki_plus_kernels *kernels) {
     golden_plus g = golden_open(i);
     for (unsigned index = 0; index < N_PAGES && !check_failed(); index++)
-        for (unsigned bits = 2; bits <= 4; bits += 2) golden_page(&g, index, bits, kernels);
+        for (unsigned bits = 2; bits <= 4; bits += 2) {
+            golden_page(&g, index, bits, kernels);
+            if (golden_files[i].groups)
+                golden_groups(&g, index, bits, golden_files[i].groups, golden_files[i].groups_end,
+                              kernels);
+        }
     for (unsigned r = 0; r < N_ROWS && !check_failed(); r++) golden_row(&g, r, kernels);
     check_end();
 }
@@ -257,26 +304,28 @@ static page random_page(rng *r) {
     return p;
 }
 
-static void same_planes(const closed *a, const closed *b, unsigned d, unsigned n_sinks,
-                        unsigned bits) {
-    CHECK(!memcmp(a->scale.data, b->scale.data, (size_t)d * 2), "scales, D %u S %u", d, n_sinks);
-    CHECK(!memcmp(a->zero.data, b->zero.data, (size_t)d * 2), "zeros, D %u S %u", d, n_sinks);
+static void same_planes(const closed *a, const closed *b, const page *p, unsigned bits) {
+    unsigned d = p->head_dim, n_sinks = p->n_sinks;
+    size_t n = (size_t)128 / p->group * d * 2;
+    CHECK(!memcmp(a->scale.data, b->scale.data, n), "scales, D %u S %u", d, n_sinks);
+    CHECK(!memcmp(a->zero.data, b->zero.data, n), "zeros, D %u S %u", d, n_sinks);
     CHECK(!memcmp(a->list.data, b->list.data, d / 4), "list, D %u S %u", d, n_sinks);
     CHECK(!memcmp(a->low.data, b->low.data, (size_t)16 * d * bits), "low, D %u S %u", d, n_sinks);
     CHECK(!memcmp(a->wide.data, b->wide.data, (size_t)8 * d), "wide, D %u S %u", d, n_sinks);
 }
 
-static void keys_isa(ki_isa isa) {
-    if (!check_case_isa(isa, "plus/keys/as-definition")) return;
+static void keys_isa(ki_isa isa, bool groups) {
+    if (!check_case_isa(isa, "plus/keys/%sas-definition", groups ? "groups-" : "")) return;
     rng r = check_rng();
     for (int round = 0; round < (check_opt.thorough ? 2000 : 120) && !check_failed(); round++) {
         page p = random_page(&r);
+        if (groups) p.group = 16u << rng_below(&r, 3);
         for (unsigned form = 0; form < 5; form++) { /* 4 bits, then 2 bits with parts left out */
             unsigned bits = form ? 2 : 4, n_wide = form % 2 ? p.head_dim / 4 : 0,
                      n_steps = form < 3 ? KI_PLUS_KEY_STEPS : 1;
             closed want = close_page_with(&p, bits, n_wide, n_steps, &definition),
                    got = close_page_with(&p, bits, n_wide, n_steps, &ki_kernels_get(isa)->plus);
-            same_planes(&got, &want, p.head_dim, p.n_sinks, bits);
+            same_planes(&got, &want, &p, bits);
             closed_free(&want), closed_free(&got);
         }
         free(p.store);
@@ -559,7 +608,8 @@ void check_plus(void) {
     static const unsigned dims[] = {16, 64, 80, 96, 128, 256};
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) values_planes(dims[i]);
     for (int i = 0; i < KI_ISA_COUNT; i++) {
-        keys_isa((ki_isa)i);
+        keys_isa((ki_isa)i, false);
+        keys_isa((ki_isa)i, true);
         keys_not_finite((ki_isa)i);
         values_isa((ki_isa)i);
         turn_rows((ki_isa)i);

@@ -209,9 +209,12 @@ static void other_parts(void) {
     CHECK_OK(world_create(&cache, &good, err));
     kivi_seq *seq = fed(cache, 300);
     CHECK_OK(kivi_seq_save(seq, path, err));
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 10; i++) {
         world w = good;
-        if (i == 0) w.geometry.kv.k_bits = 4;
+        if (i == 7) w.geometry.kv.plus |= KIVI_PLUS_K32;
+        else if (i == 8) w.geometry.kv.plus |= KIVI_PLUS_V32;
+        else if (i == 9) w.geometry.kv.plus ^= KIVI_PLUS_STEP | KIVI_PLUS_ZERO;
+        else if (i == 0) w.geometry.kv.k_bits = 4;
         else if (i == 1) w.geometry.kv.v_bits = 3;
         else if (i == 2) w = world_of(2, 2, 4, 0);
         else w.geometry.kv.plus &= ~(1u << (i - 2));
@@ -245,6 +248,9 @@ void check_save(void) {
     for (size_t i = 0; i < sizeof plus / sizeof *plus; i++)
         round_trip(plus[i][0], plus[i][1], plus[i][2], KIVI_PLUS_ALL, dims[i]);
     round_trip(2, 3, 4, KIVI_PLUS | KIVI_PLUS_TURN, 80);
+    round_trip(2, 2, 40, KIVI_PLUS_ALL | KIVI_PLUS_K32, 64);
+    round_trip(2, 3, 33, KIVI_PLUS | KIVI_PLUS_WIDE | KIVI_PLUS_ZERO | KIVI_PLUS_V32, 128);
+    round_trip(2, 2, 35, KIVI_PLUS | KIVI_PLUS_ZERO | KIVI_PLUS_K32 | KIVI_PLUS_V32, 64);
     damage(false);
     damage(true);
     other_kinds();

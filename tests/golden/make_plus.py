@@ -12,7 +12,12 @@ W = D/4, G = the value group: 64, or the largest power of two that divides D if 
     rows   [N][D] f32       turned [N][D] f32   by the Hadamard blocks    half [N][D] f16   turned, saturated
     vscale2 [N][D/G] f16    vcode2 [N][D] u8    vscale3 [N][D/G] f16      vcode3 [N][D] u8
 
-Codes of sinks are those of the first token that is none. The kinds of input are those of make_quant.py; a page takes them
+And for some of them dDg32.bin, the same pages x with keys in groups of 32 tokens (the wide channels are the page's):
+
+    scale2 [P][4][D] f16   zero2 [P][4][D] f16   code2 [P][128][D] u8   scale4, zero4, code4 the same
+
+Codes of sinks are those of the first token that is none; of a group of 32, the first in it, and where it has no such token
+scale, zero and codes are 0. The kinds of input are those of make_quant.py; a page takes them
 by channel, so that every kind is wide in one page and narrow in another.
 """
 import os, sys
@@ -122,6 +127,25 @@ def key_page(page, sinks):
     return np.array(wide, np.uint8), (s2, z2, with_sinks(q2)), (s4, z4, with_sinks(q4))
 
 
+def grouped_page(page, sinks, wide, group):
+    """The same for groups of `group` tokens: scale and zero [128/group][D] and codes, 2 bits with wide and 4."""
+    D = page.shape[1]
+    is_wide = np.isin(np.arange(D), wide)
+    done = [[], []]
+    for first in range(0, 128, group):
+        n = min(max(sinks - first, 0), group)  # sinks in it
+        x = page[first + n:first + group].astype(f32)
+        if n == group:
+            nothing = np.zeros(D, f16), np.zeros(D, f16), np.zeros((group, D), np.uint8)
+            for d in done: d.append(nothing)
+            continue
+        four, two = plain(x, 15), pulled_in(x)
+        for d, form in zip(done, ([np.where(is_wide, a, b) for a, b in zip(four, two)], four)):
+            s, z, q = form
+            d.append((s, z, np.concatenate([np.repeat(q[:1], n, 0), q]).astype(np.uint8)))
+    return [(np.stack([g[0] for g in d]), np.stack([g[1] for g in d]), np.concatenate([g[2] for g in d])) for d in done]
+
+
 def block_of(D):
     return D & -D
 
@@ -183,6 +207,12 @@ def main():
         assert rows.dtype == f32 and turned.dtype == f32
         with open(os.path.join(out, f'd{D}.bin'), 'wb') as f:
             for a in arrays: f.write(np.ascontiguousarray(a).astype(a.dtype.newbyteorder('<')).tobytes())
+        if D in (64, 80):
+            parts = [grouped_page(x, sinks, d[0], 32) for (sinks, x), d in zip(pages, done)]
+            with open(os.path.join(out, f'd{D}g32.bin'), 'wb') as f:
+                for k in range(2):
+                    for i in range(3):
+                        f.write(np.ascontiguousarray(np.stack([p[k][i] for p in parts])).tobytes())
         print(D, 'narrow channels by factor of the range, values by factor of the step:', report(pages, done, half))
 
 
