@@ -84,8 +84,8 @@ static const ki_cuda_kernels plain = {.name = "plain",
                                       .prompt_window = ki_plain_window,
                                       .attend = ki_plain_attend};
 
+/* Attention of a step of decoding takes the step's rows itself. */
 static const ki_cuda_kernels fused = {.name = "fused",
-                                      .append = ki_cuda_append_rows,
                                       .close = ki_cuda_close,
                                       .prompt_append = ki_cuda_prompt_append,
                                       .prompt_window = ki_cuda_prompt_window,
@@ -93,7 +93,17 @@ static const ki_cuda_kernels fused = {.name = "fused",
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
 
-/* The same with codes made in each layer, right behind its append. */
+/* The same with rows by a kernel of their own. */
+static const ki_cuda_kernels appending = {.name = "fused",
+                                          .append = ki_cuda_append_rows,
+                                          .close = ki_cuda_close,
+                                          .prompt_append = ki_cuda_prompt_append,
+                                          .prompt_window = ki_cuda_prompt_window,
+                                          .plan = ki_cuda_decode_plan,
+                                          .attend = ki_cuda_decode_attend,
+                                          .prompt_attend = ki_cuda_prompt_attend};
+
+/* And with codes made in each layer, right behind its append. */
 static const ki_cuda_kernels closing = {.name = "fused",
                                         .append = ki_cuda_append,
                                         .prompt_append = ki_cuda_prompt_append,
@@ -116,7 +126,10 @@ static kivi_status choose_kernels(ki_cuda_backend *b, kivi_error *err) {
     b->kernels = &plain;
     if (ki_cuda_is_fused(b, &b->layout, &why)) {
         KI_TRY(ki_cuda_kernels_init(&b->shared_bytes, err));
-        b->kernels = b->without & KI_PART_CLOSE ? &closing : &fused;
+        bool is_packed = b->layout.k_bits < 16 && b->layout.v_bits < 16;
+        b->kernels = b->without & KI_PART_CLOSE                  ? &closing
+                     : b->without & KI_PART_APPEND || !is_packed ? &appending
+                                                                 : &fused;
     }
     if (!b->log) return KIVI_OK;
     snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s%s%s",

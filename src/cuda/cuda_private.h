@@ -72,6 +72,7 @@ void ki_cuda_weights_done(ki_cuda_weights *w);
  */
 typedef struct ki_cuda_kernels {
     const char *name;
+    /* The rows of a step of decoding; NULL: attend takes them (ki_cuda_attend_call's append). */
     kivi_status (*append)(const ki_cuda_append_call *, void *stream, kivi_error *);
     /* Closes what appends of all layers left open; NULL: they leave nothing. */
     kivi_status (*close)(const ki_cuda_append_call *, uint32_t n_layers, void *stream,

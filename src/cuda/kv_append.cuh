@@ -1,11 +1,11 @@
 /* kv_append.cuh: what the kernels that append share, of decoding (kv_append*.cu) and of prompts
- * (kv_prompt_append.cu): their arguments, a page, a row's element. All are compiled without FMA
- * contraction. */
+ * (kv_prompt_append.cu): their arguments and a page. All are compiled without FMA contraction. */
 #ifndef KI_KV_APPEND_CUH
 #define KI_KV_APPEND_CUH
 #include "kv_append.h"
 #include "kv_launch.h"
 #include "kv_quant.cuh"
+#include "kv_row.cuh"
 
 struct append_args {
     ki_cuda_layout l;
@@ -22,26 +22,6 @@ struct append_args {
 };
 
 enum { APPEND_THREADS = KI_APPEND_THREADS, CLOSE_THREADS = KI_CLOSE_THREADS, MAX_DIM = 256 };
-
-struct row_check {
-    bool is_bad;
-    uint32_t n_saturated;
-};
-
-KI_DEV uint16_t checked_f16(float x, row_check *check) {
-    bool is_bad = (__float_as_uint(x) & 0x7f800000) == 0x7f800000;
-    check->is_bad |= is_bad;
-    if (is_bad) return 0; /* the store never holds one: others' products with 0 stay 0 */
-    float y = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;
-    check->n_saturated += y != x;
-    return f16_near(y);
-}
-
-/* One element of a 16-bit plane. */
-KI_DEV uint16_t *exact_element(uint8_t *block, uint32_t t, uint32_t c, uint32_t steps, bool keys) {
-    ki_order_place p = keys ? ki_order_key(t, c, steps, 16) : ki_order_value(t, c, steps, 16);
-    return (uint16_t *)block + p.word * 2 + p.bit / 16;
-}
 
 KI_DEV uint8_t *page_of(const append_args &a, const ki_cuda_seq &s, uint32_t index, uint32_t head) {
     uint64_t id = a.tables[(uint64_t)s.table * a.table_stride + index];

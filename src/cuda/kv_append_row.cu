@@ -7,143 +7,27 @@
  * reads first: the value that left the window becomes codes (attention of this step still reads it
  * in 16 bit). */
 #include "kv_append.cuh"
+#include "kv_row.cuh"
 #include "pdl.cuh"
 
 enum { ROW_WARPS = 4, ROW_THREADS = 32 * ROW_WARPS };
 
 /* ---- a new row ---- */
 
-/* Two elements as they are in memory: WIDE float32, else 16 bits. All of a row's are on their way
- * before the first is looked at. */
-template <bool WIDE> struct raw_pair {
-    uint32_t two[WIDE ? 2 : 1];
-
-    /* at is even, rows are aligned to two elements */
-    __device__ __forceinline__ void load(const void *x, uint64_t at) {
-        if constexpr (WIDE) {
-            uint2 y = *(const uint2 *)((const uint32_t *)x + at);
-            two[0] = y.x, two[1] = y.y;
-        } else two[0] = *(const uint32_t *)((const uint16_t *)x + at);
-    }
-    __device__ __forceinline__ float2 value(ki_cuda_type type) const {
-        if constexpr (WIDE) return make_float2(__uint_as_float(two[0]), __uint_as_float(two[1]));
-        if (type == KI_CUDA_F16) return make_float2(low_half(two[0]), high_half(two[0]));
-        return make_float2(__uint_as_float(two[0] << 16), __uint_as_float(two[0] & 0xffff0000));
-    }
-};
-KI_DEV uint32_t checked_pair(float2 x, row_check *check) {
-    uint32_t low = checked_f16(x.x, check);
-    return low | (uint32_t)checked_f16(x.y, check) << 16;
+template <int D> KI_DEV const float *rope_of(const append_args &a, uint32_t row) {
+    return a.rope ? a.rope + (uint64_t)row * D : NULL;
 }
-
-/* A row [D] with a lane's channels 2 p, 2 p + 1 and those D / 2 behind them, p = lane + 32 m, in
- * low[m] and high[m]. */
-template <int D, bool WIDE> struct half_rows {
-    static constexpr int N = (D / 4 + 31) / 32;
-    raw_pair<WIDE> u[N], w[N];
-    float4 turn[N]; /* cos, sin of two channels */
-    uint32_t low[N], high[N];
-
-    __device__ __forceinline__ void load(const append_args &a, const void *x, uint64_t at,
-                                         uint32_t row, uint32_t lane) {
-#pragma unroll
-        for (int m = 0; m < N; m++) {
-            uint32_t c = 2 * (lane + 32 * m);
-            if (c >= D / 2) continue;
-            u[m].load(x, at + c), w[m].load(x, at + D / 2 + c);
-            if (a.rope) turn[m] = *(const float4 *)(a.rope + ((uint64_t)row * (D / 2) + c) * 2);
-        }
-    }
-    __device__ __forceinline__ void rotate(const append_args &a, row_check *check, uint32_t lane) {
-#pragma unroll
-        for (int m = 0; m < N; m++) {
-            if (2 * (lane + 32 * m) >= D / 2) continue;
-            float2 x = u[m].value(a.type), y = w[m].value(a.type), p = x, q = y;
-            if (a.rope) {
-                float4 r = turn[m];
-                p.x = __fsub_rn(__fmul_rn(x.x, r.x), __fmul_rn(y.x, r.y));
-                p.y = __fsub_rn(__fmul_rn(x.y, r.z), __fmul_rn(y.y, r.w));
-                q.x = __fadd_rn(__fmul_rn(y.x, r.x), __fmul_rn(x.x, r.y));
-                q.y = __fadd_rn(__fmul_rn(y.y, r.z), __fmul_rn(x.y, r.w));
-            }
-            low[m] = checked_pair(p, check), high[m] = checked_pair(q, check);
-        }
-    }
-    /* put(c, channels c and c + 1) */
-    template <class F> __device__ __forceinline__ void store(uint32_t lane, F put) const {
-#pragma unroll
-        for (int m = 0; m < N; m++) {
-            uint32_t c = 2 * (lane + 32 * m);
-            if (c < D / 2) put(c, low[m]), put(D / 2 + c, high[m]);
-        }
-    }
-};
-
-/* A row [D] with a lane's channels 2 p, 2 p + 1, p = lane + 32 m, in x[m]. */
-template <int D, bool WIDE> struct whole_row {
-    static constexpr int N = (D / 2 + 31) / 32;
-    raw_pair<WIDE> raw[N];
-    float2 x[N];
-
-    __device__ __forceinline__ void load(const void *from, uint64_t at, uint32_t lane) {
-#pragma unroll
-        for (int m = 0; m < N; m++) {
-            uint32_t c = 2 * (lane + 32 * m);
-            if (c < D) raw[m].load(from, at + c);
-        }
-    }
-    __device__ __forceinline__ void widen(const append_args &a, uint32_t lane) {
-#pragma unroll
-        for (int m = 0; m < N; m++)
-            x[m] = 2 * (lane + 32 * m) < D ? raw[m].value(a.type) : make_float2(0, 0);
-    }
-    /* plus.h's order: partners 1, 2, 4, ... channels apart. Those of a lane, of another lane of the
-     * same m, of another m. */
-    __device__ __forceinline__ void turn(uint32_t lane) {
-        constexpr int BLOCK = D & -D;
-#pragma unroll
-        for (int m = 0; m < N; m++)
-            x[m] = make_float2(__fadd_rn(x[m].x, x[m].y), __fsub_rn(x[m].x, x[m].y));
-#pragma unroll
-        for (int h = 2; h < BLOCK && h < 64; h *= 2)
-#pragma unroll
-            for (int m = 0; m < N; m++) {
-                float other_x = __shfl_xor_sync(~0u, x[m].x, h / 2);
-                float other_y = __shfl_xor_sync(~0u, x[m].y, h / 2);
-                bool is_high = lane & h / 2;
-                x[m].x = __fadd_rn(other_x, is_high ? -x[m].x : x[m].x);
-                x[m].y = __fadd_rn(other_y, is_high ? -x[m].y : x[m].y);
-            }
-#pragma unroll
-        for (int h = 64; h < BLOCK; h *= 2)
-#pragma unroll
-            for (int m = 0; m < N; m++) {
-                if (m & h / 64) continue;
-                float2 u = x[m], w = x[m + h / 64];
-                x[m] = make_float2(__fadd_rn(u.x, w.x), __fadd_rn(u.y, w.y));
-                x[m + h / 64] = make_float2(__fsub_rn(u.x, w.x), __fsub_rn(u.y, w.y));
-            }
-        float f = __frsqrt_rn((float)BLOCK);
-#pragma unroll
-        for (int m = 0; m < N; m++) x[m] = make_float2(__fmul_rn(x[m].x, f), __fmul_rn(x[m].y, f));
-    }
-};
 
 template <int D, bool WIDE>
 KI_DEV void rotate_query(const append_args &a, uint32_t row, uint32_t head, uint32_t lane) {
     row_check ignored = {};
     half_rows<D, WIDE> q;
-    q.load(a, a.q, (uint64_t)row * a.q_stride + head * D, row, lane);
-    q.rotate(a, &ignored, lane);
+    q.load(a.q, (uint64_t)row * a.q_stride + head * D, rope_of<D>(a, row), lane);
+    q.rotate(a.type, a.rope, &ignored, lane);
     uint16_t *to = a.q_out + ((uint64_t)row * a.l.n_heads + head) * D;
     q.store(lane, [&](uint32_t c, uint32_t two) { *(uint32_t *)(to + c) = two; });
 }
 
-/* Where token t of a row goes: blocks of the 16-bit store, or the page of a side of 16 bits. */
-struct row_place {
-    uint8_t *keys, *values;
-    uint32_t t; /* in its block of 32 */
-};
 KI_DEV row_place place_row(const append_args &a, const ki_cuda_seq &s, uint32_t head) {
     const ki_cuda_layout &l = a.l;
     uint32_t pos = s.n_tokens, block = pos / KI_SUB_TOKENS;
@@ -161,31 +45,11 @@ KI_DEV row_place place_row(const append_args &a, const ki_cuda_seq &s, uint32_t 
 template <int D, bool WIDE>
 KI_DEV void append_kv(const append_args &a, const row_place &place, uint32_t row, uint32_t head,
                       uint32_t lane) {
-    row_check check = {};
-    half_rows<D, WIDE> k;
-    whole_row<D, WIDE> v;
-    v.load(a.v, (uint64_t)row * a.v_stride + head * D, lane);
-    k.load(a, a.k, (uint64_t)row * a.k_stride + head * D, row, lane);
-    k.rotate(a, &check, lane);
-    k.store(lane, [&](uint32_t c, uint32_t two) { /* a pair of channels is a word */
-                                                  *(uint32_t *)exact_element(place.keys, place.t, c,
-                                                                             D / 16, true) = two;
-    });
-    v.widen(a, lane);
-    if (a.l.is_plus) v.turn(lane);
-#pragma unroll
-    for (int m = 0; m < whole_row<D, WIDE>::N; m++) {
-        uint32_t c = 2 * (lane + 32 * m);
-        if (c >= D) continue;
-        uint32_t two = checked_pair(v.x[m], &check);
-        *exact_element(place.values, place.t, c, D / 16, false) = (uint16_t)two;
-        *exact_element(place.values, place.t, c + 1, D / 16, false) = (uint16_t)(two >> 16);
-    }
-    if (check.n_saturated)
-        atomicAdd(&a.counters->n_saturated, (unsigned long long)check.n_saturated);
-    if (!__any_sync(~0u, check.is_bad) || lane) return;
-    if (a.row_flags) a.row_flags[row] = 1;
-    atomicAdd(&a.counters->n_nonfinite, 1ull);
+    kv_row<D, WIDE> kv;
+    kv.load(a.k, (uint64_t)row * a.k_stride + head * D, a.v, (uint64_t)row * a.v_stride + head * D,
+            rope_of<D>(a, row), lane);
+    row_check check = kv.store(place, a.type, a.rope, a.l.is_plus, lane);
+    report_row(check, a.counters, a.row_flags ? a.row_flags + row : NULL, lane);
 }
 
 /* A warp a (sequence, KV head), and a warp a query head behind them. */

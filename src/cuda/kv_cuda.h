@@ -25,9 +25,10 @@
  * A step of decoding (every sequence has at most one new row) is, for each layer,
  *     ki_cuda_append          rope, rows into the window, codes of what fell behind the line
  *     ki_cuda_decode_attend   fused attention (and the merge of its splits)
- * after one ki_cuda_decode_plan a step for each sliding window the model has. All lengths, tables
- * and addresses are read from device memory, so the launches can be captured in a CUDA graph once
- * for each n_seqs (an idle slot has n_rows 0) and replayed.
+ * after one ki_cuda_decode_plan a step for each sliding window the model has. (Or the second alone,
+ * which takes the rows itself, and ki_cuda_close after all layers.) All lengths, tables and
+ * addresses are read from device memory, so the launches can be captured in a CUDA graph once for
+ * each n_seqs (an idle slot has n_rows 0) and replayed.
  *
  * A step with prompt rows is, for each layer,
  *     ki_cuda_prompt_append   rope, float16 rows of the step, codes of what falls behind the line
@@ -42,9 +43,9 @@
  * Pool, rings and sinks are zeroed once when they are made; from then on they hold finite numbers
  * only. Appends and closes with pdl wait for the kernel before them and then begin. Attention with
  * pdl may start to read pages, tables, the plan and 16-bit keys (blocks without the step's own row)
- * while the kernel before it in the stream ends: that kernel must be one that waits for its own
- * predecessor (all of these do, and any kernel launched without pdl), and not ki_cuda_decode_plan;
- * nothing else of the step may write the window.
+ * while the kernel before it in the stream ends, and if that one lets others begin before it waits,
+ * the ones before that: each must wait for its own predecessor, and the plan must have ended before
+ * them (any kernel without pdl behind it will do). Nothing else of the step may write the window.
  *
  * Numbers. Codes, scales and zeros are the CPU's byte for byte, given the same float16 rows.
  * Attention rounds q * scale and p * scale to float16 and sums in float32 in an order that depends
@@ -185,6 +186,10 @@ typedef struct ki_cuda_attend_call {
     uint32_t window;   /* a query at p sees positions > p - window; 0: all */
     float scale;       /* of q . k; 1 / sqrt(D) in most models */
     const uint16_t *q; /* [n_rows][H][D] f16, rotated, not scaled */
+    /* Decoding, both sides packed: the step's rows, float32 with q, which attention rotates and
+     * puts into the window itself, to the bytes of ki_cuda_append_rows, in the place of that
+     * launch; q is not read then, nor q_out written. NULL: they were appended before. */
+    const ki_cuda_append_call *append;
     void *out;         /* [n_rows][H][D] of out_type, row stride in elements */
     uint32_t out_stride;
     ki_cuda_type out_type;

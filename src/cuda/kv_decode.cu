@@ -305,6 +305,15 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.heads = l->n_kv_heads * a.chunks;
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
+    if (c->append) {
+        const ki_cuda_append_call *own = c->append;
+        if (l->k_bits == 16 || l->v_bits == 16 || own->type != KI_CUDA_F32 || !own->q)
+            return KI_FAIL(err, INTERNAL, "cuda: attention takes float32 rows of packed sides");
+        a.own = {
+            (const float *)own->q, (const float *)own->k, (const float *)own->v, own->rope,
+            own->q_stride,         own->k_stride,         own->v_stride,         own->row_flags,
+            c->cache->counters};
+    }
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
     KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, warps, c->pdl, (cudaStream_t)stream),
                          "decode attention", err));

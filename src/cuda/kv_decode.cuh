@@ -9,6 +9,7 @@
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_launch.h"
+#include "kv_row.cuh"
 #include "kv_shared.h"
 #include "kv_slow.cuh"
 #include "kv_tile.cuh"
@@ -485,6 +486,53 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
     slow_values<S>(st, a.l, item, block, at, values, s, lane);
 }
 
+/* ---- the step's own row ---- */
+
+/* A lane's channels of its head's query, as they are loaded, and cos and sin of each pair. */
+template <int NJ> struct own_query {
+    float2 x[2 * NJ];
+    float4 turn[NJ];
+
+    __device__ __forceinline__ void load(const own_rows &own, uint32_t row, uint32_t head,
+                                         bool is_head, uint32_t lane) {
+        const float *from = own.q + (uint64_t)row * own.q_stride + head * NJ * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int k = 0; k < 2 * NJ; k++)
+            x[k] = is_head ? *(const float2 *)(from + 8 * k) : make_float2(0, 0);
+        if (!own.rope) return;
+        const float *rope = own.rope + (uint64_t)row * NJ * 16 + lane % 4 * 4;
+#pragma unroll
+        for (int k = 0; k < NJ; k++) turn[k] = *(const float4 *)(rope + 16 * k);
+    }
+    __device__ __forceinline__ void halves(uint32_t (&out)[2 * NJ], bool has_rope) {
+        row_check ignored = {};
+#pragma unroll
+        for (int k = 0; k < NJ; k++) { /* pairs (j, j + D/2) */
+            if (has_rope) rotate_pairs(x[k], x[k + NJ], turn[k]);
+            out[k] = checked_pair(x[k], &ignored);
+            out[k + NJ] = checked_pair(x[k + NJ], &ignored);
+        }
+    }
+};
+
+/* The row into the newest block, by the warp that reads this block: its loads come behind. */
+template <class S>
+KI_DEV void append_own(const decode_args &a, const ki_plan_item &item, uint32_t head, bool tells,
+                       uint32_t lane) {
+    const own_rows &own = a.own;
+    uint32_t block = item.pos / KI_SUB_TOKENS;
+    kv_row<S::D, true> row;
+    row_place place = {(uint8_t *)exact_of(a, item, head, block, 0),
+                       (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS};
+    row.load(own.k, (uint64_t)item.row * own.k_stride + head * S::D, own.v,
+             (uint64_t)item.row * own.v_stride + head * S::D,
+             own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
+    row_check check = row.store(place, KI_CUDA_F32, own.rope, S::PLUS, lane);
+    if (tells)
+        report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
+    ki_settle_warp();
+}
+
 /* ---- merging ---- */
 
 /* This warp's state to shared memory: [heads][2 + D] of it. */
@@ -550,8 +598,7 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
     const uint32_t N = S::warps() * 32;
     constexpr bool ONE_BLOCK = (S::D & (S::D - 1)) == 0, turned = S::PLUS;
     if constexpr (turned && ONE_BLOCK)
-        if ((item.splits >> 16) == 1)
-            return merge_turned<S>(states, a, item, first_head, n_heads);
+        if ((item.splits >> 16) == 1) return merge_turned<S>(states, a, item, first_head, n_heads);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
@@ -676,16 +723,24 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     ki_pdl_wait();
     ki_pdl_launch();
     if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
+    warp_state<S> st = {};
+    st.m[0] = st.m[1] = -INFINITY;
+    uint32_t g = lane / 4, q_head = first_head + g % S::HEADS;
+    bool is_head = g % S::HEADS < n_heads, takes_row = a.own.k;
+    own_query<S::NJ> query;
+    if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
+    uint32_t newest = slow_end - 1; /* the sequence's last slow block has its newest token */
+    if (takes_row && item.part.slow_begin < slow_end &&
+        !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+        (newest - item.part.slow_begin) % S::warps() == warp)
+        append_own<S>(a, item, head, first_in_group == 0, lane);
     exact_values<S> values;
     slow_place at = slow.get(a.l, 0, slow_block_of(item, slow_first));
     if (slow_first < slow_end)
         values.load(at.v16, value_rows(a.l, item, slow_block_of(item, slow_first)), lane);
-
-    warp_state<S> st = {};
-    st.m[0] = st.m[1] = -INFINITY;
-    uint32_t g = lane / 4;
-    const uint16_t *q = a.q + ((uint64_t)item.row * a.l.n_heads + first_head + g % S::HEADS) * S::D;
-    st.q.load(q, g % S::HEADS < n_heads, a.factor, S::quartered(a.l), lane);
+    if (takes_row) query.halves(st.q.q, a.own.rope);
+    else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
+    st.q.scale(a.factor, S::quartered(a.l), lane);
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;

@@ -6,6 +6,15 @@
 #include "kv_rows.cuh"
 #include "kv_tile.cuh"
 
+/* The step's rows, where attention takes them itself: float32, strides in elements. */
+struct own_rows {
+    const float *q, *k, *v; /* k NULL: they were appended */
+    const float *rope;      /* [rows][D/2][2], or NULL */
+    uint32_t q_stride, k_stride, v_stride;
+    uint32_t *row_flags;
+    ki_cuda_counters *counters;
+};
+
 struct decode_args {
     ki_cuda_layout l;
     const uint8_t *pool;
@@ -19,6 +28,7 @@ struct decode_args {
     uint32_t table_stride, layer, out_stride, heads, chunks, unit_bytes;
     ki_cuda_type out_type;
     float factor; /* scale log2(e) */
+    own_rows own;
 };
 
 struct slow_place {                        /* a block's bytes; null where they are not needed */

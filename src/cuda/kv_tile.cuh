@@ -103,15 +103,17 @@ template <int NJ> struct queries {
     uint32_t q[2 * NJ];
     float unit[2];
 
-    __device__ __forceinline__ void load(const uint16_t *head_rows, bool is_head, float factor,
-                                         bool quartered, uint32_t lane) {
-        float largest = 0;
+    __device__ __forceinline__ void load(const uint16_t *head_rows, bool is_head, uint32_t lane) {
         const uint32_t *row = (const uint32_t *)head_rows + lane % 4;
 #pragma unroll
-        for (int k = 0; k < 2 * NJ; k++) {
-            q[k] = is_head ? row[4 * k] : 0;
+        for (int k = 0; k < 2 * NJ; k++) q[k] = is_head ? row[4 * k] : 0;
+    }
+    /* From float16 as they are in memory. */
+    __device__ __forceinline__ void scale(float factor, bool quartered, uint32_t lane) {
+        float largest = 0;
+#pragma unroll
+        for (int k = 0; k < 2 * NJ; k++)
             largest = fmaxf(largest, fmaxf(fabsf(low_half(q[k])), fabsf(high_half(q[k]))));
-        }
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)) * fabsf(factor);
         int e = (int)(__float_as_uint(largest) >> 23 & 255) - 126; /* 2^(e - 1) <= largest < 2^e */

@@ -181,7 +181,8 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     if (c->norms->heads.bias || c->norms->heads.q_weight)
         ki_cuda_adjust_heads(b->buffers.qkv, &c->norms->heads, c->shape->n_rows, stream);
     if (c->shape->decode) {
-        KI_TRY(k->append(&append, stream, err));
+        if (k->append) KI_TRY(k->append(&append, stream, err));
+        else attend.append = &append;
         return k->attend(&attend, stream, err);
     }
     append.pdl = attend.pdl = false;
@@ -368,10 +369,12 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
     call.kv.n_seqs = s->n_seqs;
     KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
                          "results", err));
+    /* Attention reads plans before it waits: kernels that begin when all before them have ended
+     * stand between. */
+    KI_TRY(make_plans(&call, err));
     ki_cuda_embed(b->buffers.x, b->model->embedding.tiles, at(b, b->upload_at.tokens), s->n_rows,
                   c->n_embd, c->embed_scale, b->type, stream);
     make_ropes(b, s);
-    KI_TRY(make_plans(&call, err));
     KI_TRY(clear_tail(b, s, err));
     for (call.index = 0; call.index < c->n_layers; call.index++) {
         call.layer = &b->model->layers[call.index];

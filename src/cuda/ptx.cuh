@@ -66,6 +66,8 @@ KI_DEV void ki_load16(uint4 &w, const uint4 *at) {
                  : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
                  : "l"(at));
 }
+/* A warp's lanes see what they stored before it, ki_load16 too. */
+KI_DEV void ki_settle_warp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 /* The line of `at` into the cache that all multiprocessors share. */
 KI_DEV void ki_bring_line(const uint8_t *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 

@@ -77,7 +77,8 @@ static kivi_status isa_by_name(ki_isa *out, const char *name, size_t n_bytes, ki
 
 /* In the order of their bits. */
 static uint32_t part_by_name(const char *name, size_t n_bytes) {
-    static const char *const names[] = {"fused", "stream", "norms", "close", "cudnn", "ranking"};
+    static const char *const names[] = {"fused", "stream",  "norms", "close",
+                                        "cudnn", "ranking", "append"};
     for (uint32_t i = 0; i < sizeof names / sizeof *names; i++)
         if (strlen(names[i]) == n_bytes && !memcmp(names[i], name, n_bytes)) return 1u << i;
     return 0;

@@ -28,6 +28,7 @@ kivi_status ki_isa_choose(ki_isa *out, const char *disabled, kivi_error *err);
  * stream  cuBLASLt's products of few rows, too, and activations by a kernel of their own
  * norms  a norm reads its row again and again, by a kernel of its own
  * close  a page of keys is closed by the append of its last row, not at the end of the step
+ * append  rows of a step by a kernel of their own, not by attention
  * cudnn  our own attention for all prompts
  * ranking  cuBLASLt's order of its kernels for up to 64 rows: the fastest is measured at start (not
  *          in the batch-invariant mode) */
@@ -37,7 +38,8 @@ enum {
     KI_PART_NORMS = 4,
     KI_PART_CLOSE = 8,
     KI_PART_CUDNN = 16,
-    KI_PART_RANKING = 32
+    KI_PART_RANKING = 32,
+    KI_PART_APPEND = 64
 };
 uint32_t ki_parts_disabled(const char *disabled); /* of those */
 

@@ -80,7 +80,7 @@ static void choose(void) {
                  {"fused", KI_PART_FUSED},
                  {"stream,avx2,norms", KI_PART_STREAM | KI_PART_NORMS},
                  {",cudnn,,close", KI_PART_CUDNN | KI_PART_CLOSE},
-                 {"ranking", KI_PART_RANKING}};
+                 {"ranking,append", KI_PART_RANKING | KI_PART_APPEND}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         CHECK(ki_parts_disabled(parts[i].disabled) == parts[i].parts, "'%s' leaves out %u",
               parts[i].disabled, ki_parts_disabled(parts[i].disabled));

@@ -80,6 +80,100 @@ static void check_late(const world_options &base) {
         }
 }
 
+/* ---- rows that attention takes itself ---- */
+
+/* Float32 rows with rope, and a few numbers that no float16 holds, appended by a kernel of their
+ * own or by attention: all bytes of windows, sinks and pages, outputs, counters and flags. One
+ * sequence is idle at times. */
+static void run_own(world_options o) {
+    std::vector<uint8_t> bytes[2];
+    std::vector<float> outs[2];
+    o.n_seqs = 4, o.n_layers = 2, o.max_tokens = 512, o.pdl = true, o.own = true;
+    for (int own = 0; own < 2 && !check_failed(); own++) {
+        rng order = {5}, data = {6};
+        world w;
+        o.own = true;
+        w.make(o, 4 * 160, order);
+        uint32_t q = o.n_heads * o.head_dim, width = q + 2 * o.n_kv_heads * o.head_dim;
+        w.rope.make((size_t)4 * o.head_dim);
+        feed(w, {33, 127, 128, 150}, true, data);
+        std::vector<float> rows((size_t)4 * width), rope((size_t)4 * o.head_dim);
+        for (uint32_t step = 0; step < 140 && !check_failed(); step++) {
+            uint32_t n = 0;
+            for (uint32_t i = 0; i < 4; i++) {
+                w.state[i].n_rows = i < 3 || step % 3 == 0, w.state[i].first_row = n;
+                w.state[i].flags = 0;
+                n += w.state[i].n_rows;
+            }
+            for (float &x : rows) x = data.normal();
+            for (size_t i = 0; i < rope.size(); i += 2) {
+                float angle = data.normal();
+                rope[i] = cosf(angle), rope[i + 1] = sinf(angle);
+            }
+            rows[data.u64() % rows.size()] = 1e6f;
+            if (step % 16 == 5) rows[q + data.u64() % (width - q)] = INFINITY;
+            w.own_rows.put(rows.data(), rows.size()), w.rope.put(rope.data(), rope.size());
+            w.put_state();
+            w.poison(n);
+            ki_cuda_attend_call c = w.attend_call(0, n, 1);
+            CHECK_OK(ki_cuda_decode_plan(&c, NULL, err));
+            for (c.layer = 0; c.layer < o.n_layers; c.layer++) {
+                ki_cuda_append_call a = w.own_call(c.layer, n);
+                c.append = own ? &a : NULL;
+                if (!own) CHECK_OK(ki_cuda_append_rows(&a, NULL, err));
+                CHECK_OK(ki_cuda_decode_attend(&c, NULL, err));
+            }
+            ki_cuda_append_call first = w.own_call(0, n);
+            CHECK_OK(ki_cuda_close(&first, o.n_layers, NULL, err));
+            w.finish();
+            std::vector<float> out = w.out.get(0, (size_t)n * q);
+            outs[own].insert(outs[own].end(), out.begin(), out.end());
+        }
+        auto add = [&](const void *at, size_t n) {
+            bytes[own].insert(bytes[own].end(), (const uint8_t *)at, (const uint8_t *)at + n);
+        };
+        std::vector<uint8_t> pool = w.pool.get(0, w.pool.n), rings = w.rings.get(0, w.rings.n);
+        std::vector<uint8_t> sinks = w.sinks.get(0, w.sinks.n);
+        std::vector<uint32_t> flags = w.flags.get(0, w.flags.n);
+        ki_cuda_counters seen = w.counters.get(0, 1)[0];
+        CHECK(seen.n_saturated && seen.n_nonfinite, "nothing was beyond float16");
+        add(pool.data(), pool.size()), add(rings.data(), rings.size());
+        add(sinks.data(), sinks.size()), add(flags.data(), flags.size() * 4);
+        add(&seen, sizeof seen);
+    }
+    CHECK(bytes[0] == bytes[1], "other bytes of the cache, flags or counters");
+    CHECK(outs[0].size() == outs[1].size() &&
+              !memcmp(outs[0].data(), outs[1].data(), outs[0].size() * 4),
+          "other outputs");
+    end_case();
+}
+
+static void check_own(const world_options &base) {
+    static const struct {
+        const char *name;
+        uint32_t d, h, hk, kb, vb, g, s, split;
+        bool plus;
+    } cases[] = {{"kivi2", 128, 8, 4, 2, 2, 32, 0, 512, false},
+                 {"kivi2-split", 128, 8, 8, 2, 2, 32, 0, 128, false},
+                 {"kivi2-sinks", 64, 4, 2, 2, 2, 32, 40, 256, false},
+                 {"kivi2-mqa", 64, 20, 1, 2, 2, 32, 0, 256, false},
+                 {"kivi4-d256", 256, 4, 2, 4, 4, 32, 0, 512, false},
+                 {"kivi8-d96", 96, 4, 2, 8, 8, 32, 0, 512, false},
+                 {"kivi2-d80", 80, 4, 4, 2, 2, 16, 0, 512, false},
+                 {"kivi2+", 128, 8, 8, 2, 2, 128, 4, 512, true},
+                 {"kivi2+-split", 128, 8, 2, 2, 2, 128, 4, 128, true},
+                 {"kivi2+-d64", 64, 4, 2, 2, 2, 128, 4, 512, true},
+                 {"kivi2+-d256", 256, 2, 2, 2, 2, 128, 0, 512, true},
+                 {"k4v3+-d80", 80, 4, 2, 4, 3, 128, 4, 512, true}};
+    for (const auto &c : cases) {
+        world_options o = base;
+        o.head_dim = c.d, o.n_heads = c.h, o.n_kv_heads = c.hk;
+        o.k_bits = c.kb, o.v_bits = c.vb, o.group = c.g, o.sinks = c.s, o.split_tokens = c.split;
+        o.plus = c.plus, o.rule = KIVI_RULE_STREAM;
+        if (open_case(text("own/%s", c.name))) run_own(o);
+    }
+}
+
 /* ---- the value that leaves the window ---- */
 
 /* Of every size, with zeros of both signs, the smallest negative ones, powers of two and values
@@ -256,6 +350,7 @@ static void run_norm(uint32_t n, bool has_bias) {
 
 static void check_step(const world_options &base) {
     check_late(base);
+    check_own(base);
     check_values(base);
     for (uint32_t n : {64u, 576u, 4096u, 4100u, 8192u, 8200u, 30u})
         for (int has_bias = 0; has_bias < 2; has_bias++)

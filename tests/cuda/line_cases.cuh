@@ -18,10 +18,12 @@ static void check_lines() {
     static const struct {
         int prompt;
         uint32_t split, window;
-        bool late;
-    } ways[] = {{0, 4096, 0, false},   {130, 4096, 0, true},  {130, 128, 0, false},
-                {600, 4096, 0, true},  {600, 128, 0, false},  {600, 4096, 333, true},
-                {1300, 4096, 0, false}};
+        bool late, own;
+    } ways[] = {{0, 4096, 0, false, false},    {130, 4096, 0, true, false},
+                {130, 128, 0, false, false},   {600, 4096, 0, true, false},
+                {600, 128, 0, false, false},   {600, 4096, 333, true, false},
+                {1300, 4096, 0, false, false}, {0, 4096, 0, true, true},
+                {130, 128, 0, true, true},     {600, 4096, 333, true, true}};
     for (const auto &kind : kinds)
         for (uint32_t heads : {1u, 4u})
             for (const auto &way : ways) {
@@ -29,9 +31,10 @@ static void check_lines() {
                 o.k_bits = kind.k, o.v_bits = kind.v, o.sinks = kind.sinks, o.plus = kind.plus;
                 o.n_kv_heads = 2, o.n_heads = 2 * heads, o.rule = KIVI_RULE_STREAM;
                 o.split_tokens = way.split, o.window = way.window, o.late = way.late;
+                o.own = way.own;
                 o.n_layers = 2, o.pdl = true;
-                if (open_case(text("line/%s-h%u-n%d-x%u-w%u", kind.name, heads, way.prompt,
-                                   way.split, way.window)))
+                if (open_case(text("line/%s-h%u-n%d-x%u-w%u%s", kind.name, heads, way.prompt,
+                                   way.split, way.window, way.own ? "-own" : "")))
                     run_case(o, way.prompt ? std::vector<int>{way.prompt, -140}
                                            : std::vector<int>{-300});
             }

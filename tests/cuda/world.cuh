@@ -93,6 +93,7 @@ struct world_options {
     bool plain; /* the kernels of plain.h */
     uint32_t n_layers;
     bool late;              /* codes of all layers are made at the end of a step (kv_append.h) */
+    bool own;               /* attention takes the rows of a step of decoding itself */
     uint64_t scratch_bytes; /* at most, of prompts; 0: plenty */
     uint32_t shared_bytes;  /* of a thread block, as on another device; 0: what this one has */
 };
@@ -143,8 +144,9 @@ struct world {
     device_array<ki_cuda_counters> counters;
     device_array<uint16_t> q_in, k_in, v_in, q_out, k_rows, v_rows;
     device_array<float> out;
-    std::vector<uint32_t> table;    /* host copy */
-    std::vector<ki_cuda_seq> state; /* host copy */
+    device_array<float> own_rows, rope; /* [rows][H + 2 Hk][D]; [rows][D/2][2], empty: none */
+    std::vector<uint32_t> table;        /* host copy */
+    std::vector<ki_cuda_seq> state;     /* host copy */
     uint64_t ring_bytes;
     ki_cuda_cache cache;
     uint32_t max_rows;
@@ -174,6 +176,7 @@ struct world {
         k_in.make(batch_rows * o.n_kv_heads * d), v_in.make(batch_rows * o.n_kv_heads * d);
         k_rows.make(batch_rows * o.n_kv_heads * d), v_rows.make(batch_rows * o.n_kv_heads * d);
         out.make(batch_rows * o.n_heads * d);
+        if (o.own) own_rows.make(batch_rows * (o.n_heads + 2 * o.n_kv_heads) * d);
         flags.make(batch_rows);
         workspace.make(ki_cuda_workspace_bytes(&l, o.n_seqs, o.max_tokens + 1, o.split_tokens));
         scratch.make(ki_prompt_scratch_bytes(&l, o.max_tokens + KI_PAGE_TOKENS, o.n_seqs,
@@ -230,22 +233,50 @@ struct world {
         c.workspace = workspace.data, c.pdl = o.pdl;
         return c;
     }
+    /* The same rows as float32: q, k, v of a row behind each other. */
+    void widen(uint32_t n_rows) {
+        size_t d = o.head_dim, q = o.n_heads * d, kv = o.n_kv_heads * d, width = q + 2 * kv;
+        std::vector<uint16_t> from[3] = {q_in.get(0, n_rows * q), k_in.get(0, n_rows * kv),
+                                         v_in.get(0, n_rows * kv)};
+        std::vector<float> rows(n_rows * width);
+        for (size_t row = 0; row < n_rows; row++)
+            for (size_t c = 0; c < width; c++) {
+                size_t part = c < q ? 0 : 1 + (c - q) / kv, n = part ? kv : q;
+                size_t at = part ? (c - q) % kv : c;
+                rows[row * width + c] = ki_f16_to_f32(from[part][row * n + at]);
+            }
+        own_rows.put(rows.data(), rows.size());
+    }
+    ki_cuda_append_call own_call(uint32_t layer, uint32_t n_rows) {
+        ki_cuda_append_call c = append_call(layer, n_rows, 1);
+        uint32_t q = o.n_heads * o.head_dim, kv = o.n_kv_heads * o.head_dim;
+        c.q = own_rows.data, c.k = own_rows.data + q, c.v = own_rows.data + q + kv;
+        c.q_stride = c.k_stride = c.v_stride = q + 2 * kv;
+        c.type = KI_CUDA_F32, c.rope = rope.data;
+        return c;
+    }
     /* A step of all layers with the same rows in each: state says how many rows each slot has. */
     void decode(uint32_t n_rows) {
         put_state();
         poison(n_rows);
+        if (o.own) {
+            MUST(cudaMemset(q_out.data, 0xff, q_out.n * sizeof(uint16_t))); /* not read */
+            widen(n_rows);
+        }
         ki_cuda_attend_call c = attend_call(0, n_rows, 1);
         if (o.plain) return plain_step(n_rows, 1, false);
         CHECK_OK(ki_cuda_decode_plan(&c, NULL, err));
         for (uint32_t layer = 0; layer < o.n_layers; layer++) {
             ki_cuda_append_call a = append_call(layer, n_rows, 1);
+            ki_cuda_append_call own = own_call(layer, n_rows);
             c.layer = layer;
-            if (o.late) CHECK_OK(ki_cuda_append_rows(&a, NULL, err));
+            if (o.own) c.append = &own;
+            else if (o.late) CHECK_OK(ki_cuda_append_rows(&a, NULL, err));
             else CHECK_OK(ki_cuda_append(&a, NULL, err));
             CHECK_OK(ki_cuda_decode_attend(&c, NULL, err));
         }
         ki_cuda_append_call first = append_call(0, n_rows, 1);
-        if (o.late) CHECK_OK(ki_cuda_close(&first, o.n_layers, NULL, err));
+        if (o.late || o.own) CHECK_OK(ki_cuda_close(&first, o.n_layers, NULL, err));
         finish();
     }
     void plain_step(uint32_t n_rows, uint32_t most, bool prompt) {

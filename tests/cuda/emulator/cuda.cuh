@@ -76,6 +76,8 @@ static inline int __any_sync(uint32_t mask, int x) {
     return emulated_shuffle(OP_ANY, mask, (int)(x != 0), 0);
 }
 
+static inline void atomicAdd(unsigned long long *at, unsigned long long x) { *at += x; }
+
 /* ---- numbers: the compiler contracts nothing (-ffp-contract=off) ---- */
 
 static inline uint32_t __float_as_uint(float x) { return ki_f32_bits(x); }
@@ -100,7 +102,9 @@ struct __nv_bfloat162 {
 };
 static inline __half __ushort_as_half(uint16_t h) { return {h}; }
 static inline float __half2float(__half h) { return emulated_half(h.bits); }
+static inline uint16_t __half_as_ushort(__half h) { return h.bits; }
 static inline __half __float2half(float x) { return {ki_f32_to_f16(x)}; }
+static inline __half __float2half_rn(float x) { return __float2half(x); }
 static inline __nv_bfloat16 __float2bfloat16(float x) { /* half to even */
     uint32_t u = ki_f32_bits(x);
     return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};

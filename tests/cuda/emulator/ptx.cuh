@@ -20,6 +20,7 @@ KI_DEV void ki_load16(uint4 &w, const uint4 *at) {
     emulate_reads(at, sizeof w);
     w = *at;
 }
+KI_DEV void ki_settle_warp() { emulate_warp(OP_SYNC, 0, 0); }
 KI_DEV void ki_bring_line(const uint8_t *at) { emulate_reads(at, 1); }
 
 KI_DEV uint32_t ki_shared(const void *p) { return emulate_address(p); }
