@@ -155,7 +155,8 @@ static kivi_status lengths_of(report &r, bench_shape s) {
 struct append_batch {
     bench_batch b;
     ki_cuda_counters *counters;
-    uint16_t *rows;
+    uint16_t *rows; /* and the same number of float32 */
+    float *wide_rows;
     float *rope;
     std::vector<ki_cuda_append_call> calls; /* a set each */
 };
@@ -186,9 +187,12 @@ static kivi_status make_append(append_batch &a, const bench_shape &s, const benc
     KI_TRY(b.ki_make(s, kind, 1ull << 40, APPEND_SETS, err));
     KI_TRY(b.take(&a.counters, 1, err));
     KI_TRY(b.take(&a.rows, (uint64_t)s.batch * width, err));
+    KI_TRY(b.take(&a.wide_rows, (uint64_t)s.batch * width, err));
     KI_TRY(b.take(&a.rope, (uint64_t)s.batch * 128, err));
     KI_TRY(ki_cuda_check(cudaMemset(a.counters, 0, sizeof *a.counters), "counters", err));
     ki_bench_halves_kernel<<<256, 256>>>((uint32_t *)a.rows, (uint64_t)s.batch * width / 2, 9);
+    /* two halves are a float32 below 2 */
+    ki_bench_halves_kernel<<<256, 256>>>((uint32_t *)a.wide_rows, (uint64_t)s.batch * width, 9);
     ki_bench_halves_kernel<<<256, 256>>>((uint32_t *)a.rope, (uint64_t)s.batch * 128, 11);
     a.calls.resize(b.n_sets);
     for (uint32_t i = 0; i < b.n_sets; i++) {
@@ -203,6 +207,15 @@ static kivi_status make_append(append_batch &a, const bench_shape &s, const benc
         c.type = KI_CUDA_F16, c.rope = a.rope, c.q_out = b.q, c.pdl = !plain;
     }
     return ki_cuda_check(cudaDeviceSynchronize(), "rows to append", err);
+}
+
+/* Of one set, with rows as an engine has them. */
+static ki_cuda_append_call wide_call(const append_batch &a, uint32_t set) {
+    ki_cuda_append_call c = a.calls[set];
+    uint32_t q = a.b.shape.n_heads * 128, kv = a.b.shape.n_kv_heads * 128;
+    c.q = a.wide_rows, c.k = a.wide_rows + q, c.v = a.wide_rows + q + kv;
+    c.type = KI_CUDA_F32;
+    return c;
 }
 
 static kivi_status append(report &r, kivi_bench_what what, bench_shape s, const bench_kind &kind) {
@@ -226,10 +239,41 @@ static kivi_status append(report &r, kivi_bench_what what, bench_shape s, const 
     return KIVI_OK;
 }
 
+/* Decode attention of all layers that takes the rows itself, less the same with rows that are there
+ * already; and the codes of values. */
+static kivi_status within(report &r, bench_shape s, const bench_kind &kind) {
+    append_batch a;
+    s.tokens = 256;
+    kivi_bench_row row = row_of(KIVI_BENCH_WITHIN, s, kind);
+    KI_TRY(make_append(a, s, kind, false, r.o->plain, r.err));
+    KI_TRY(a.b.ki_plan(ki_cuda_split_tokens(&a.b.l, s.batch, s.tokens, r.n_sms), 0, !r.o->plain,
+                       r.err));
+    double us[2];
+    for (int takes = 0; takes < 2; takes++)
+        KI_TRY(time_launches(
+            &us[takes], APPEND_LAUNCHES, r.o->n_repeats,
+            [&](uint32_t i, cudaStream_t stream) {
+                ki_cuda_append_call c = wide_call(a, i / APPEND_LAYERS % a.b.n_sets);
+                ki_cuda_attend_call attend = a.b.calls[i / APPEND_LAYERS % a.b.n_sets];
+                c.layer = attend.layer = i % APPEND_LAYERS;
+                attend.append = takes ? &c : NULL;
+                KI_TRY(ki_cuda_decode_attend(&attend, stream, r.err));
+                if (!takes || i % APPEND_LAYERS < APPEND_LAYERS - 1) return KIVI_OK;
+                c.layer = 0;
+                return ki_cuda_code_values(&c, APPEND_LAYERS, stream, r.err);
+            },
+            r.err));
+    row.us = us[1] - us[0];
+    tell(r, row);
+    return KIVI_OK;
+}
+
 static kivi_status appends_of(report &r, const bench_shape &s) {
     for (size_t i = 0; i < r.o->n_kinds; i++) {
         const bench_kind kind = kind_of(r.o->kinds[i], false);
         if (wants(r, KIVI_BENCH_APPEND)) KI_TRY(append(r, KIVI_BENCH_APPEND, s, kind));
+        if (wants(r, KIVI_BENCH_WITHIN) && kind.k_bits < 16 && kind.v_bits < 16)
+            KI_TRY(within(r, s, kind));
         if (wants(r, KIVI_BENCH_CLOSE) && is_quantized(kind))
             KI_TRY(append(r, KIVI_BENCH_CLOSE, s, kind));
     }
@@ -363,7 +407,7 @@ static kivi_status measure_all(report &r) {
                             prompts = {{1, 32, 32, 4096}, {1, 32, 32, 32768}};
     KI_TRY(measure_streams(r));
     for (const bench_shape &s : shapes_of(r, decode, false, false)) KI_TRY(decode_shape_of(r, s));
-    if (wants(r, KIVI_BENCH_APPEND) || wants(r, KIVI_BENCH_CLOSE))
+    if (wants(r, KIVI_BENCH_APPEND) || wants(r, KIVI_BENCH_WITHIN) || wants(r, KIVI_BENCH_CLOSE))
         for (const bench_shape &s : shapes_of(r, rows, false, true)) KI_TRY(appends_of(r, s));
     if (wants(r, KIVI_BENCH_PROMPT))
         for (const bench_shape &s : shapes_of(r, prompts, true, false)) KI_TRY(prompt_of(r, s));

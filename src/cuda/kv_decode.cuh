@@ -515,23 +515,30 @@ template <int NJ> struct own_query {
     }
 };
 
-/* The row into the newest block, by the warp that reads this block: its loads come behind. */
-template <class S>
-KI_DEV void append_own(const decode_args &a, const ki_plan_item &item, uint32_t head, bool tells,
-                       uint32_t lane) {
-    const own_rows &own = a.own;
-    uint32_t block = item.pos / KI_SUB_TOKENS;
+/* The warp that reads the newest block puts the row there, and its loads of the block come behind. */
+template <class S> struct own_row {
     kv_row<S::D, true> row;
-    row_place place = {(uint8_t *)exact_of(a, item, head, block, 0),
-                       (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS};
-    row.load(own.k, (uint64_t)item.row * own.k_stride + head * S::D, own.v,
-             (uint64_t)item.row * own.v_stride + head * S::D,
-             own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
-    row_check check = row.store(place, KI_CUDA_F32, own.rope, S::PLUS, lane);
-    if (tells)
-        report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
-    ki_settle_warp();
-}
+
+    __device__ __forceinline__ void load(const decode_args &a, const ki_plan_item &item,
+                                         uint32_t head, uint32_t lane) {
+        const own_rows &own = a.own;
+        row.load(own.k, (uint64_t)item.row * own.k_stride + head * S::D, own.v,
+                 (uint64_t)item.row * own.v_stride + head * S::D,
+                 own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
+    }
+    /* tells: of the thread blocks that have the row, this one counts */
+    __device__ __forceinline__ void store(const decode_args &a, const ki_plan_item &item,
+                                          uint32_t head, bool tells, uint32_t lane) {
+        const own_rows &own = a.own;
+        uint32_t block = item.pos / KI_SUB_TOKENS;
+        row_place place = {(uint8_t *)exact_of(a, item, head, block, 0),
+                           (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS};
+        row_check check = row.store(place, KI_CUDA_F32, own.rope, S::PLUS, lane);
+        if (tells)
+            report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
+        ki_settle_warp();
+    }
+};
 
 /* ---- merging ---- */
 
@@ -729,18 +736,22 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     bool is_head = g % S::HEADS < n_heads, takes_row = a.own.k;
     own_query<S::NJ> query;
     if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
-    uint32_t newest = slow_end - 1; /* the sequence's last slow block has its newest token */
-    if (takes_row && item.part.slow_begin < slow_end &&
-        !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
-        (newest - item.part.slow_begin) % S::warps() == warp)
-        append_own<S>(a, item, head, first_in_group == 0, lane);
+    own_row<S> row; /* its token is in the last of the sequence's slow blocks */
+    const uint32_t newest = slow_end - 1;
+    bool has_row = takes_row && item.part.slow_begin < slow_end &&
+                   !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+                   (newest - item.part.slow_begin) % S::warps() == warp;
+    if (has_row) row.load(a, item, head, lane);
     exact_values<S> values;
     slow_place at = slow.get(a.l, 0, slow_block_of(item, slow_first));
-    if (slow_first < slow_end)
-        values.load(at.v16, value_rows(a.l, item, slow_block_of(item, slow_first)), lane);
+    ki_plan_rows first_rows = value_rows(a.l, item, slow_block_of(item, slow_first));
+    bool waits_for_row = has_row && slow_first == newest;
+    if (slow_first < slow_end && !waits_for_row) values.load(at.v16, first_rows, lane);
     if (takes_row) query.halves(st.q.q, a.own.rope);
     else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
+    if (has_row) row.store(a, item, head, first_in_group == 0, lane);
+    if (waits_for_row) values.load(at.v16, first_rows, lane);
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;

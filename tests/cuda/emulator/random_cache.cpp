@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+extern "C" void ki_plus_turn_scalar(float *x, unsigned head_dim); /* plus.h, which is C alone */
+
 enum { NO_PAGE = 0xffffffff, NO_NUMBER = 0x7e00, BEHIND = 0xfe }; /* a float16; a byte */
 
 /* ---- numbers ---- */
@@ -184,11 +186,52 @@ void random_cache::make_memory(random_source &random) {
             tables[i * stride + p] = is_seen(seqs[i], p * 128) ? ids[i * stride + p] : NO_PAGE;
     }
     q.make((size_t)n_rows * l.n_heads * head_dim);
-    fill_normal(q.p(), (size_t)n_rows * l.n_heads * head_dim, 0.6f, random);
+    draw_own_rows(random);
     out.make((size_t)n_rows * l.n_heads * head_dim * (out_type == KI_CUDA_F32 ? 4 : 2));
     memset(out.data, 0xff, out.n_bytes); /* no numbers */
     workspace.make(ki_cuda_workspace_bytes(&l, n_seqs, most_tokens + 1, split_tokens));
     memset(workspace.data, BEHIND, workspace.n_bytes);
+}
+
+/* Float32 rows, and the float16 ones that they become: queries, and what stands at pos. */
+void random_cache::draw_own_rows(random_source &random) {
+    uint32_t d = head_dim, width = (l.n_heads + 2 * n_kv_heads) * d;
+    own_rows.make((size_t)n_rows * width), rope.make((size_t)n_rows * d);
+    for (size_t i = 0; i < (size_t)n_rows * width; i++)
+        own_rows[i] = random.normal() * (i % width < l.n_heads * d ? 0.6f : 1);
+    for (size_t i = 0; i < (size_t)n_rows * d; i += 2) {
+        float angle = random.uniform() * 6.2832f;
+        rope[i] = cosf(angle), rope[i + 1] = sinf(angle);
+    }
+    auto turned = [&](uint32_t row, uint32_t part, bool has_rope) {
+        const float *x = own_rows.p() + (size_t)row * width + part * d, *r = rope.p() + row * d;
+        std::vector<float> y(x, x + d);
+        for (uint32_t c = 0; has_rope && c < d / 2; c++) {
+            y[c] = x[c] * r[2 * c] - x[c + d / 2] * r[2 * c + 1];
+            y[c + d / 2] = x[c + d / 2] * r[2 * c] + x[c] * r[2 * c + 1];
+        }
+        if (!has_rope && l.is_plus) ki_plus_turn_scalar(y.data(), d);
+        return y;
+    };
+    for (uint32_t row = 0; row < n_rows; row++)
+        for (uint32_t h = 0; h < l.n_heads; h++) {
+            std::vector<float> y = turned(row, h, true);
+            for (uint32_t c = 0; c < d; c++)
+                q[((size_t)row * l.n_heads + h) * d + c] = ki_f32_to_f16(y[c]);
+        }
+    if (!is_packed()) return;
+    for (uint32_t i = 0; i < n_seqs; i++) {
+        const ki_cuda_seq &s = seqs[i];
+        if (s.n_rows != 1 || s.flags & KI_CUDA_PAGES_ONLY) continue;
+        for (uint32_t h = 0; h < n_kv_heads; h++) {
+            std::vector<float> k = turned(s.first_row, l.n_heads + h, true);
+            std::vector<float> v = turned(s.first_row, l.n_heads + n_kv_heads + h, false);
+            for (uint32_t c = 0; c < d; c++) {
+                *exact_at(s, h, s.n_tokens, c, true) = ki_f32_to_f16(k[c]);
+                *exact_at(s, h, s.n_tokens, c, false) = ki_f32_to_f16(v[c]);
+            }
+        }
+    }
 }
 
 bool random_cache::draw(const kv_kind &kind, uint32_t dim, random_source &random) {
@@ -284,7 +327,7 @@ void random_cache::hide_codes(const ki_cuda_seq &s, uint32_t head) {
 
 void random_cache::list_hidden(void) {
     hidden.clear();
-    is_hidden = false;
+    is_hidden = is_own = false;
     for (uint32_t i = 0; i < n_seqs; i++) {
         const ki_cuda_seq &s = seqs[i];
         if (s.n_rows != 1 || s.flags & KI_CUDA_PAGES_ONLY) continue;
@@ -302,14 +345,57 @@ void random_cache::list_hidden(void) {
 }
 
 void random_cache::hide(void) {
+    if (is_own && !is_hidden) {
+        for (own_element &e : own_elements) {
+            e.was_written |= *e.at == e.truth;
+            *e.at = NO_NUMBER;
+        }
+        own_rows_hidden.assign(own_rows.p(), own_rows.p() + own_rows.n_bytes / 4);
+        memset(own_rows.data, 0xff, own_rows.n_bytes);
+    }
     if (!is_hidden)
         for (auto &h : hidden) *h.first = NO_NUMBER;
     is_hidden = true;
 }
 void random_cache::show(void) {
+    if (is_own && is_hidden) memcpy(own_rows.data, own_rows_hidden.data(), own_rows.n_bytes);
     if (is_hidden)
         for (auto &h : hidden) *h.first = h.second;
     is_hidden = false;
+}
+
+void random_cache::begin_own(void) {
+    show();
+    is_own = true;
+    auto is_own_element = [&](const std::pair<uint16_t *, uint16_t> &h) {
+        return (h.first >= (uint16_t *)rings.data &&
+                h.first < (uint16_t *)(rings.data + rings.n_bytes)) ||
+               (h.first >= (uint16_t *)sinks.data &&
+                h.first < (uint16_t *)(sinks.data + sinks.n_bytes));
+    };
+    std::vector<std::pair<uint16_t *, uint16_t>> others;
+    for (auto &h : hidden) {
+        if (!is_own_element(h)) {
+            others.push_back(h);
+            continue;
+        }
+        own_elements.push_back({h.first, h.second, false});
+        *h.first = NO_NUMBER;
+    }
+    hidden = others;
+    for (size_t i = 0; i < q.n_bytes / 2; i++) q[i] = NO_NUMBER; /* not read */
+    for (size_t i = hidden.size(); i-- > 0;)
+        if (q.has(hidden[i].first, 2)) hidden.erase(hidden.begin() + (ptrdiff_t)i);
+}
+
+std::string random_cache::end_own(void) {
+    size_t n_missing = 0;
+    for (own_element &e : own_elements) {
+        n_missing += !e.was_written && *e.at != e.truth;
+        e.was_written = false, *e.at = NO_NUMBER;
+    }
+    return n_missing ? std::to_string(n_missing) + " elements of the step's rows are not written"
+                     : "";
 }
 
 /* ---- the plan ---- */

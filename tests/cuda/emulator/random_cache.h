@@ -58,6 +58,11 @@ class random_cache {
      * of codes that this step makes), and gives it back. */
     void hide(void);
     void show(void);
+    /* From here on rows at pos are not written before attention, but by it, from own_rows: what it
+     * puts there is taken away again before each thread block. Only with both sides packed. */
+    void begin_own(void);
+    std::string end_own(void); /* what is wrong with the rows; nothing: "" */
+    bool is_packed(void) const { return l.k_bits < 16 && l.v_bits < 16; }
     bool holds(const void *at, size_t n) const;
     /* RMS of the error over RMS of the result, of one sequence; -1: it has no row. */
     double error_of(uint32_t i) const;
@@ -72,6 +77,7 @@ class random_cache {
     guarded<uint8_t> pool, rings, sinks, out, workspace;
     guarded<uint32_t> tables;
     guarded<uint16_t> q;
+    guarded<float> own_rows, rope; /* [n_rows][H + 2 Hk][D], [n_rows][D/2][2]: q is made of them */
     guarded<ki_cuda_seq> seqs;
     std::vector<ki_plan_item> items;
     std::vector<ki_plan_slot> slots;
@@ -82,6 +88,7 @@ class random_cache {
     void draw_sequence(uint32_t i, random_source &random);
     void make_memory(random_source &random);
     void fill_page(uint8_t *page, random_source &random) const;
+    void draw_own_rows(random_source &random);
     void list_hidden(void);
     void hide_codes(const ki_cuda_seq &s, uint32_t head);
     void hide_value(uint16_t *at);
@@ -104,8 +111,14 @@ class random_cache {
     const char *kind_name;
     uint32_t big_blocks; /* of a ring that holds a prompt from its start */
     uint64_t ring_bytes;
-    bool is_hidden;
+    bool is_hidden, is_own;
     std::vector<std::pair<uint16_t *, uint16_t>> hidden; /* where, and what belongs there */
+    struct own_element {
+        uint16_t *at, truth;
+        bool was_written;
+    };
+    std::vector<own_element> own_elements; /* of rows at pos */
+    std::vector<float> own_rows_hidden;
 };
 
 #endif
