@@ -48,7 +48,8 @@ KI_DEV void append_kv(const append_args &a, const row_place &place, uint32_t row
     kv_row<D, WIDE> kv;
     kv.load(a.k, (uint64_t)row * a.k_stride + head * D, a.v, (uint64_t)row * a.v_stride + head * D,
             rope_of<D>(a, row), lane);
-    row_check check = kv.store(place, a.type, a.rope, a.l.is_plus, lane);
+    row_check check = kv.finish(a.type, a.rope, a.l.is_plus, lane);
+    kv.put(place, lane);
     report_row(check, a.counters, a.row_flags ? a.row_flags + row : NULL, lane);
 }
 

@@ -469,7 +469,7 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        values.each(at.v16, value_rows(l, item, block), lane,
+        values.each(at, value_rows(l, item, block), lane,
                     [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
                         mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
                     });
@@ -515,7 +515,7 @@ template <int NJ> struct own_query {
     }
 };
 
-/* The warp that reads the newest block puts the row there, and its loads of the block come behind. */
+/* The row of the newest block, by the warp that reads this block. */
 template <class S> struct own_row {
     kv_row<S::D, true> row;
 
@@ -526,17 +526,27 @@ template <class S> struct own_row {
                  (uint64_t)item.row * own.v_stride + head * S::D,
                  own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
     }
-    /* tells: of the thread blocks that have the row, this one counts */
+    /* Into the store; the warp's loads from there come behind. tells: of the thread blocks that
+     * have the row, this one counts. */
     __device__ __forceinline__ void store(const decode_args &a, const ki_plan_item &item,
                                           uint32_t head, bool tells, uint32_t lane) {
         const own_rows &own = a.own;
         uint32_t block = item.pos / KI_SUB_TOKENS;
-        row_place place = {(uint8_t *)exact_of(a, item, head, block, 0),
-                           (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS};
-        row_check check = row.store(place, KI_CUDA_F32, own.rope, S::PLUS, lane);
+        row_check check = row.finish(KI_CUDA_F32, own.rope, S::PLUS, lane);
+        row.put({(uint8_t *)exact_of(a, item, head, block, 0),
+                 (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS},
+                lane);
         if (tells)
             report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
         ki_settle_warp();
+    }
+    /* And into copies of the block in the ring. */
+    __device__ __forceinline__ void put_here(const ki_plan_item &item, const slow_place &at,
+                                             uint32_t lane) const {
+        uint32_t t = item.pos % KI_SUB_TOKENS;
+        if (at.keys_here) row.put_key((uint8_t *)at.k16, t, lane);
+        if (at.values_here) row.put_value((uint8_t *)at.v16, t, lane);
+        __syncwarp();
     }
 };
 
@@ -727,31 +737,37 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         slow.copy(pipe.data + stream.n * a.unit_bytes, pipe.data + S::STAGES * a.unit_bytes, a,
                   item, slow_mine, pipe.spare_bar(), lane);
     slow.bring(a, item, slow_first, S::warps(), lane);
+    const bool takes_row = a.own.k;
+    const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
+    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
+                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+                         (newest - item.part.slow_begin) % S::warps() == warp;
+    exact_values<S> values; /* at first those of the first block that has them in memory */
+    const uint32_t apart = slow.first_apart(lane);
+    const uint32_t apart_block = slow_block_of(item, slow_first + apart % 32 * S::warps());
+    const bool is_apart_old = ki_plan_is_old(&item, apart_block);
+    const slow_place apart_at = slow.get(a.l, apart % 32, apart_block);
+    const ki_plan_rows apart_rows = value_rows(a.l, item, apart_block);
+    if (apart != KI_PLAN_NONE && is_apart_old) values.load(apart_at.v16, apart_rows, lane);
     ki_pdl_wait();
     ki_pdl_launch();
     if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
     uint32_t g = lane / 4, q_head = first_head + g % S::HEADS;
-    bool is_head = g % S::HEADS < n_heads, takes_row = a.own.k;
+    bool is_head = g % S::HEADS < n_heads;
     own_query<S::NJ> query;
+    own_row<S> row;
     if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
-    own_row<S> row; /* its token is in the last of the sequence's slow blocks */
-    const uint32_t newest = slow_end - 1;
-    bool has_row = takes_row && item.part.slow_begin < slow_end &&
-                   !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
-                   (newest - item.part.slow_begin) % S::warps() == warp;
     if (has_row) row.load(a, item, head, lane);
-    exact_values<S> values;
-    slow_place at = slow.get(a.l, 0, slow_block_of(item, slow_first));
-    ki_plan_rows first_rows = value_rows(a.l, item, slow_block_of(item, slow_first));
-    bool waits_for_row = has_row && slow_first == newest;
-    if (slow_first < slow_end && !waits_for_row) values.load(at.v16, first_rows, lane);
+    if (apart != KI_PLAN_NONE && !is_apart_old && !takes_row)
+        values.load(apart_at.v16, apart_rows, lane);
     if (takes_row) query.halves(st.q.q, a.own.rope);
     else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
-    if (waits_for_row) values.load(at.v16, first_rows, lane);
+    if (apart != KI_PLAN_NONE && !is_apart_old && takes_row)
+        values.load(apart_at.v16, apart_rows, lane);
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
@@ -764,16 +780,17 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
             }
         __syncthreads();
     }
-    for (uint32_t k = slow_first, i = 0; k < slow_end;) {
+    for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
         uint32_t block = slow_block_of(item, k);
-        if (HAS_SPARE && (at.codes_here || at.keys_here)) pipe.wait_spare();
+        if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());
+        slow_place at = slow.get(a.l, i % 32, block);
+        if (at.v16 && !at.values_here && i != apart)
+            values.load(at.v16, value_rows(a.l, item, block), lane);
+        if (HAS_SPARE && (at.codes_here || at.keys_here || at.values_here)) {
+            pipe.wait_spare();
+            if (has_row && k == newest) row.put_here(item, at, lane);
+        }
         slow_block<S>(st, a, item, at, values, block, lane);
-        k += S::warps();
-        if (k >= slow_end) break;
-        if (++i % 32 == 0) slow.find(a, item, head, k + lane * S::warps());
-        block = slow_block_of(item, k);
-        at = slow.get(a.l, i % 32, block);
-        values.load(at.v16, value_rows(a.l, item, block), lane);
     }
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));

@@ -171,32 +171,43 @@ struct row_place {
 template <int D, bool WIDE> struct kv_row {
     half_rows<D, WIDE> k;
     whole_row<D, WIDE> v;
+    uint32_t v16[whole_row<D, WIDE>::N]; /* pairs of channels */
 
     __device__ __forceinline__ void load(const void *keys, uint64_t k_at, const void *values,
                                          uint64_t v_at, const float *rope, uint32_t lane) {
         v.load(values, v_at, lane);
         k.load(keys, k_at, rope, lane);
     }
-    __device__ __forceinline__ row_check store(const row_place &place, ki_cuda_type type,
-                                               bool has_rope, bool is_plus, uint32_t lane) {
+    /* As they are kept. */
+    __device__ __forceinline__ row_check finish(ki_cuda_type type, bool has_rope, bool is_plus,
+                                                uint32_t lane) {
         row_check check = {};
         k.rotate(type, has_rope, &check, lane);
-        k.store(lane, [&](uint32_t c, uint32_t two) { /* a pair of channels is a word */
-                                                      *(uint32_t *)exact_element(place.keys,
-                                                                                 place.t, c, D / 16,
-                                                                                 true) = two;
-        });
         v.widen(type, lane);
         if (is_plus) v.turn(lane);
+#pragma unroll
+        for (int m = 0; m < whole_row<D, WIDE>::N; m++)
+            if (2 * (lane + 32 * m) < D) v16[m] = checked_pair(v.x[m], &check);
+        return check;
+    }
+    __device__ __forceinline__ void put_key(uint8_t *block, uint32_t t, uint32_t lane) const {
+        k.store(lane, [&](uint32_t c, uint32_t two) { /* a pair of channels is a word */
+                                                      *(uint32_t *)exact_element(
+                                                          block, t, c, D / 16, true) = two;
+        });
+    }
+    __device__ __forceinline__ void put_value(uint8_t *block, uint32_t t, uint32_t lane) const {
 #pragma unroll
         for (int m = 0; m < whole_row<D, WIDE>::N; m++) {
             uint32_t c = 2 * (lane + 32 * m);
             if (c >= D) continue;
-            uint32_t two = checked_pair(v.x[m], &check);
-            *exact_element(place.values, place.t, c, D / 16, false) = (uint16_t)two;
-            *exact_element(place.values, place.t, c + 1, D / 16, false) = (uint16_t)(two >> 16);
+            *exact_element(block, t, c, D / 16, false) = (uint16_t)v16[m];
+            *exact_element(block, t, c + 1, D / 16, false) = (uint16_t)(v16[m] >> 16);
         }
-        return check;
+    }
+    __device__ __forceinline__ void put(const row_place &place, uint32_t lane) const {
+        put_key(place.keys, place.t, lane);
+        put_value(place.values, place.t, lane);
     }
 };
 

@@ -29,16 +29,18 @@ struct decode_args {
     ki_cuda_type out_type;
     float factor; /* scale log2(e) */
     own_rows own;
+    bool few; /* thread blocks: what counts is how long a trip takes, not how many bytes come */
 };
 
 struct slow_place {                        /* a block's bytes; null where they are not needed */
     const uint8_t *head, *sub, *k16, *v16; /* head: of the page that has sub */
     bool k_codes, v_codes;
-    bool codes_here, keys_here; /* in the ring */
+    bool codes_here, keys_here, values_here; /* in the ring */
 };
 
-/* The 16-bit values of a block, which a warp asks for before it needs the scores: that is one trip
- * to memory for both. Rows that are too long for the registers are read when they are needed. */
+/* The 16-bit values of a block that are not in the ring, which a warp asks for before it needs the
+ * scores: that is one trip to memory for both. Rows that are too long for the registers are read
+ * when they are needed. */
 template <class S> struct exact_values {
     static constexpr bool HELD = S::D <= 128;
     uint4 fours[HELD ? 2 * S::NJ : 1];
@@ -58,13 +60,14 @@ template <class S> struct exact_values {
         }
     }
     template <class F>
-    __device__ __forceinline__ void each(const uint8_t *v16, ki_plan_rows rows, uint32_t lane,
+    __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows, uint32_t lane,
                                          F f) {
-        if constexpr (HELD) {
+        if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, lane, f);
+        else if constexpr (HELD) {
 #pragma unroll
             for (int k = 0; k < 2 * S::NJ; k++)
                 f(k / 2, k % 2, fours[k].x, fours[k].y, fours[k].z, fours[k].w);
-        } else for_seen_frags<S::NJ>(v16, rows, false, lane, f);
+        }
     }
 };
 
@@ -151,22 +154,27 @@ KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
 /* Where 32 of them are, one a lane: addresses are worked out once, side by side.
  *
  * At short contexts a warp has fewer fast units than stages. Then codes of its slow blocks, and
- * whole blocks of 16-bit keys, are copied into the ring behind the units, as units are, instead of
- * being asked for piece by piece when they are needed: first come, first served, while there is
- * room (sm_90, where one instruction of a lane copies all of it). Nothing is copied before the wait
- * that a kernel of this step may write: the row at pos is in a block that is not old, and codes of
- * the value that leaves the window are in block v_exact / 32, which is late. */
+ * 16-bit blocks that are read as a whole, are copied into the ring behind the units, as units are,
+ * instead of being asked for piece by piece when they are needed: first come, first served, while
+ * there is room (sm_90, where one instruction of a lane copies all of it). With few thread blocks
+ * those come so too of which some tokens are read.
+ *
+ * Nothing is copied before the wait that a kernel of this step may write: codes of the value that
+ * leaves the window are in block v_exact / 32, and the row at pos is in the newest block; both are
+ * late. But where attention takes the row itself the newest block comes early, and gets the row in
+ * its place. */
 template <class S> struct slow_list {
-    enum { K_CODES = 1, V_CODES = 2, CODES_HERE = 4, KEYS_HERE = 8 }; /* here: in the ring */
+    enum { K_CODES = 1, V_CODES = 2, CODES_HERE = 4, KEYS_HERE = 8, VALUES_HERE = 16 };
     const uint8_t *sub, *k16, *v16;
-    uint8_t *late;
+    uint8_t *late_codes, *late_keys, *late_values; /* where they are to be */
     uint32_t how;
 
     __device__ __forceinline__ void find(const decode_args &a, const ki_plan_item &item,
                                          uint32_t head, uint32_t k) {
         slow_place at = {};
         if (k < item.part.slow_end) at = find_slow(a, item, head, slow_block_of(item, k));
-        sub = at.sub, k16 = at.k16, v16 = at.v16, late = nullptr;
+        sub = at.sub, k16 = at.k16, v16 = at.v16;
+        late_codes = late_keys = late_values = nullptr;
         how = (at.k_codes ? K_CODES : 0) | (at.v_codes ? V_CODES : 0);
     }
     __device__ __forceinline__ void copy_codes(uint8_t *to, const decode_args &a, uint32_t block,
@@ -178,38 +186,61 @@ template <class S> struct slow_list {
         sub = to + head;
         how |= CODES_HERE;
     }
+    __device__ __forceinline__ void copy_rows(uint8_t *to, const uint8_t *&from, uint32_t flag,
+                                              uint32_t bar) {
+        ki_bar_expect_more(bar, S::D * 2 * KI_SUB_TOKENS);
+        ki_bulk_copy(ki_shared(to), from, S::D * 2 * KI_SUB_TOKENS, bar);
+        from = to;
+        how |= flag;
+    }
+    KI_DEV_MEMBER bool is_copied(const decode_args &a, ki_plan_rows rows, bool is_old) {
+        return rows.from < rows.to && (a.few || (is_old && rows.to - rows.from == KI_SUB_TOKENS));
+    }
     /* Of the lane's block, number k, what has room from `room` to `end`. */
     __device__ __forceinline__ void copy(uint8_t *room, const uint8_t *end, const decode_args &a,
                                          const ki_plan_item &item, uint32_t k, uint32_t bar,
                                          uint32_t lane) {
-        uint32_t block = slow_block_of(item, k);
-        ki_plan_rows rows = key_rows(a.l, item, block);
-        bool is_whole = rows.to - rows.from == KI_SUB_TOKENS && ki_plan_is_old(&item, block);
+        uint32_t block = slow_block_of(item, k), rows = S::D * 2 * KI_SUB_TOKENS;
+        bool is_old = ki_plan_is_old(&item, block), is_early = is_old || a.own.k;
         uint32_t codes = sub ? a.l.head_bytes + a.l.sub_bytes : 0;
-        uint32_t keys = k16 && is_whole ? S::D * 2 * KI_SUB_TOKENS : 0, before = codes + keys;
+        uint32_t keys = k16 && is_copied(a, key_rows(a.l, item, block), is_old) ? rows : 0;
+        uint32_t values = v16 && is_copied(a, value_rows(a.l, item, block), is_old) ? rows : 0;
+        uint32_t mine = codes + keys + values, before = mine;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             uint32_t y = __shfl_up_sync(~0u, before, d);
             if (lane >= (uint32_t)d) before += y;
         }
-        uint8_t *to = room + (before - codes - keys);
+        uint8_t *to = room + (before - mine);
         if (codes && to + codes <= end) {
-            if (block == item.v_exact / KI_SUB_TOKENS) late = to;
+            if (block == item.v_exact / KI_SUB_TOKENS) late_codes = to;
             else copy_codes(to, a, block, bar);
         }
         to += codes;
         if (keys && to + keys <= end) {
-            ki_bar_expect_more(bar, keys);
-            ki_bulk_copy(ki_shared(to), k16, keys, bar);
-            k16 = to;
-            how |= KEYS_HERE;
+            if (is_early) copy_rows(to, k16, KEYS_HERE, bar);
+            else late_keys = to;
         }
+        to += keys;
+        if (values && to + values <= end) {
+            if (is_early) copy_rows(to, v16, VALUES_HERE, bar);
+            else late_values = to;
+        }
+    }
+    /* The first whose 16-bit values are not copied; KI_PLAN_NONE: none. */
+    __device__ __forceinline__ uint32_t first_apart(uint32_t lane) const {
+        uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
+#pragma unroll
+        for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
+        return first;
     }
     /* Behind the wait: what is late, and the end of all copies. */
     __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
                                                uint32_t k, uint32_t bar, uint32_t lane) {
-        if (late) copy_codes(late, a, slow_block_of(item, k), bar);
-        bool any = __any_sync(~0u, how & (CODES_HERE | KEYS_HERE));
+        if (late_keys) copy_rows(late_keys, k16, KEYS_HERE, bar);
+        if (late_values) copy_rows(late_values, v16, VALUES_HERE, bar);
+        if (late_codes) copy_codes(late_codes, a, slow_block_of(item, k), bar);
+        bool any = __any_sync(~0u, how & (CODES_HERE | KEYS_HERE | VALUES_HERE));
         __syncwarp(); /* all lanes have told */
         if (any && lane == 0) ki_bar_arrive(bar);
     }
@@ -226,6 +257,7 @@ template <class S> struct slow_list {
         if (!(h & CODES_HERE)) at.head -= block % KI_SUBS * l.sub_bytes;
         at.k_codes = h & K_CODES, at.v_codes = h & V_CODES;
         at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
+        at.values_here = h & VALUES_HERE;
         return at;
     }
     /* Into the cache what is not copied, of all blocks from number k on, `step` apart. */
@@ -241,7 +273,8 @@ template <class S> struct slow_list {
             }
             if (at.k16 && !at.keys_here)
                 bring_rows<S>(at.k16, key_rows(a.l, item, block), true, lane);
-            if (at.v16) bring_rows<S>(at.v16, value_rows(a.l, item, block), false, lane);
+            if (at.v16 && !at.values_here)
+                bring_rows<S>(at.v16, value_rows(a.l, item, block), false, lane);
         }
     }
 };
