@@ -247,8 +247,13 @@ kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi
                          err);
 }
 
-/* Up to so many thread blocks at short contexts a GPU waits for trips to memory, not for bytes. */
-enum { KI_FEW_BLOCKS = 128 };
+/* Up to so many thread blocks a GPU waits for trips to memory, at short contexts, not for bytes. The
+ * emulator's small batches have both. */
+#ifndef KI_EMULATED
+enum { FEW_BLOCKS = 128 };
+#else
+enum { FEW_BLOCKS = 2 };
+#endif
 
 /* Up to this many splits one warp a row has all its loads in flight at once. */
 enum { NARROW_SPLITS = 8 };
@@ -308,7 +313,7 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.heads = l->n_kv_heads * a.chunks;
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
-    a.few = c->cache->n_seqs * a.heads <= KI_FEW_BLOCKS;
+    a.few = c->cache->n_seqs * a.heads <= FEW_BLOCKS;
     if (c->append) {
         const ki_cuda_append_call *own = c->append;
         if (l->k_bits == 16 || l->v_bits == 16 || own->type != KI_CUDA_F32 || !own->q)

@@ -750,7 +750,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     const ki_plan_rows apart_rows = value_rows(a.l, item, apart_block);
     if (apart != KI_PLAN_NONE && is_apart_old) values.load(apart_at.v16, apart_rows, lane);
     ki_pdl_wait();
-    ki_pdl_launch();
+    if (!takes_row) ki_pdl_launch();
     if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
@@ -765,6 +765,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if (takes_row) query.halves(st.q.q, a.own.rope);
     else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
+    if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
     if (apart != KI_PLAN_NONE && !is_apart_old && takes_row)
         values.load(apart_at.v16, apart_rows, lane);

@@ -154,10 +154,10 @@ KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
 /* Where 32 of them are, one a lane: addresses are worked out once, side by side.
  *
  * At short contexts a warp has fewer fast units than stages. Then codes of its slow blocks, and
- * 16-bit blocks that are read as a whole, are copied into the ring behind the units, as units are,
- * instead of being asked for piece by piece when they are needed: first come, first served, while
- * there is room (sm_90, where one instruction of a lane copies all of it). With few thread blocks
- * those come so too of which some tokens are read.
+ * whole blocks of 16-bit keys, are copied into the ring behind the units, as units are, instead of
+ * being asked for piece by piece when they are needed: first come, first served, while there is
+ * room (sm_90, where one instruction of a lane copies all of it). With few thread blocks values
+ * come so, too, and blocks of which only some tokens are read.
  *
  * Nothing is copied before the wait that a kernel of this step may write: codes of the value that
  * leaves the window are in block v_exact / 32, and the row at pos is in the newest block; both are
@@ -193,9 +193,6 @@ template <class S> struct slow_list {
         from = to;
         how |= flag;
     }
-    KI_DEV_MEMBER bool is_copied(const decode_args &a, ki_plan_rows rows, bool is_old) {
-        return rows.from < rows.to && (a.few || (is_old && rows.to - rows.from == KI_SUB_TOKENS));
-    }
     /* Of the lane's block, number k, what has room from `room` to `end`. */
     __device__ __forceinline__ void copy(uint8_t *room, const uint8_t *end, const decode_args &a,
                                          const ki_plan_item &item, uint32_t k, uint32_t bar,
@@ -203,8 +200,9 @@ template <class S> struct slow_list {
         uint32_t block = slow_block_of(item, k), rows = S::D * 2 * KI_SUB_TOKENS;
         bool is_old = ki_plan_is_old(&item, block), is_early = is_old || a.own.k;
         uint32_t codes = sub ? a.l.head_bytes + a.l.sub_bytes : 0;
-        uint32_t keys = k16 && is_copied(a, key_rows(a.l, item, block), is_old) ? rows : 0;
-        uint32_t values = v16 && is_copied(a, value_rows(a.l, item, block), is_old) ? rows : 0;
+        ki_plan_rows seen = key_rows(a.l, item, block);
+        bool is_whole = is_old && seen.to - seen.from == KI_SUB_TOKENS;
+        uint32_t keys = k16 && (a.few || is_whole) ? rows : 0, values = v16 && a.few ? rows : 0;
         uint32_t mine = codes + keys + values, before = mine;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {

@@ -222,6 +222,7 @@ typedef struct normed_call {
     float *out;    /* [m][n], or */
     void *act_out; /* act(gate) up */
     ki_cuda_act act;
+    bool lets_late; /* stream.h */
 } normed_call;
 
 static kivi_status normed_product(const layer_call *c, const normed_call *p, kivi_error *err) {
@@ -239,7 +240,8 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
                            .type = b->type,
                            .workspace = b->buffers.sums,
                            .act_out = p->act_out,
-                           .act = p->act};
+                           .act = p->act,
+                           .lets_late = p->lets_late};
     if (few) call.part = next_part(b);
     if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {
         call.raw = r->x, call.norm = *p->norm;
@@ -270,8 +272,11 @@ static kivi_status llama_layer(const layer_call *c, kivi_error *err) {
     const ki_config *config = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
     const ki_layer *y = c->layer;
-    const normed_call qkv = {
-        .norm = &c->norms->attn, .weight = &y->q, .n = qkv_dim(config), .out = r->qkv};
+    const normed_call qkv = {.norm = &c->norms->attn,
+                             .weight = &y->q,
+                             .n = qkv_dim(config),
+                             .out = r->qkv,
+                             .lets_late = !b->kernels->append}; /* attention is next */
     const normed_call mlp = {.norm = &c->norms->ffn,
                              .weight = &y->gate,
                              .n = 2 * config->n_ff,

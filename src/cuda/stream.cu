@@ -332,7 +332,7 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
         ki_bar_fence();
     }
     __syncthreads();
-    ki_pdl_launch();
+    if (!c.lets_late) ki_pdl_launch();
     float acc[TILES][COLS][4] = {};
     if (threadIdx.x >= MULTIPLIERS) {
         const ki_boxes w = {
@@ -344,6 +344,7 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
         if constexpr (ROWS > 0)
             hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, memory + skip + p.ring_bytes);
         ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
+        if (c.lets_late) ki_pdl_launch();
         multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
     }
     ki_pdl_wait();   /* before what others wrote is added to, or written over */

@@ -52,6 +52,9 @@ typedef struct ki_stream_call {
     ki_stream_part part;
     void *act_out;   /* NULL: out */
     ki_cuda_act act; /* SILU_MUL or GELU_MUL */
+    /* The kernel behind may begin when the one before has ended, not at once: for one that would
+     * only take places from this one, or from the one before. */
+    bool lets_late;
     /* Instead of x, where ki_stream_takes_norm: x is norm(raw), raw [m][k] float32, the bits that
      * ki_cuda_norm_rows makes of it. */
     const float *raw;

@@ -240,13 +240,14 @@ static __global__ void __launch_bounds__(128 * GROUPS + 32, BLOCKS)
         ki_bar_fence();
     }
     __syncthreads();
-    ki_pdl_launch();
+    if (!c.lets_late) ki_pdl_launch();
     float acc[N / 2] = {};
     if (threadIdx.x == MULTIPLIERS) {
         fill<PIECES>(c, p, at, {&weights, NULL, 0, 0, 0, ki_leave_first()},
                      {&rows, NULL, 0, 0, 0, ki_leave_last()});
     } else if (threadIdx.x < MULTIPLIERS) {
         ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
+        if (c.lets_late) ki_pdl_launch();
         multiply<T, N, PIECES>(acc, p, at);
     }
     ki_pdl_wait();   /* before what others wrote is added to, or written over */

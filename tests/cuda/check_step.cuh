@@ -154,6 +154,8 @@ static void check_own(const world_options &base) {
         uint32_t d, h, hk, kb, vb, g, s, split;
         bool plus;
     } cases[] = {{"kivi2", 128, 8, 4, 2, 2, 32, 0, 512, false},
+                 {"kivi2-many", 128, 48, 48, 2, 2, 32, 0, 512, false},
+                 {"kivi2+-many", 128, 48, 48, 2, 2, 128, 4, 512, true},
                  {"kivi2-split", 128, 8, 8, 2, 2, 32, 0, 128, false},
                  {"kivi2-sinks", 64, 4, 2, 2, 2, 32, 40, 256, false},
                  {"kivi2-mqa", 64, 20, 1, 2, 2, 32, 0, 256, false},

@@ -38,6 +38,16 @@ static void check_lines() {
                     run_case(o, way.prompt ? std::vector<int>{way.prompt, -140}
                                            : std::vector<int>{-300});
             }
+    /* more thread blocks than are few (kv_decode.cu) */
+    for (bool own : {false, true})
+        for (bool plus : {false, true}) {
+            world_options o = base_options();
+            o.sinks = plus ? 4 : 0, o.plus = plus, o.rule = KIVI_RULE_STREAM, o.pdl = true;
+            o.n_heads = o.n_kv_heads = 48, o.n_layers = 1, o.split_tokens = 4096;
+            o.late = o.own = own;
+            if (open_case(text("line/%s-many%s", plus ? "kivi2+" : "kivi2", own ? "-own" : "")))
+                run_case(o, {130, -140});
+        }
     /* a warp has more slow blocks than lanes */
     world_options o = base_options();
     o.sinks = 4096, o.rule = KIVI_RULE_STREAM, o.n_seqs = 1, o.n_heads = 2, o.max_tokens = 8192;
