@@ -281,7 +281,8 @@ def main():
     if wanted('right'):
         b.run('right', 30, 120, os.path.join(b.folder, 'check-cuda'), '--small')
     attention = b.kivi('attention', 60, 180, 'bench', 'attention', '--device', 'cuda', '--kv', ','.join(KINDS), '-r',
-                       '11', '--measure', 'decode,constant,window,append,within,close,prompt') if wanted('attention') else []
+                       '11', '--measure',
+                       'decode,constant,window,append,within,close,prompt') if wanted('attention') else []
     torch = objects(b.run('torch', 45, 120, sys.executable, 'tools/bench_torch_attention.py',
                           '--json')) if wanted('torch') else []
     with tempfile.TemporaryDirectory() as model:

@@ -247,7 +247,7 @@ kivi_status ki_cuda_decode_plan(const ki_cuda_attend_call *c, void *stream, kivi
                          err);
 }
 
-/* Up to so many thread blocks a GPU waits for trips to memory, at short contexts, not for bytes. The
+/* Up to so many thread blocks at short contexts wait for trips to memory, not for bytes. The
  * emulator's small batches have both. */
 #ifndef KI_EMULATED
 enum { FEW_BLOCKS = 128 };
@@ -318,10 +318,10 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
         const ki_cuda_append_call *own = c->append;
         if (l->k_bits == 16 || l->v_bits == 16 || own->type != KI_CUDA_F32 || !own->q)
             return KI_FAIL(err, INTERNAL, "cuda: attention takes float32 rows of packed sides");
-        a.own = {
-            (const float *)own->q, (const float *)own->k, (const float *)own->v, own->rope,
-            own->q_stride,         own->k_stride,         own->v_stride,         own->row_flags,
-            c->cache->counters};
+        const float *rows[3] = {(const float *)own->q, (const float *)own->k,
+                                (const float *)own->v};
+        a.own = {rows[0],       rows[1],       rows[2],        own->rope,         own->q_stride,
+                 own->k_stride, own->v_stride, own->row_flags, c->cache->counters};
     }
     uint32_t n_blocks = c->cache->n_seqs * w.max_splits * a.heads;
     KI_TRY(ki_cuda_check(kernel->launch(&a, n_blocks, warps, c->pdl, (cudaStream_t)stream),

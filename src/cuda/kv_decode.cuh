@@ -9,7 +9,7 @@
 #ifndef KI_KV_DECODE_CUH
 #define KI_KV_DECODE_CUH
 #include "kv_launch.h"
-#include "kv_row.cuh"
+#include "kv_own.cuh"
 #include "kv_shared.h"
 #include "kv_slow.cuh"
 #include "kv_tile.cuh"
@@ -486,70 +486,6 @@ KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_it
     slow_values<S>(st, a.l, item, block, at, values, s, lane);
 }
 
-/* ---- the step's own row ---- */
-
-/* A lane's channels of its head's query, as they are loaded, and cos and sin of each pair. */
-template <int NJ> struct own_query {
-    float2 x[2 * NJ];
-    float4 turn[NJ];
-
-    __device__ __forceinline__ void load(const own_rows &own, uint32_t row, uint32_t head,
-                                         bool is_head, uint32_t lane) {
-        const float *from = own.q + (uint64_t)row * own.q_stride + head * NJ * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int k = 0; k < 2 * NJ; k++)
-            x[k] = is_head ? *(const float2 *)(from + 8 * k) : make_float2(0, 0);
-        if (!own.rope) return;
-        const float *rope = own.rope + (uint64_t)row * NJ * 16 + lane % 4 * 4;
-#pragma unroll
-        for (int k = 0; k < NJ; k++) turn[k] = *(const float4 *)(rope + 16 * k);
-    }
-    __device__ __forceinline__ void halves(uint32_t (&out)[2 * NJ], bool has_rope) {
-        row_check ignored = {};
-#pragma unroll
-        for (int k = 0; k < NJ; k++) { /* pairs (j, j + D/2) */
-            if (has_rope) rotate_pairs(x[k], x[k + NJ], turn[k]);
-            out[k] = checked_pair(x[k], &ignored);
-            out[k + NJ] = checked_pair(x[k + NJ], &ignored);
-        }
-    }
-};
-
-/* The row of the newest block, by the warp that reads this block. */
-template <class S> struct own_row {
-    kv_row<S::D, true> row;
-
-    __device__ __forceinline__ void load(const decode_args &a, const ki_plan_item &item,
-                                         uint32_t head, uint32_t lane) {
-        const own_rows &own = a.own;
-        row.load(own.k, (uint64_t)item.row * own.k_stride + head * S::D, own.v,
-                 (uint64_t)item.row * own.v_stride + head * S::D,
-                 own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
-    }
-    /* Into the store; the warp's loads from there come behind. tells: of the thread blocks that
-     * have the row, this one counts. */
-    __device__ __forceinline__ void store(const decode_args &a, const ki_plan_item &item,
-                                          uint32_t head, bool tells, uint32_t lane) {
-        const own_rows &own = a.own;
-        uint32_t block = item.pos / KI_SUB_TOKENS;
-        row_check check = row.finish(KI_CUDA_F32, own.rope, S::PLUS, lane);
-        row.put({(uint8_t *)exact_of(a, item, head, block, 0),
-                 (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS},
-                lane);
-        if (tells)
-            report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
-        ki_settle_warp();
-    }
-    /* And into copies of the block in the ring. */
-    __device__ __forceinline__ void put_here(const ki_plan_item &item, const slow_place &at,
-                                             uint32_t lane) const {
-        uint32_t t = item.pos % KI_SUB_TOKENS;
-        if (at.keys_here) row.put_key((uint8_t *)at.k16, t, lane);
-        if (at.values_here) row.put_value((uint8_t *)at.v16, t, lane);
-        __syncwarp();
-    }
-};
-
 /* ---- merging ---- */
 
 /* This warp's state to shared memory: [heads][2 + D] of it. */
@@ -743,12 +679,9 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
                          !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
                          (newest - item.part.slow_begin) % S::warps() == warp;
     exact_values<S> values; /* at first those of the first block that has them in memory */
-    const uint32_t apart = slow.first_apart(lane);
-    const uint32_t apart_block = slow_block_of(item, slow_first + apart % 32 * S::warps());
-    const bool is_apart_old = ki_plan_is_old(&item, apart_block);
-    const slow_place apart_at = slow.get(a.l, apart % 32, apart_block);
-    const ki_plan_rows apart_rows = value_rows(a.l, item, apart_block);
-    if (apart != KI_PLAN_NONE && is_apart_old) values.load(apart_at.v16, apart_rows, lane);
+    const typename slow_list<S>::apart_values apart =
+        slow.find_apart(a, item, slow_first, S::warps(), lane);
+    if (apart.is_old) values.load(apart.v16, apart.rows, lane);
     ki_pdl_wait();
     if (!takes_row) ki_pdl_launch();
     if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
@@ -760,15 +693,13 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     own_row<S> row;
     if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
     if (has_row) row.load(a, item, head, lane);
-    if (apart != KI_PLAN_NONE && !is_apart_old && !takes_row)
-        values.load(apart_at.v16, apart_rows, lane);
+    if (!apart.is_old && !takes_row) values.load(apart.v16, apart.rows, lane);
     if (takes_row) query.halves(st.q.q, a.own.rope);
     else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
     if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
-    if (apart != KI_PLAN_NONE && !is_apart_old && takes_row)
-        values.load(apart_at.v16, apart_rows, lane);
+    if (!apart.is_old && takes_row) values.load(apart.v16, apart.rows, lane);
     if constexpr (S::PLUS) {
         uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
         st.wide_q = (const uint16_t *)wide;
@@ -785,7 +716,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         uint32_t block = slow_block_of(item, k);
         if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());
         slow_place at = slow.get(a.l, i % 32, block);
-        if (at.v16 && !at.values_here && i != apart)
+        if (at.v16 && !at.values_here && i != apart.i)
             values.load(at.v16, value_rows(a.l, item, block), lane);
         if (HAS_SPARE && (at.codes_here || at.keys_here || at.values_here)) {
             pipe.wait_spare();

@@ -225,13 +225,6 @@ template <class S> struct slow_list {
             else late_values = to;
         }
     }
-    /* The first whose 16-bit values are not copied; KI_PLAN_NONE: none. */
-    __device__ __forceinline__ uint32_t first_apart(uint32_t lane) const {
-        uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
-#pragma unroll
-        for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
-        return first;
-    }
     /* Behind the wait: what is late, and the end of all copies. */
     __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
                                                uint32_t k, uint32_t bar, uint32_t lane) {
@@ -257,6 +250,25 @@ template <class S> struct slow_list {
         at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
         at.values_here = h & VALUES_HERE;
         return at;
+    }
+    /* The first block of the list whose 16-bit values are not copied; i KI_PLAN_NONE, v16 NULL:
+     * none, and loading it is nothing. */
+    struct apart_values {
+        uint32_t i;
+        bool is_old;
+        const uint8_t *v16;
+        ki_plan_rows rows;
+    };
+    __device__ __forceinline__ apart_values find_apart(const decode_args &a,
+                                                       const ki_plan_item &item, uint32_t k,
+                                                       uint32_t step, uint32_t lane) const {
+        uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
+#pragma unroll
+        for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
+        if (first == KI_PLAN_NONE) return {first, true, NULL, {0, 0}};
+        uint32_t block = slow_block_of(item, k + first * step);
+        return {first, (bool)ki_plan_is_old(&item, block), get(a.l, first, block).v16,
+                value_rows(a.l, item, block)};
     }
     /* Into the cache what is not copied, of all blocks from number k on, `step` apart. */
     __device__ __forceinline__ void bring(const decode_args &a, const ki_plan_item &item,
