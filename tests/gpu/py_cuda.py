@@ -300,7 +300,7 @@ def command():
             [(w, kv, b, 0) for w in ('decode', 'constant') for kv in kinds for b in batches] +
             [('window', kv, b, r) for kv, r in (('kivi2', 128), ('kivi2', 32), ('kivi2+', 128)) for b in batches] +
             [('append', kv, b, 0 if kv == 'f16' else 128) for kv in kinds for b in batches] +
-            [('close', kv, b, 128) for kv in ('kivi2', 'kivi2+') for b in batches]), seen
+            [(w, kv, b, 128) for w in ('within', 'close') for kv in ('kivi2', 'kivi2+') for b in batches]), seen
         lengths = [(r['n_batch'], r['n_tokens']) for r in rows if r['what'] == 'length']
         assert lengths == [(b, 128 << i) for b in batches for i in range(11)], lengths
         shares = [r['read_share'] for r in rows if r['what'] == 'decode']
