@@ -689,23 +689,13 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     st.m[0] = st.m[1] = -INFINITY;
     uint32_t g = lane / 4, q_head = first_head + g % S::HEADS;
     bool is_head = g % S::HEADS < n_heads;
-    uint16_t *own_q = (uint16_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8)) +
-                      (S::PLUS ? 8 * S::D : 0);
-    own_query<S> query;
+    own_query<S::NJ> query;
     own_row<S> row;
-    bool has_query = takes_row && warp < n_heads;
-    if (has_query) query.load(a.own, item.row, first_head + warp, lane);
+    if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
     if (has_row) row.load(a, item, head, lane);
     if (!apart.is_old && !takes_row) values.load(apart.v16, apart.rows, lane);
-    if (has_query) query.put(own_q + warp * S::D, a.own.rope, lane);
-    for (uint32_t h = warp + S::warps(); takes_row && h < n_heads; h += S::warps()) {
-        query.load(a.own, item.row, first_head + h, lane);
-        query.put(own_q + h * S::D, a.own.rope, lane);
-    }
-    if (takes_row) __syncthreads();
-    const uint16_t *q = takes_row ? own_q + g % S::HEADS * S::D
-                                  : a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D;
-    st.q.load(q, is_head, lane);
+    if (takes_row) query.halves(st.q.q, a.own.rope);
+    else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
     if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);

@@ -5,20 +5,30 @@
 #include "kv_row.cuh"
 #include "kv_slow.cuh"
 
-/* Queries of a thread block's heads, [heads][D] f16 in shared memory: each warp rotates every
- * WARPS-th for all. The first is asked for apart from what is done with it. */
-template <class S> struct own_query {
-    half_rows<S::D, true> row;
+/* A lane's channels of its head's query, as they are loaded, and cos and sin of each pair. */
+template <int NJ> struct own_query {
+    float2 x[2 * NJ];
+    float4 turn[NJ];
 
-    __device__ __forceinline__ void load(const own_rows &own, uint32_t number, uint32_t head,
-                                         uint32_t lane) {
-        row.load(own.q, (uint64_t)number * own.q_stride + head * S::D,
-                 own.rope ? own.rope + (uint64_t)number * S::D : NULL, lane);
+    __device__ __forceinline__ void load(const own_rows &own, uint32_t row, uint32_t head,
+                                         bool is_head, uint32_t lane) {
+        const float *from = own.q + (uint64_t)row * own.q_stride + head * NJ * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int k = 0; k < 2 * NJ; k++)
+            x[k] = is_head ? *(const float2 *)(from + 8 * k) : make_float2(0, 0);
+        if (!own.rope) return;
+        const float *rope = own.rope + (uint64_t)row * NJ * 16 + lane % 4 * 4;
+#pragma unroll
+        for (int k = 0; k < NJ; k++) turn[k] = *(const float4 *)(rope + 16 * k);
     }
-    __device__ __forceinline__ void put(uint16_t *to, bool has_rope, uint32_t lane) {
+    __device__ __forceinline__ void halves(uint32_t (&out)[2 * NJ], bool has_rope) {
         row_check ignored = {};
-        row.rotate(KI_CUDA_F32, has_rope, &ignored, lane);
-        row.store(lane, [&](uint32_t c, uint32_t two) { *(uint32_t *)(to + c) = two; });
+#pragma unroll
+        for (int k = 0; k < NJ; k++) { /* pairs (j, j + D/2) */
+            if (has_rope) rotate_pairs(x[k], x[k + NJ], turn[k]);
+            out[k] = checked_pair(x[k], &ignored);
+            out[k + NJ] = checked_pair(x[k + NJ], &ignored);
+        }
     }
 };
 
