@@ -93,25 +93,6 @@ static const ki_cuda_kernels fused = {.name = "fused",
                                       .attend = ki_cuda_decode_attend,
                                       .prompt_attend = ki_cuda_prompt_attend};
 
-/* The same with rows by a kernel of their own. */
-static const ki_cuda_kernels appending = {.name = "fused",
-                                          .append = ki_cuda_append_rows,
-                                          .close = ki_cuda_close,
-                                          .prompt_append = ki_cuda_prompt_append,
-                                          .prompt_window = ki_cuda_prompt_window,
-                                          .plan = ki_cuda_decode_plan,
-                                          .attend = ki_cuda_decode_attend,
-                                          .prompt_attend = ki_cuda_prompt_attend};
-
-/* And with codes made in each layer, right behind its append. */
-static const ki_cuda_kernels closing = {.name = "fused",
-                                        .append = ki_cuda_append,
-                                        .prompt_append = ki_cuda_prompt_append,
-                                        .prompt_window = ki_cuda_prompt_window,
-                                        .plan = ki_cuda_decode_plan,
-                                        .attend = ki_cuda_decode_attend,
-                                        .prompt_attend = ki_cuda_prompt_attend};
-
 bool ki_cuda_is_fused(const ki_cuda_backend *b, const ki_cuda_layout *l, kivi_error *why) {
     if (!(b->without & KI_PART_FUSED)) return !ki_cuda_kernels_fit(l, b->shared_bytes, why);
     (void)KI_FAIL(why, UNSUPPORTED, "cuda: the fused kernels were left out");
@@ -126,10 +107,12 @@ static kivi_status choose_kernels(ki_cuda_backend *b, kivi_error *err) {
     b->kernels = &plain;
     if (ki_cuda_is_fused(b, &b->layout, &why)) {
         KI_TRY(ki_cuda_kernels_init(&b->shared_bytes, err));
-        bool is_packed = b->layout.k_bits < 16 && b->layout.v_bits < 16;
-        b->kernels = b->without & KI_PART_CLOSE                  ? &closing
-                     : b->without & KI_PART_APPEND || !is_packed ? &appending
-                                                                 : &fused;
+        b->own_kernels = fused;
+        if (b->without & KI_PART_APPEND || b->layout.k_bits == 16 || b->layout.v_bits == 16)
+            b->own_kernels.append = ki_cuda_append_rows;
+        if (b->without & KI_PART_CLOSE)
+            b->own_kernels.append = ki_cuda_append, b->own_kernels.close = NULL;
+        b->kernels = &b->own_kernels;
     }
     if (!b->log) return KIVI_OK;
     snprintf(line, sizeof line, "cuda kernels: %s for head size %u, products in %s%s%s",

@@ -140,7 +140,8 @@ typedef struct ki_cuda_backend {
     ki_backend_sizes sizes;
     ki_cuda_layout layout;
     ki_cuda_cache kv;
-    const ki_cuda_kernels *kernels;
+    const ki_cuda_kernels *kernels; /* &own_kernels, or the plain ones */
+    ki_cuda_kernels own_kernels;
     ki_gemm *gemm;
     ki_stream *few;      /* NULL: products of few rows are gemm's, too */
     uint32_t fixed_rows; /* invariant: rows of all products of decoding; 0: stream.h makes them */
