@@ -174,7 +174,7 @@ def wide_repeats(kv):
     os.makedirs(folder, exist_ok=True)
     write(f'wide-{kv}/config.json', WIDE)
     tokens = [int(t) for t in np.random.default_rng(7).integers(3, 32000, 420)]
-    for part in ('', 'close', 'norms', 'stream', 'fused'):
+    for part in ('', 'append', 'close', 'norms', 'stream', 'fused'):
         with case(f'repeat/wide-{kv}' + (f'-without-{part}' if part else '')):
             runs = [cuda(folder, tokens, '--dummy-weights', 1, '--dummy-type', 'f16', '--kv', kv, '--prompt', 140,
                          '--ctx', 512, env={'KIVI_DISABLE': part} if part else {}) for _ in range(2)]
@@ -191,12 +191,12 @@ def parts(kv):
     """Without a part the bits are the same where it changes no sum, and near where it does."""
     folder, tokens = os.path.join(GOLDEN, 'llama-gqa'), load('llama-gqa/tokens.json')[:300]
     base = None
-    for part in ('close', 'stream', 'norms', 'stream,ranking', 'close,stream'):
+    for part in ('close', 'append', 'stream', 'norms', 'stream,ranking', 'close,stream'):
         with case(f'without/{part}/{kv}'):
             if base is None:
                 base = cuda(folder, tokens, '--kv', kv, '--prompt', 100)
             ours = cuda(folder, tokens, '--kv', kv, '--prompt', 100, env={'KIVI_DISABLE': part})
-            if part == 'close':
+            if part in ('close', 'append'):
                 assert ours.tobytes() == base.tobytes(), f'mean |difference| {np.abs(ours - base).mean():.6f}'
             else:
                 say(f'without/{part}/{kv}', check(ours - base, 0 if kv == 'f16' else 0.3 * base.std(),
