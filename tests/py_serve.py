@@ -752,7 +752,7 @@ def slow_readers():
         assert len(want) == len(ids)
         slow = unread(s, {'tokens': ids}, '/detokenize')
         lost = unread(s, {'tokens': ids}, '/detokenize')
-        body = {'prompt': 'x', 'max_tokens': 700, 'ignore_eos': True, 'logprobs': 5}  # some 250 KB
+        body = {'prompt': 'x', 'n': 4, 'max_tokens': 150, 'ignore_eos': True, 'logprobs': 20}  # 260 KB
         work = unread(s, body)
         slow.settimeout(60 * SLOWER)
         data, begun = b'', time.monotonic()
