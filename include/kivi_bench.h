@@ -16,8 +16,8 @@ extern "C" {
  * CONSTANT    the same with splits of constant size: no row depends on its neighbours' lengths
  * WINDOW      decode attention with the 16-bit window: R of the kind, and 32 where it may have that
  * LENGTH      WINDOW at 128, 256, ... 131,072 tokens, of the first kind
- * APPEND      one row to each sequence, of one layer of 32: rope, window, by a launch of its own, and
- *             its part of the codes of values, which a step makes at its end
+ * APPEND      one row to each sequence, of one layer of 32: rope, window, by a launch of its own;
+ *             and its part of the codes of values, which a step makes at its end
  * WITHIN      the same row of sides that are both packed as an engine appends it, by attention of
  *             256 tokens: what that takes longer, and the part of the codes of values
  * CLOSE       the keys of a page of each sequence in one layer become codes, as once in R rows
@@ -68,9 +68,9 @@ typedef struct kivi_bench_options {
     size_t n_kinds; /* 1 to 16 */
     /* NULL: for DECODE, CONSTANT, WINDOW batch 32 and 8 with 32 over 32 heads at 4,096 and 32,768
      * tokens, 32 and 8 with 32 over 8 at 8,192 and 32,768, 1 with 32 over 8 at 131,072; for LENGTH
-     * batch 1, 8, 32 with 32 over 8; for APPEND, WITHIN, CLOSE batch 1 and 32 with 32 over 32; for PROMPT
-     * 32 over 32 at 4,096 and 32,768. Else these; where the length (LENGTH, APPEND, WITHIN, CLOSE) or the
-     * batch (PROMPT) says nothing, those that differ only there are measured once. */
+     * batch 1, 8, 32 with 32 over 8; for APPEND, WITHIN, CLOSE batch 1 and 32 with 32 over 32; for
+     * PROMPT 32 over 32 at 4,096 and 32,768. Else these; where the length (LENGTH, APPEND, WITHIN,
+     * CLOSE) or the batch (PROMPT) says nothing, those that differ only there are measured once. */
     const kivi_bench_shape *shapes;
     size_t n_shapes;
     uint32_t measures;  /* a bit 1 << kivi_bench_what each */

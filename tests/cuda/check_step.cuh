@@ -92,7 +92,6 @@ static void run_own(world_options o) {
     for (int own = 0; own < 2 && !check_failed(); own++) {
         rng order = {5}, data = {6};
         world w;
-        o.own = true;
         w.make(o, 4 * 160, order);
         uint32_t q = o.n_heads * o.head_dim, width = q + 2 * o.n_kv_heads * o.head_dim;
         w.rope.make((size_t)4 * o.head_dim);
