@@ -50,8 +50,7 @@ static void print_md(const attention_bench *b, const kivi_bench_row *row) {
                "| what     | kv      | batch | heads | tokens |    R |         us |   GB/s | %% of "
                "read | TFLOP/s |\n| :------- | :------ | ----: | ----: | -----: | ---: | "
                "---------: | -----: | --------: | ------: |\n",
-               row->device,
-               b->options.plain ? "plain launches" : "programmatic dependent launch");
+               row->device, b->options.plain ? "plain launches" : "programmatic dependent launch");
     printf("| %-8s | %-7s |", kivi_bench_name(row->what), row->kind);
     put_cell(s->n_batch, 5, 0);
     printf(" %5s |", heads);
@@ -96,6 +95,15 @@ static int read_kinds(attention_bench *b, const options *o) {
     return EXIT_OK;
 }
 
+static int no_such_measure(const char *name) {
+    char names[200];
+    size_t at = 0;
+    for (uint32_t i = KIVI_BENCH_DECODE; i < KIVI_BENCH_N && at < sizeof names; i++)
+        at += (size_t)snprintf(names + at, sizeof names - at, "%s%s",
+                               i > KIVI_BENCH_DECODE ? ", " : "", kivi_bench_name(i));
+    return usage_error("--measure: '%s', expected %s or all", name, names);
+}
+
 static int read_measures(attention_bench *b, const options *o) {
     const uint32_t streams = 1u << KIVI_BENCH_READ | 1u << KIVI_BENCH_COPY;
     char name[NAME_BYTES];
@@ -105,10 +113,7 @@ static int read_measures(attention_bench *b, const options *o) {
     for (uint32_t i = 0; options_list_item(name, sizeof name, o->measures, i); i++) {
         uint32_t what = KIVI_BENCH_DECODE;
         while (what < KIVI_BENCH_N && strcmp(name, kivi_bench_name(what)) != 0) what++;
-        if (what == KIVI_BENCH_N)
-            return usage_error("--measure: '%s', expected decode, constant, window, length, "
-                               "append, close, prompt or all",
-                               name);
+        if (what == KIVI_BENCH_N) return no_such_measure(name);
         b->options.measures |= 1u << what;
     }
     return EXIT_OK;

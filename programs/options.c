@@ -80,7 +80,7 @@ static const option table[] = {
     {"n-depth", "-d --depth", LIST, CMD_BENCH_ATTENTION, AT(bench_depth), AT(depth_given), "N,..",
      "tokens in the cache, multiples of 128 (4096)", 128, 1e7},
     {"measure", "", TEXT, CMD_BENCH_ATTENTION, AT(measures), 0, "WHAT,..",
-     "decode constant window length append close prompt (all)", 0, 0},
+     "decode constant window length append within close prompt (all)", 0, 0},
     {"no-pdl", "", FLAG, CMD_BENCH_ATTENTION, AT(plain_launches), 0, NULL,
      "launches wait for the end of the one before", 0, 0},
     {"repetitions", "-r", UINT, CMD_BENCH_ATTENTION, AT(repeats), 0, "N",

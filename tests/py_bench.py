@@ -168,7 +168,8 @@ with case('bench/attention-refusals'):
     refused('-H', '32/5', says="'32/5', expected query heads over KV heads")
     refused('-H', '32', says="'32', expected query heads over KV heads")
     refused('-d', '200', says='200 tokens, expected a multiple of 128')
-    refused('--measure', 'decode,speed', says="'speed', expected decode, constant, window")
+    refused('--measure', 'decode,speed',
+            says="'speed', expected decode, constant, window, length, append, within, close, prompt or all")
     refused('--kv', 'kivi2,kivi3', says="'kivi3', expected f16, kivi8")
     refused('--kv', ','.join(['kivi2'] * 17), says='at most 16 kinds')
     bad(2, 'bench-attention', '--group', '32', says="unknown option '--group'")
