@@ -157,6 +157,7 @@ typedef struct ki_cuda_backend {
     ki_cuda_norms *norms;       /* [n_layers], host */
     ki_cuda_norm output_norm;
     uint32_t n_streamed;        /* products of few rows of this pass so far */
+    uint32_t n_behind;          /* of them behind the last attention of decoding, up to 2 */
     uint8_t *up, *down;         /* pinned host memory: upload and result */
     float *host_logits;         /* [logit rows][stride], fetched on demand */
     uint64_t *fetched, n_steps; /* [logit rows]: the step each was fetched of */
@@ -198,6 +199,10 @@ kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, cons
 ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
+/* Queue the copy of what a step reads, from `up`, and of what it leaves, to `down`; a graph of
+ * decoding has both. */
+kivi_status ki_cuda_put_upload(ki_cuda_backend *b, kivi_error *err);
+kivi_status ki_cuda_get_result(ki_cuda_backend *b, kivi_error *err);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
 

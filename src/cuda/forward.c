@@ -237,18 +237,17 @@ static kivi_status queue_draws(const batch_state *s, kivi_error *err) {
 static kivi_status run(batch_state *s, kivi_error *err) {
     ki_cuda_backend *b = s->b;
     cudaStream_t stream = b->memory.stream;
-    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->buffers.upload, b->up, b->upload_at.n_bytes,
-                                         cudaMemcpyHostToDevice, stream),
-                         "upload", err));
     ki_cuda_shape shape = shape_of(b, s);
     int bucket = bucket_index(s->n_slots);
-    if (s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket])
+    bool has_graph = s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket];
+    if (has_graph) {
         KI_TRY(ki_cuda_check(cudaGraphLaunch(b->graphs[bucket], stream), "graph", err));
-    else KI_TRY(ki_cuda_run_pass(b, &shape, err));
+    } else {
+        KI_TRY(ki_cuda_put_upload(b, err));
+        KI_TRY(ki_cuda_run_pass(b, &shape, err));
+    }
     KI_TRY(queue_draws(s, err));
-    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->down, b->buffers.result, b->result_at.n_bytes,
-                                         cudaMemcpyDeviceToHost, stream),
-                         "download", err));
+    if (!has_graph || s->n_draws) KI_TRY(ki_cuda_get_result(b, err));
     return ki_cuda_check(cudaStreamSynchronize(stream), "step", err);
 }
 

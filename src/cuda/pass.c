@@ -18,9 +18,12 @@ static bool is_few(const ki_cuda_backend *b, const ki_cuda_shape *s, uint32_t m)
     return m <= ki_cuda_stream_rows(b) && !(s->decode && b->fixed_rows);
 }
 
-/* Products of few rows stand in one chain, whatever comes between them. */
-static ki_stream_part next_part(ki_cuda_backend *b) {
-    return b->n_streamed++ % 2 ? KI_STREAM_SMALL : KI_STREAM_LARGE;
+/* Products of few rows stand in one chain, whatever comes between them; the two behind attention
+ * are there while it is at work. */
+static void put_in_chain(ki_cuda_backend *b, ki_stream_call *few) {
+    static const ki_stream_pace paces[] = {KI_STREAM_BESIDE, KI_STREAM_BEHIND};
+    few->part = b->n_streamed++ % 2 ? KI_STREAM_SECOND : KI_STREAM_FIRST;
+    if (b->n_behind < 2) few->pace = paces[b->n_behind++];
 }
 
 /* Out [m][stride] of the weights' n rows; q, k and v, and gate and up, stand in one block. */
@@ -39,7 +42,7 @@ static kivi_status product_to(ki_cuda_backend *b, const ki_cuda_shape *s, float 
                           .workspace = b->buffers.sums,
                           .add = add};
     if (is_few(b, s, m)) {
-        few.part = next_part(b);
+        put_in_chain(b, &few);
         return ki_stream_run(b->few, &few, b->memory.stream, err);
     }
     if (s->decode && b->fixed_rows) m = b->fixed_rows; /* buffers have so many rows */
@@ -183,6 +186,7 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
     if (c->shape->decode) {
         if (k->append) KI_TRY(k->append(&append, stream, err));
         else attend.append = &append;
+        c->b->n_behind = 0;
         return k->attend(&attend, stream, err);
     }
     append.pdl = attend.pdl = false;
@@ -242,7 +246,7 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
                            .act_out = p->act_out,
                            .act = p->act,
                            .lets_late = p->lets_late};
-    if (few) call.part = next_part(b);
+    if (few) put_in_chain(b, &call);
     if (few && is_held(b) && ki_stream_takes_norm(p->norm, m, k)) {
         call.raw = r->x, call.norm = *p->norm;
         return ki_stream_run(b->few, &call, b->memory.stream, err);
@@ -366,11 +370,27 @@ static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_
     return KIVI_OK;
 }
 
+/* ---- between host and device ---- */
+
+kivi_status ki_cuda_put_upload(ki_cuda_backend *b, kivi_error *err) {
+    return ki_cuda_check(cudaMemcpyAsync(b->buffers.upload, b->up, b->upload_at.n_bytes,
+                                         cudaMemcpyHostToDevice, b->memory.stream),
+                         "upload", err);
+}
+
+kivi_status ki_cuda_get_result(ki_cuda_backend *b, kivi_error *err) {
+    return ki_cuda_check(cudaMemcpyAsync(b->down, b->buffers.result, b->result_at.n_bytes,
+                                         cudaMemcpyDeviceToHost, b->memory.stream),
+                         "download", err);
+}
+
+/* ---- a pass ---- */
+
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
     const ki_config *c = &b->model->config;
     cudaStream_t stream = b->memory.stream;
     layer_call call = {.b = b, .shape = s, .kv = b->kv};
-    b->n_streamed = 0;
+    b->n_streamed = 0, b->n_behind = 2;
     call.kv.n_seqs = s->n_seqs;
     KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
                          "results", err));

@@ -212,7 +212,9 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
     shape.split_tokens = ki_cuda_split_of(b, &b->layout, n_seqs, b->sizes.max_tokens);
     KI_TRY(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                          "capture", err));
-    kivi_status status = ki_cuda_run_pass(b, &shape, err);
+    kivi_status status = ki_cuda_put_upload(b, err);
+    if (status == KIVI_OK) status = ki_cuda_run_pass(b, &shape, err);
+    if (status == KIVI_OK) status = ki_cuda_get_result(b, err);
     cudaError_t code = cudaStreamEndCapture(stream, &graph);
     if (status == KIVI_OK) status = ki_cuda_check(code, "capture", err);
     if (status == KIVI_OK)

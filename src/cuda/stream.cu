@@ -15,7 +15,10 @@ enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024, OWN_BYTES
 enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
 /* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher
  * then, and each block reads fewer columns of x. */
-enum { CLUSTER = 4, NORM_ROWS = 4 };
+enum { CLUSTER = 4, ONE_ROW_CLUSTER = 2, NORM_ROWS = 4 };
+/* HELD_BYTES: most that rows of x take beside the ring, so that they do not wait for a box each.
+ * HELD_REGISTERS: of a block that holds one row; one of decode attention fits beside it then. */
+enum { HELD_BYTES = 24 << 10, HELD_REGISTERS = 80, REGISTERS = 96, MOST_REGISTERS = 224 };
 
 /* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
 typedef struct plan {
@@ -23,6 +26,7 @@ typedef struct plan {
     uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
+    uint32_t pace;       /* cycles from a stage to the next one, before the product begins */
     uint32_t n_blocks, cluster;
 } plan;
 
@@ -74,7 +78,13 @@ static __device__ __forceinline__ void bring_rows(const plan &p, const place &at
  * thread: divisions in its loop cost a tenth of the time. */
 static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
                                             const ki_boxes &w, const ki_boxes &x) {
-    for (uint32_t i = 0; i < p.n_stages; i++) bring_weights(c, p, at, w, i, i);
+    long long then = clock64();
+    for (uint32_t i = 0; i < p.n_stages; i++) {
+        bring_weights(c, p, at, w, i, i);
+        then += p.pace;
+        while (p.pace && clock64() < then) {
+        }
+    }
     ki_pdl_wait();
     for (uint32_t i = 0; i < p.n_stages; i++) bring_rows(p, at, x, i, i);
     for (uint32_t i = p.n_stages, to = 0, parity = 0; i < p.chunks; i++) {
@@ -158,6 +168,32 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
     wait_for_multipliers();
 }
 
+/* held[m][columns of the block's parts] = x, zeros behind the last column. */
+static __device__ __forceinline__ void hold_rows(const ki_stream_call &c, const plan &p,
+                                                 const place &at, uint8_t *held) {
+    enum { EACH = 4 }; /* pieces of 16 bytes that a thread has on their way at once */
+    uint32_t per_row = p.here * p.chunks * (BOX_BYTES / 16), n = c.m * per_row;
+    uint32_t first = at.first_part * p.chunks * CHUNK;
+    ki_pdl_wait();
+    for (uint32_t i = threadIdx.x; i < n; i += EACH * MULTIPLIERS) {
+        uint4 v[EACH];
+        uint32_t to[EACH];
+#pragma unroll
+        for (uint32_t e = 0; e < EACH; e++) {
+            uint32_t j = i + e * MULTIPLIERS, m = c.m == 1 ? 0 : j / per_row;
+            uint32_t piece = j - m * per_row, col = first + piece * 8;
+            to[e] = m * p.held_bytes + piece * 16;
+            v[e] = make_uint4(0, 0, 0, 0);
+            if (j < n && col < c.k)
+                v[e] = *(const uint4 *)((const uint8_t *)c.x + ((size_t)m * c.k + col) * 2);
+        }
+#pragma unroll
+        for (uint32_t e = 0; e < EACH; e++)
+            if (i + e * MULTIPLIERS < n) *(uint4 *)(held + to[e]) = v[e];
+    }
+    wait_for_multipliers();
+}
+
 /* ---- the warps that multiply ---- */
 
 /* A warp's tiles of one part: tile group, and groups further. */
@@ -217,7 +253,7 @@ static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
     }
     if (ROWS)
         x_at = at.held + min(low, c.m - 1) * p.held_bytes + up * 16 +
-               (at.first_part + s.part) * p.chunks * BOX_BYTES;
+               ((c.raw ? at.first_part : 0) + s.part) * p.chunks * BOX_BYTES;
     else
         x_at = outputs_of(p) * BOX_BYTES + ((lane >> 4) * 8 % (COLS * 8) + low) * BOX_BYTES +
                (up ^ low) * 16;
@@ -305,10 +341,12 @@ static __device__ __forceinline__ void sync_all(const plan &p) {
     else __syncthreads();
 }
 
-/* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are a norm made
- * here, 0: x is read. */
+/* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are held, 0:
+ * they come with the stages. */
 template <class T, int COLS, int TILES, int ROWS>
-static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
+static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
+                                   : ROWS == 1     ? HELD_REGISTERS
+                                                   : REGISTERS)
     stream(const __grid_constant__ maps by, const __grid_constant__ ki_stream_call c,
            const __grid_constant__ plan p) {
     extern __shared__ uint8_t memory[];
@@ -341,8 +379,11 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
         const ki_boxes x = {&by.rows, (const uint8_t *)c.x, c.m, c.k, COLS * 8, ki_leave_last()};
         if (threadIdx.x - MULTIPLIERS < KI_FILLERS) fill(c, p, at, w, x);
     } else {
-        if constexpr (ROWS > 0)
-            hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, memory + skip + p.ring_bytes);
+        if constexpr (ROWS > 0) {
+            uint8_t *held = memory + skip + p.ring_bytes;
+            if (c.raw) hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, held);
+            else hold_rows(c, p, at, held);
+        }
         ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
         if (c.lets_late) ki_pdl_launch();
         multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
@@ -361,16 +402,31 @@ static __global__ void __launch_bounds__(THREADS, COLS *TILES > 8 ? 1 : 2)
 static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 typedef struct device {
-    uint32_t n_sms, n_clusters, most_bytes; /* clusters that have a multiprocessor for each block */
-    bool bulk;                              /* what the kernel was compiled for */
+    uint32_t n_sms, most_bytes;
+    uint32_t n_clusters, n_pairs; /* that have a multiprocessor for each block: of CLUSTER, of 2 */
+    float bytes_per_cycle;        /* of its memory, at the multiprocessors' highest clock */
+    bool bulk;                    /* what the kernel was compiled for */
 } device;
 
-/* What the stages may take. A multiprocessor has room for a large one and a small one, and neither
- * for two large ones nor for a third. */
+/* Of one row, what stages have less than half of a multiprocessor. A block of SECOND is filled up
+ * to half and has 1.3 KB besides; one of FIRST has 2.4 KB besides and fits beside it. */
+enum { FIRST_LESS = 4096, SECOND_LESS = 1536 };
+
+/* What the stages may take: a multiprocessor has room for one FIRST and one SECOND, but not for two
+ * of the larger. */
 static uint32_t budget_of(const ki_stream_call &c, const device &d, uint32_t rounds) {
     uint32_t all = d.most_bytes + 1024, small = all * 3 / 8;
-    if (!d.bulk || rounds > 1 || c.part == KI_STREAM_EVEN) return RING_BYTES;
-    return c.part == KI_STREAM_SMALL ? small : all - small - 2 * OWN_BYTES;
+    if (!d.bulk || rounds > 1 || c.part == KI_STREAM_ALONE) return RING_BYTES;
+    if (c.m == 1) return all / 2 - (c.part == KI_STREAM_FIRST ? FIRST_LESS : SECOND_LESS);
+    return c.part == KI_STREAM_SECOND ? small : all - small - 2 * OWN_BYTES;
+}
+
+/* Of the rows that a block has: all of a norm, of x what its parts want, where it is little. */
+static uint32_t held_of(const ki_stream_call &c, const plan &p, const device &d) {
+    uint32_t part = p.chunks * BOX_BYTES;
+    if (c.raw) return p.parts * part + 16;
+    bool is_held = d.bulk && c.m <= NORM_ROWS && c.m * (p.here * part + 16) <= HELD_BYTES;
+    return is_held ? p.here * part + 16 : 0;
 }
 
 static plan plan_of(const ki_stream_call &c, uint32_t cols, const device &d) {
@@ -378,26 +434,30 @@ static plan plan_of(const ki_stream_call &c, uint32_t cols, const device &d) {
     uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
     p.parts = ki_stream_parts(c.n);
     p.chunks = over(over(c.k, CHUNK), p.parts);
-    p.cluster = d.bulk && p.parts > 1 ? CLUSTER : 1;
+    p.cluster = !d.bulk || p.parts == 1 ? 1 : c.m == 1 ? ONE_ROW_CLUSTER : CLUSTER;
     p.here = p.parts / p.cluster;
     uint32_t share = MOST_TILES * (WARPS / p.here); /* most tiles of a cluster */
-    uint32_t at_once = p.cluster > 1 ? d.n_clusters : d.n_sms,
+    uint32_t at_once = p.cluster == 1 ? d.n_sms
+                       : c.m == 1     ? d.n_pairs
+                                      : d.n_clusters,
              rounds = over(n_tiles, at_once * share);
     uint32_t n_clusters = min(n_tiles, at_once * rounds);
     p.tiles = over(n_tiles, n_clusters);
     p.n_full = n_tiles - n_clusters * (p.tiles - 1);
     p.n_blocks = n_clusters * p.cluster;
-    p.part_bytes = p.tiles * TILE * BOX_BYTES + (c.raw ? 0 : cols * 8 * BOX_BYTES);
+    p.held_bytes = held_of(c, p, d);
+    p.part_bytes = p.tiles * TILE * BOX_BYTES + (p.held_bytes ? 0 : cols * 8 * BOX_BYTES);
     p.stage_bytes = p.here * p.part_bytes;
-    p.held_bytes = c.raw ? p.parts * p.chunks * BOX_BYTES + 16 : 0;
     uint32_t held = c.m * p.held_bytes, fit = (budget_of(c, d, rounds) - held) / p.stage_bytes;
     uint32_t most = (d.most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
     p.n_stages = min(p.chunks, min(max(2u, min(fit, (uint32_t)MOST_STAGES)), max(1u, most)));
     p.ring_bytes = max(p.n_stages * p.stage_bytes,
                        over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
     p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
-    if (d.bulk && rounds == 1 && c.part == KI_STREAM_LARGE)
+    if (d.bulk && rounds == 1 && c.part == (c.m == 1 ? KI_STREAM_SECOND : KI_STREAM_FIRST))
         p.shared_bytes = max(p.shared_bytes, (d.most_bytes + 1024) / 2);
+    if (d.bulk && c.m == 1 && c.pace && d.bytes_per_cycle > 0)
+        p.pace = (uint32_t)(16.0f / c.pace * p.stage_bytes * p.n_blocks / d.bytes_per_cycle);
     return p;
 }
 
@@ -447,25 +507,37 @@ static cudaLaunchAttribute cluster_of(uint32_t n_blocks) {
 
 /* How many clusters find multiprocessors of their own: their blocks lie in one part of the chip,
  * whose number of multiprocessors is not always a multiple of four. */
-static cudaError_t count_clusters(device *d) {
+static cudaError_t count_clusters(uint32_t *out, uint32_t n_blocks, const device *d) {
     auto kernel = stream<__half, 1, 1, 0>;
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute = cluster_of(CLUSTER);
+    cudaLaunchAttribute attribute = cluster_of(n_blocks);
     int n = 0;
-    config.gridDim = CLUSTER;
+    config.gridDim = n_blocks;
     config.blockDim = THREADS;
     config.dynamicSmemBytes = d->most_bytes - BARRIER_BYTES;
     config.attrs = &attribute, config.numAttrs = 1;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          (int)config.dynamicSmemBytes);
     if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&n, kernel, &config);
-    d->n_clusters = n < 1 ? 1 : (uint32_t)n;
+    *out = n < 1 ? 1 : (uint32_t)n;
+    return e;
+}
+
+/* What memory can give in a cycle of the highest clock; of both the system tells kHz. */
+static cudaError_t ask_rate(float *out, int number) {
+    int clock = 0, memory = 0, bits = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, number);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&memory, cudaDevAttrMemoryClockRate, number);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, number);
+    *out = 2.0f * (float)memory * (float)bits / 8 / (float)max(clock, 1); /* two a cycle */
     return e;
 }
 
 static cudaError_t ask_device(ki_stream *s) {
     cudaFuncAttributes kernel;
     int number = 0, n_sms = 0, most_bytes = 0;
+    float rate = 0;
     device *d = &s->about;
     cudaError_t e = cudaFuncGetAttributes(&kernel, stream<__half, 1, 1, 0>);
     if (e == cudaSuccess) e = cudaGetDevice(&number);
@@ -473,10 +545,13 @@ static cudaError_t ask_device(ki_stream *s) {
         e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, number);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+    if (e == cudaSuccess) e = ask_rate(&rate, number);
     if (e != cudaSuccess) return e;
-    *d = (device){(uint32_t)n_sms, 1, (uint32_t)most_bytes, kernel.ptxVersion >= 90};
-    if (d->bulk) e = find_encode(&s->encode);
-    return d->bulk && e == cudaSuccess ? count_clusters(d) : e;
+    *d = (device){(uint32_t)n_sms, (uint32_t)most_bytes, 1, 1, rate, kernel.ptxVersion >= 90};
+    if (!d->bulk) return cudaSuccess;
+    e = find_encode(&s->encode);
+    if (e == cudaSuccess) e = count_clusters(&d->n_clusters, CLUSTER, d);
+    return e == cudaSuccess ? count_clusters(&d->n_pairs, ONE_ROW_CLUSTER, d) : e;
 }
 
 extern "C" kivi_status ki_stream_create(ki_stream **out, ki_mem *mem, kivi_error *err) {
@@ -550,7 +625,7 @@ static cudaError_t make_maps(maps *by, ki_stream *s, const ki_stream_call &c, co
     cudaError_t e = ki_stream_map(&by->full, s, c.weight, c.n, c.k, p.tiles * rows);
     if (e == cudaSuccess && p.n_full < n_clusters)
         e = ki_stream_map(&by->less, s, c.weight, c.n, c.k, (p.tiles - 1) * rows);
-    if (e == cudaSuccess && !c.raw) e = ki_stream_map(&by->rows, s, c.x, c.m, c.k, cols * 8);
+    if (e == cudaSuccess && !p.held_bytes) e = ki_stream_map(&by->rows, s, c.x, c.m, c.k, cols * 8);
     return e;
 }
 
@@ -582,8 +657,9 @@ static cudaError_t plan_and_launch(ki_stream *s, const ki_stream_call &c, void *
 
 template <class T>
 static cudaError_t dispatch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    if (c.raw && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
-    if (c.raw) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
+    bool is_held = c.m <= NORM_ROWS && plan_of(c, 1, s->about).held_bytes;
+    if (is_held && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
+    if (is_held) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
     if (s->encode && c.m > NORM_ROWS)
         return ki_stream_wide(c, {s, &s->wide_ready, s->about.n_sms, stream_});
     if (c.m <= 8) return plan_and_launch<T, 1, 0>(s, c, stream_);

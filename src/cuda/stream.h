@@ -12,8 +12,15 @@
  * Places. Each multiprocessor should have one thread block of a product: one with two takes longer
  * than the others, and all wait for it. But blocks are placed where there is room, and there is
  * room for two as soon as it is not taken by the product before. So products behind each other
- * take turns: a small ring, a large one that fills more than half of a multiprocessor. Then where a
- * large block is there is room for one small block, and the other way round.
+ * take turns, FIRST and SECOND, and one of the two fills more than half of a multiprocessor. Where
+ * a block of that is there is room for one of the other, and the other way round. Of several rows
+ * FIRST is the large one, 5 to 3. Of one row SECOND is, by little: what comes behind attention
+ * finds empty multiprocessors and has one block on each, and a block of attention fits beside
+ * either.
+ *
+ * Pace. A ring asks for more than memory gives in five microseconds, and whatever is asked for
+ * behind that waits, instructions too. A product that comes while attention of one row is at work
+ * asks in measured steps.
  *
  * Order of sums. Columns are cut into 1, 4 or 8 parts, by n alone; each part is one float32 chain
  * over steps of 16 columns, in their order; the parts are added in theirs. It depends on neither m
@@ -34,8 +41,16 @@ enum { KI_STREAM_ROWS = 64 };
  * them so), then sums. */
 enum { KI_STREAM_COUNTER_BYTES = 4096, KI_STREAM_WORKSPACE_BYTES = 12 << 20 };
 
-/* Its place in a chain. EVEN: rings of half a multiprocessor, two blocks of any product. */
-typedef enum ki_stream_part { KI_STREAM_EVEN, KI_STREAM_LARGE, KI_STREAM_SMALL } ki_stream_part;
+/* Its place in a chain. ALONE: rings of half a multiprocessor, two blocks of any product. */
+typedef enum ki_stream_part { KI_STREAM_ALONE, KI_STREAM_FIRST, KI_STREAM_SECOND } ki_stream_part;
+
+/* At what share of the memory's rate a ring is filled before its product begins, in 16ths; 0: at
+ * once. BESIDE what attends, and the one BEHIND that. */
+typedef enum ki_stream_pace {
+    KI_STREAM_AT_ONCE = 0,
+    KI_STREAM_BESIDE = 11,
+    KI_STREAM_BEHIND = 3
+} ki_stream_pace;
 
 /* out[m][n] (+)= sum over k of x[m][k] weight[n][k]; m 1 to 64, k a multiple of 8; type F16 or
  * BF16; weight and x 16-byte aligned. With act_out instead of out: gate and up are the first and
@@ -50,6 +65,7 @@ typedef struct ki_stream_call {
     bool add;
     void *workspace; /* KI_STREAM_WORKSPACE_BYTES */
     ki_stream_part part;
+    ki_stream_pace pace; /* of one row on sm_90 */
     void *act_out;   /* NULL: out */
     ki_cuda_act act; /* SILU_MUL or GELU_MUL */
     /* The kernel behind may begin when the one before has ended, not at once: for one that would

@@ -10,6 +10,9 @@
 enum { CHUNK = 64, TILE = 64, ROW_BYTES = 2 * CHUNK, ALIGNMENT = 1024 };
 /* BLOCK_BYTES: of two blocks on a multiprocessor. */
 enum { BLOCKS = 2, BLOCK_BYTES = 110 << 10, MOST_STAGES = 16, LEAST_STAGES = 3, MOST_TILES = 2 };
+/* AHEAD_BYTES: of a block that are on their way at once, when all have begun: with more of them
+ * memory gives nothing more, and what is asked for beside them waits longer. */
+enum { AHEAD_BYTES = 80 << 10 };
 
 /* What a launch decides. A block has `rows` outputs, or pairs of a gate and its up, of a part of
  * the columns; in a box their place is `room`, a multiple of 8. A stage has PIECES chunks:
@@ -17,7 +20,7 @@ enum { BLOCKS = 2, BLOCK_BYTES = 110 << 10, MOST_STAGES = 16, LEAST_STAGES = 3, 
 typedef struct plan {
     uint32_t rows, room, all_room;
     uint32_t parts, chunks, turns; /* chunks and stages of a part */
-    uint32_t n_stages, box_bytes, piece_bytes, stage_bytes, shared_bytes, n_blocks;
+    uint32_t n_stages, n_ahead, box_bytes, piece_bytes, stage_bytes, shared_bytes, n_blocks;
 } plan;
 
 typedef struct place {
@@ -82,8 +85,11 @@ static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan 
     ki_pdl_wait();
     t = first_turn(at);
     for (; t.number < p.n_stages; next_turn(t, p, at)) bring_rows<PIECES>(c, p, at, x, t);
+    uint32_t come = p.n_stages - p.n_ahead, parity = 0; /* the stage that has to be there by then */
     for (; t.number < p.turns; next_turn(t, p, at)) {
         ki_bar_wait(at.empty + 8 * t.stage, t.parity ^ 1);
+        ki_bar_wait(at.full + 8 * come, parity);
+        if (++come == p.n_stages) come = 0, parity ^= 1;
         bring_weights<PIECES>(c, p, at, w, t);
         bring_rows<PIECES>(c, p, at, x, t);
     }
@@ -284,6 +290,7 @@ static void fit(plan &p, const ki_stream_call &c, uint32_t n, uint32_t pieces) {
     uint32_t spare = ALIGNMENT + (behind > n ? behind - n : 0) * ROW_BYTES;
     uint32_t most = min((BLOCK_BYTES - spare) / p.stage_bytes, (uint32_t)MOST_STAGES);
     p.n_stages = min(p.turns, most);
+    p.n_ahead = max(1u, min(p.n_stages, AHEAD_BYTES / p.stage_bytes));
     p.shared_bytes = max(p.n_stages * p.stage_bytes, n * (p.all_room + 4) * 4) + spare;
 }
 

@@ -240,7 +240,8 @@ struct product_case {
         c.out = out.data, c.out_stride = n + BESIDE, c.weight = w.data;
         c.x = x.data + (size_t)first_row * k, c.n = n, c.k = k, c.m = m, c.type = type;
         c.workspace = workspace.data;
-        c.part = (ki_stream_part)(n_calls++ % 3); /* the same bits in any */
+        c.part = (ki_stream_part)(n_calls++ % 3); /* the same bits in any, and at any pace */
+        c.pace = n_calls % 2 ? KI_STREAM_BESIDE : KI_STREAM_AT_ONCE;
         return c;
     }
     /* [m][n] of rows from first_row on; add: to what begin says everywhere. */
@@ -461,7 +462,7 @@ struct product_chain {
         c.weight = weights.data + at, c.x = x.data, c.n = y.n, c.k = y.k, c.m = m;
         c.out = out.data, c.out_stride = y.n, c.add = y.add, c.type = KI_CUDA_F16;
         c.workspace = sums.data;
-        c.part = n_queued++ % 2 ? KI_STREAM_SMALL : KI_STREAM_LARGE;
+        c.part = n_queued++ % 2 ? KI_STREAM_SECOND : KI_STREAM_FIRST;
         if (how == CUBLAS) {
             ki_gemm_shape g = gemm_shape(i);
             CHECK_OK(ki_gemm_run(gemm, c.out, c.weight, c.x, &g, m, y.add, s, err));
