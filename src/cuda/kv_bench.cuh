@@ -2,7 +2,7 @@
  * tests/cuda/tune_cuda.cu. */
 #ifndef KI_KV_BENCH_CUH
 #define KI_KV_BENCH_CUH
-#include "kv_decode.cuh"
+#include "kv_decode_launch.cuh"
 #include "kv_launch.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 /* kv_decode.cu: the plan of a step, the merge of splits, and the choice of a kernel. */
-#include "kv_decode.cuh"
+#include "kv_decode_launch.cuh"
 #include "kv_launch.h"
 #include "pdl.cuh"
 

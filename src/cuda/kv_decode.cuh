@@ -667,17 +667,29 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if (IS_KNOWN && stream.n > S::STAGES) stream.fetch(a, item, 0, lane);
     const uint32_t slow_first = item.part.slow_begin + warp, slow_end = item.part.slow_end;
     const uint32_t slow_mine = slow_first + lane * S::warps();
+    const bool takes_row = a.own.k;
+    const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
+    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
+                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+                         (newest - item.part.slow_begin) % S::warps() == warp;
+    own_queries<S> queries;
+    own_row<S> row;
+    const uint32_t own_first = S::HEADS == 1 ? 0 : warp; /* each warp turns the one head */
+    auto ask_own = [&] {
+        queries.load(a.own, item.row, first_head, own_first, n_heads, lane);
+        if (has_row) row.load(a, item, head, lane);
+    };
+    const bool is_late = takes_row && blockIdx.x >= a.n_at_once;
+    if (is_late) { /* what it waits for is there: the first trip is that of the step's rows */
+        ki_pdl_wait();
+        ask_own();
+    }
     slow_list<S> slow;
     slow.find(a, item, head, slow_mine);
     if (HAS_SPARE && stream.n < S::STAGES)
         slow.copy(pipe.data + stream.n * a.unit_bytes, pipe.data + S::STAGES * a.unit_bytes, a,
                   item, slow_mine, pipe.spare_bar(), lane);
     slow.bring(a, item, slow_first, S::warps(), lane);
-    const bool takes_row = a.own.k;
-    const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
-    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
-                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
-                         (newest - item.part.slow_begin) % S::warps() == warp;
     exact_values<S> values; /* at first those of the first block that has them in memory */
     const typename slow_list<S>::apart_values apart =
         slow.find_apart(a, item, slow_first, S::warps(), lane);
@@ -689,19 +701,25 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     st.m[0] = st.m[1] = -INFINITY;
     uint32_t g = lane / 4, q_head = first_head + g % S::HEADS;
     bool is_head = g % S::HEADS < n_heads;
-    own_query<S::NJ> query;
-    own_row<S> row;
-    if (takes_row) query.load(a.own, item.row, q_head, is_head, lane);
-    if (has_row) row.load(a, item, head, lane);
+    if (takes_row && !is_late) ask_own();
     if (!apart.is_old && !takes_row) values.load(apart.v16, apart.rows, lane);
-    if (takes_row) query.halves(st.q.q, a.own.rope);
-    else st.q.load(a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D, is_head, lane);
+    const uint16_t *q_row = a.q + ((uint64_t)item.row * a.l.n_heads + q_head) * S::D;
+    if (takes_row) {
+        uint16_t *own = (uint16_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
+        if (S::HEADS == 1) own += warp * KI_OWN_HALVES(S::D);
+        queries.store(own, a.own, item.row, first_head, own_first, n_heads, lane);
+        if (S::HEADS == 1) __syncwarp();
+        else __syncthreads();
+        q_row = own + g % S::HEADS * KI_OWN_HALVES(S::D);
+    }
+    st.q.load(q_row, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
     if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
     if (!apart.is_old && takes_row) values.load(apart.v16, apart.rows, lane);
     if constexpr (S::PLUS) {
-        uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8));
+        uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8) +
+                                      8 * KI_OWN_HALVES(S::D) * 2);
         st.wide_q = (const uint16_t *)wide;
         if (warp == 0)
 #pragma unroll
@@ -743,47 +761,6 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     put_state<S>(states + warp * n_heads * (S::D + 2), st, a.l, n_heads, lane);
     __syncthreads();
     merge_warps<S>(states, a, item, index, first_head, n_heads);
-}
-
-/* ---- launching ---- */
-
-/* One entry of the table of kernels. */
-struct decode_kernel {
-    uint32_t head_dim, unit_subs, heads, warps; /* heads 8: any number */
-    cudaError_t (*launch)(const decode_args *args, uint32_t n_blocks, uint32_t warps, bool pdl,
-                          cudaStream_t stream);
-    cudaError_t (*prepare)(void); /* raises the limit of shared memory */
-};
-
-/* As much shared memory as a thread block can have. */
-template <class S> static cudaError_t decode_prepare(void) {
-    cudaError_t e =
-        cudaFuncSetAttribute(ki_decode_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)ki_most_shared_bytes());
-    return e == cudaSuccess ? ki_share_multiprocessors(ki_decode_kernel<S>) : e;
-}
-
-kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *call, const decode_kernel *kernel,
-                                     uint32_t warps, void *stream, kivi_error *err);
-
-template <class S>
-static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, uint32_t warps,
-                                 bool pdl, cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute = {};
-    config.gridDim = n_blocks;
-    config.blockDim = warps * 32;
-    config.dynamicSmemBytes = ki_decode_bytes(&args->l, warps, S::STAGES);
-    config.stream = stream;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = pdl;
-    config.attrs = &attribute;
-    config.numAttrs = pdl ? 1 : 0;
-    return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, *args);
-}
-
-template <class S> static constexpr decode_kernel decode_entry() {
-    return {S::D, S::NB, S::HEADS, S::WARPS, decode_launch<S>, decode_prepare<S>};
 }
 
 #endif

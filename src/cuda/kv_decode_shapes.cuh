@@ -1,6 +1,6 @@
 /* kv_decode_shapes.cuh: the kernels of one head size (KI_HEAD_DIM), included by kv_decode_<D>.cu,
  * in the order of kv_shared.h's list, which the choice goes by. */
-#include "kv_decode.cuh"
+#include "kv_decode_launch.cuh"
 
 #define KI_PASTE(a, b) a##b
 #define KI_TABLE_OF(d) KI_PASTE(ki_decode_table_, d)

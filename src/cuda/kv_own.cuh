@@ -3,31 +3,46 @@
 #ifndef KI_KV_OWN_CUH
 #define KI_KV_OWN_CUH
 #include "kv_row.cuh"
+#include "kv_shared.h"
 #include "kv_slow.cuh"
 
-/* A lane's channels of its head's query, as they are loaded, and cos and sin of each pair. */
-template <int NJ> struct own_query {
-    float2 x[2 * NJ];
-    float4 turn[NJ];
+/* Queries of the thread block's heads: a warp turns those of every WARPS-th head, and all warps
+ * read them in shared memory, [heads][KI_OWN_HALVES(D)] f16; of one head each warp has a copy, and
+ * no warp waits for another. */
+template <class S> struct own_queries {
+    static constexpr uint32_t EACH = S::HEADS > S::WARPS ? 2 : 1; /* on their way at once */
+    half_rows<S::D, true> rows[EACH];
 
-    __device__ __forceinline__ void load(const own_rows &own, uint32_t row, uint32_t head,
-                                         bool is_head, uint32_t lane) {
-        const float *from = own.q + (uint64_t)row * own.q_stride + head * NJ * 16 + lane % 4 * 2;
+    /* Heads first, first + warps, ... of n, which begin at head first_head. */
+    __device__ __forceinline__ void load(const own_rows &own, uint32_t row, uint32_t first_head,
+                                         uint32_t first, uint32_t n, uint32_t lane) {
+        const float *rope = own.rope ? own.rope + (uint64_t)row * S::D : NULL;
 #pragma unroll
-        for (int k = 0; k < 2 * NJ; k++)
-            x[k] = is_head ? *(const float2 *)(from + 8 * k) : make_float2(0, 0);
-        if (!own.rope) return;
-        const float *rope = own.rope + (uint64_t)row * NJ * 16 + lane % 4 * 4;
-#pragma unroll
-        for (int k = 0; k < NJ; k++) turn[k] = *(const float4 *)(rope + 16 * k);
+        for (uint32_t e = 0; e < EACH; e++) {
+            uint32_t h = first + e * S::warps();
+            if (h < n)
+                rows[e].load(own.q, (uint64_t)row * own.q_stride + (first_head + h) * S::D, rope,
+                             lane);
+        }
     }
-    __device__ __forceinline__ void halves(uint32_t (&out)[2 * NJ], bool has_rope) {
+    /* What was loaded, and where a block has few warps the heads behind. */
+    __device__ __forceinline__ void store(uint16_t *to, const own_rows &own, uint32_t row,
+                                          uint32_t first_head, uint32_t first, uint32_t n,
+                                          uint32_t lane) {
         row_check ignored = {};
+#pragma unroll 1
+        for (; first < n; first += EACH * S::warps()) {
 #pragma unroll
-        for (int k = 0; k < NJ; k++) { /* pairs (j, j + D/2) */
-            if (has_rope) rotate_pairs(x[k], x[k + NJ], turn[k]);
-            out[k] = checked_pair(x[k], &ignored);
-            out[k + NJ] = checked_pair(x[k + NJ], &ignored);
+            for (uint32_t e = 0; e < EACH; e++) {
+                uint32_t h = first + e * S::warps();
+                if (h >= n) continue;
+                rows[e].rotate(KI_CUDA_F32, own.rope, &ignored, lane);
+                rows[e].store(lane, [&](uint32_t c, uint32_t two) {
+                    *(uint32_t *)(to + h * KI_OWN_HALVES(S::D) + c) = two;
+                });
+            }
+            if (S::HEADS > EACH * S::WARPS || S::IS_FLEXIBLE)
+                load(own, row, first_head, first + EACH * S::warps(), n, lane);
         }
     }
 };

@@ -101,11 +101,16 @@ bool ki_prompt_config_of(ki_prompt_config *out, uint32_t head_dim, uint32_t most
 #define KI_DECODE_IS_FLEXIBLE(kb, vg) ((kb) != 16 && (vg) == 0)
 #define KI_DECODE_HAS_NAMED(d) ((d) == 64 || (d) == 128)
 
-/* Stages and their barriers (and queries [8][D] f16 to gather from), or the warps' states. */
+/* Halves of a query that attention turns by itself: eight rows lie in different banks. */
+#define KI_OWN_HALVES(d) ((d) + 8)
+
+/* Stages and their barriers, queries [8] of the step's own rows (and [8][D] f16 to gather from), or
+ * the warps' states. */
 KI_BOTH uint32_t ki_decode_bytes(const ki_cuda_layout *l, uint32_t warps, uint32_t stages) {
     uint32_t d = l->head_dim, n_heads = l->head_group < 8 ? l->head_group : 8;
     uint32_t unit = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     uint32_t bytes = warps * stages * (unit + 8) + (l->is_plus ? 8 * d * 2 : 0);
+    if (l->k_bits < 16 && l->v_bits < 16) bytes += 8 * KI_OWN_HALVES(d) * 2;
     uint32_t states = warps * n_heads * (d + 2) * 4;
     return bytes > states ? bytes : states;
 }

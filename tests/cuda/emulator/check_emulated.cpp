@@ -11,7 +11,7 @@
 #include "emulate.h"
 #include "random_cache.h"
 
-#include "kv_decode.cuh"
+#include "kv_decode_launch.cuh"
 
 #include <signal.h>
 #include <stdio.h>

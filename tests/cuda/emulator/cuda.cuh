@@ -120,6 +120,7 @@ typedef void *cudaStream_t;
 enum { cudaSuccess = 0 };
 enum {
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMultiProcessorCount,
     cudaFuncAttributeMaxDynamicSharedMemorySize,
     cudaFuncAttributePreferredSharedMemoryCarveout,
     cudaLaunchAttributeProgrammaticStreamSerialization,
@@ -142,8 +143,9 @@ static inline cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int) {
-    *value = EMULATED_SHARED_BYTES;
+/* One multiprocessor: blocks behind the first few find their places late. */
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int what, int) {
+    *value = what == cudaDevAttrMultiProcessorCount ? 1 : EMULATED_SHARED_BYTES;
     return cudaSuccess;
 }
 template <class K> static cudaError_t cudaFuncSetAttribute(K, int, int) { return cudaSuccess; }
