@@ -111,11 +111,19 @@ KI_DEV bool next_job(tile_job *j, job_walk *w, const block_view &v) {
         }
     return false;
 }
-/* The one behind n others. */
-KI_DEV bool skip_jobs(tile_job *j, job_walk *w, const block_view &v, uint32_t n) {
-    for (; n; n--)
-        if (!next_job(j, w, v)) return false;
-    return next_job(j, w, v);
+/* Groups take turns: a round is a job of each, but in the last one there may be none for some. */
+struct job_round {
+    bool is_there, has; /* a job for any group, and for this one */
+};
+/* The next round, behind `rest` jobs of this one. */
+KI_DEV job_round next_round(tile_job *j, job_walk *w, const block_view &v, uint32_t rest,
+                            uint32_t group) {
+    for (; rest; rest--)
+        if (!next_job(j, w, v)) return {false, false};
+    if (!next_job(j, w, v)) return {false, false};
+    for (; group; group--)
+        if (!next_job(j, w, v)) return {true, false};
+    return {true, true};
 }
 
 /* ---- tiles into shared memory ---- */
@@ -392,42 +400,44 @@ KI_DEV void load_values(uint16_t *tile, const prompt_args &a, const tile_source 
     group_barrier(group);
 }
 
-/* A group's share of the tiles. tiles: two stages of keys, two of values; one of each; or one. */
+/* A group's share of the tiles; all groups meet as often. tiles: two stages of keys, two of values;
+ * one of each; or one. */
 template <int D, int SETS = tile_shape<D>::SETS>
 KI_DEV void attend_tiles(prompt_state<D> (&st)[SETS], uint16_t *tiles, const uint16_t *q,
                          const prompt_args &a, const tile_source &x, const block_view &v,
                          uint32_t first_row) {
     constexpr int HALVES = tile_shape<D>::HALVES;
-    uint32_t group = threadIdx.x / GROUP_THREADS, others = blockDim.x / GROUP_THREADS - 1;
+    uint32_t group = threadIdx.x / GROUP_THREADS, rest = blockDim.x / GROUP_THREADS - 1 - group;
     uint32_t warp = threadIdx.x / 32 % GROUP_WARPS, lane = threadIdx.x % 32;
     uint32_t row = first_row + warp * SETS * 16 + lane / 4;
     uint16_t *k_tile = tiles, *v_tile = tiles + (a.is_piped ? 2 : a.is_single ? 0 : 1) * HALVES;
     job_walk walk = {v.first / TILE * TILE, 0};
     tile_job job, next;
-    bool has = skip_jobs(&job, &walk, v, group), has_next;
-    if (has) begin_tile<D>(k_tile, v_tile, a, x, job);
+    job_round here = next_round(&job, &walk, v, 0, group), then;
+    if (here.has) begin_tile<D>(k_tile, v_tile, a, x, job);
     ki_wait_all_copies();
     __syncthreads(); /* queries are here, too */
-    for (uint32_t n = 0; has; n++, job = next, has = has_next) {
-        uint32_t here = a.is_piped ? n % 2 * HALVES : 0;
+    for (uint32_t n = 0; here.is_there; n++, job = next, here = then) {
+        uint32_t stage = a.is_piped ? n % 2 * HALVES : 0;
         if (!a.is_piped && n) {
             group_barrier(group);
-            begin_tile<D>(k_tile, v_tile, a, x, job);
+            if (here.has) begin_tile<D>(k_tile, v_tile, a, x, job);
         }
         ki_wait_all_copies();
         group_barrier(group); /* this tile is here, and everybody is done with the one before */
-        has_next = skip_jobs(&next, &walk, v, others);
-        if (a.is_piped && has_next)
-            begin_tile<D>(k_tile + HALVES - here, v_tile + HALVES - here, a, x, next);
+        if (!here.has) break;
+        then = next_round(&next, &walk, v, rest, group);
+        if (a.is_piped && then.has)
+            begin_tile<D>(k_tile + HALVES - stage, v_tile + HALVES - stage, a, x, next);
         float scores[SETS][8][4];
-        tile_scores<D>(scores, q + warp * SETS * 16 * tile_shape<D>::STRIDE, k_tile + here, lane);
+        tile_scores<D>(scores, q + warp * SETS * 16 * tile_shape<D>::STRIDE, k_tile + stage, lane);
 #pragma unroll
         for (int i = 0; i < SETS; i++) {
             if (job.is_masked) mask_scores(scores[i], a, x.seq, v, job, row + 16 * i, lane);
             tile_soften<D>(scores[i], st[i], a.factor);
         }
         if (D > 128 && a.is_single) load_values<D>(v_tile, a, x, job, group);
-        tile_values<D>(st, scores, v_tile + here, lane);
+        tile_values<D>(st, scores, v_tile + stage, lane);
     }
 }
 
