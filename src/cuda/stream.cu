@@ -4,31 +4,26 @@
 #include "kv_launch.h"
 #include "norm.cuh"
 #include "pdl.cuh"
+#include "stream_plan.h"
 #include "stream_ring.cuh"
 #include "stream_wide.h"
 
-/* WARPS: that multiply; one more fills the ring. CHUNK: columns of a stage, four steps of 16. */
-enum { WARPS = 8, MULTIPLIERS = 32 * WARPS, THREADS = MULTIPLIERS + 32, CHUNK = 64, TILE = 16 };
-/* RING_BYTES: two of them, and the barriers, fit into a multiprocessor. OWN_BYTES: what a thread
- * block takes beside its stages: barriers, alignment, and what the system keeps. */
-enum { RING_BYTES = 104 << 10, MOST_STAGES = 16, BARRIER_BYTES = 1024, OWN_BYTES = 2560 };
-enum { BOX_BYTES = 128, ALIGNMENT = 1024, MOST_TILES = 2 };
-/* CLUSTER: thread blocks that share the parts of an output (sm_90): boxes of weights are higher
- * then, and each block reads fewer columns of x. */
-enum { CLUSTER = 4, ONE_ROW_CLUSTER = 2, NORM_ROWS = 4 };
-/* HELD_BYTES: most that rows of x take beside the ring, so that they do not wait for a box each.
- * HELD_REGISTERS: of a block that holds one row; one of decode attention fits beside it then. */
-enum { HELD_BYTES = 24 << 10, HELD_REGISTERS = 80, REGISTERS = 96, MOST_REGISTERS = 224 };
-
-/* What a launch decides. A tile: 16 outputs, or 8 of a gate and 8 of its up. */
-typedef struct plan {
-    uint32_t tiles, n_full;       /* of each of the first n_full clusters; others have one less */
-    uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
-    uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
-    uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
-    uint32_t pace;       /* cycles from a stage to the next one, before the product begins */
-    uint32_t n_blocks, cluster;
-} plan;
+typedef ki_stream_plan plan;
+enum {
+    WARPS = KI_STREAM_WARPS,
+    MULTIPLIERS = 32 * WARPS,
+    THREADS = MULTIPLIERS + 32,
+    CHUNK = KI_STREAM_CHUNK,
+    TILE = KI_STREAM_TILE,
+    BOX_BYTES = KI_STREAM_BOX_BYTES,
+    ALIGNMENT = KI_STREAM_ALIGNMENT,
+    BARRIER_BYTES = KI_STREAM_BARRIER_BYTES,
+    MOST_STAGES = KI_STREAM_MOST_STAGES,
+    NORM_ROWS = KI_STREAM_NORM_ROWS,
+    CLUSTER = KI_STREAM_CLUSTER
+};
+/* HELD_REGISTERS: of a block that holds one row; one of decode attention fits beside it then. */
+enum { HELD_REGISTERS = 80, REGISTERS = 96, MOST_REGISTERS = 224 };
 
 /* How boxes are copied on sm_90: weights of a cluster of `tiles`, and of one with one less. */
 typedef struct maps {
@@ -397,70 +392,6 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
     if (p.cluster > 1) ki_cluster_sync(); /* a block stays until its sums were read */
 }
 
-/* ---- the plan of a launch ---- */
-
-static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
-
-typedef struct device {
-    uint32_t n_sms, most_bytes;
-    uint32_t n_clusters, n_pairs; /* that have a multiprocessor for each block: of CLUSTER, of 2 */
-    float bytes_per_cycle;        /* of its memory, at the multiprocessors' highest clock */
-    bool bulk;                    /* what the kernel was compiled for */
-} device;
-
-/* Of one row, what stages have less than half of a multiprocessor. A block of SECOND is filled up
- * to half and has 1.3 KB besides; one of FIRST has 2.4 KB besides and fits beside it. */
-enum { FIRST_LESS = 4096, SECOND_LESS = 1536 };
-
-/* What the stages may take: a multiprocessor has room for one FIRST and one SECOND, but not for two
- * of the larger. */
-static uint32_t budget_of(const ki_stream_call &c, const device &d, uint32_t rounds) {
-    uint32_t all = d.most_bytes + 1024, small = all * 3 / 8;
-    if (!d.bulk || rounds > 1 || c.part == KI_STREAM_ALONE) return RING_BYTES;
-    if (c.m == 1) return all / 2 - (c.part == KI_STREAM_FIRST ? FIRST_LESS : SECOND_LESS);
-    return c.part == KI_STREAM_SECOND ? small : all - small - 2 * OWN_BYTES;
-}
-
-/* Of the rows that a block has: all of a norm, of x what its parts want, where it is little. */
-static uint32_t held_of(const ki_stream_call &c, const plan &p, const device &d) {
-    uint32_t part = p.chunks * BOX_BYTES;
-    if (c.raw) return p.parts * part + 16;
-    bool is_held = d.bulk && c.m <= NORM_ROWS && c.m * (p.here * part + 16) <= HELD_BYTES;
-    return is_held ? p.here * part + 16 : 0;
-}
-
-static plan plan_of(const ki_stream_call &c, uint32_t cols, const device &d) {
-    plan p = {};
-    uint32_t n_tiles = c.act_out ? over(c.n / 2, TILE / 2) : over(c.n, TILE);
-    p.parts = ki_stream_parts(c.n);
-    p.chunks = over(over(c.k, CHUNK), p.parts);
-    p.cluster = !d.bulk || p.parts == 1 ? 1 : c.m == 1 ? ONE_ROW_CLUSTER : CLUSTER;
-    p.here = p.parts / p.cluster;
-    uint32_t share = MOST_TILES * (WARPS / p.here); /* most tiles of a cluster */
-    uint32_t at_once = p.cluster == 1 ? d.n_sms
-                       : c.m == 1     ? d.n_pairs
-                                      : d.n_clusters,
-             rounds = over(n_tiles, at_once * share);
-    uint32_t n_clusters = min(n_tiles, at_once * rounds);
-    p.tiles = over(n_tiles, n_clusters);
-    p.n_full = n_tiles - n_clusters * (p.tiles - 1);
-    p.n_blocks = n_clusters * p.cluster;
-    p.held_bytes = held_of(c, p, d);
-    p.part_bytes = p.tiles * TILE * BOX_BYTES + (p.held_bytes ? 0 : cols * 8 * BOX_BYTES);
-    p.stage_bytes = p.here * p.part_bytes;
-    uint32_t held = c.m * p.held_bytes, fit = (budget_of(c, d, rounds) - held) / p.stage_bytes;
-    uint32_t most = (d.most_bytes - held - ALIGNMENT - BARRIER_BYTES) / p.stage_bytes;
-    p.n_stages = min(p.chunks, min(max(2u, min(fit, (uint32_t)MOST_STAGES)), max(1u, most)));
-    p.ring_bytes = max(p.n_stages * p.stage_bytes,
-                       over(p.here * cols * 8 * (p.tiles * TILE + 4) * 4, ALIGNMENT) * ALIGNMENT);
-    p.shared_bytes = p.ring_bytes + held + ALIGNMENT;
-    if (d.bulk && rounds == 1 && c.part == (c.m == 1 ? KI_STREAM_SECOND : KI_STREAM_FIRST))
-        p.shared_bytes = max(p.shared_bytes, (d.most_bytes + 1024) / 2);
-    if (d.bulk && c.m == 1 && c.pace && d.bytes_per_cycle > 0)
-        p.pace = (uint32_t)(16.0f / c.pace * p.stage_bytes * p.n_blocks / d.bytes_per_cycle);
-    return p;
-}
-
 /* ---- what launches have in common ---- */
 
 typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
@@ -483,7 +414,7 @@ struct ki_stream {
     kept_map maps[N_MAPS];
     ki_mem *mem;
     encode_fn encode; /* the driver's; NULL where the kernels copy by themselves */
-    device about;
+    ki_stream_device about;
     uint32_t n_encoded;
     uint32_t ready, wide_ready; /* a bit for each kernel whose attributes were set */
 };
@@ -507,7 +438,7 @@ static cudaLaunchAttribute cluster_of(uint32_t n_blocks) {
 
 /* How many clusters find multiprocessors of their own: their blocks lie in one part of the chip,
  * whose number of multiprocessors is not always a multiple of four. */
-static cudaError_t count_clusters(uint32_t *out, uint32_t n_blocks, const device *d) {
+static cudaError_t count_clusters(uint32_t *out, uint32_t n_blocks, const ki_stream_device *d) {
     auto kernel = stream<__half, 1, 1, 0>;
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = cluster_of(n_blocks);
@@ -538,7 +469,7 @@ static cudaError_t ask_device(ki_stream *s) {
     cudaFuncAttributes kernel;
     int number = 0, n_sms = 0, most_bytes = 0;
     float rate = 0;
-    device *d = &s->about;
+    ki_stream_device *d = &s->about;
     cudaError_t e = cudaFuncGetAttributes(&kernel, stream<__half, 1, 1, 0>);
     if (e == cudaSuccess) e = cudaGetDevice(&number);
     if (e == cudaSuccess)
@@ -547,11 +478,12 @@ static cudaError_t ask_device(ki_stream *s) {
         e = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
     if (e == cudaSuccess) e = ask_rate(&rate, number);
     if (e != cudaSuccess) return e;
-    *d = (device){(uint32_t)n_sms, (uint32_t)most_bytes, 1, 1, rate, kernel.ptxVersion >= 90};
+    *d = (ki_stream_device){(uint32_t)n_sms,        (uint32_t)most_bytes, 1, 1, rate,
+                            kernel.ptxVersion >= 90};
     if (!d->bulk) return cudaSuccess;
     e = find_encode(&s->encode);
     if (e == cudaSuccess) e = count_clusters(&d->n_clusters, CLUSTER, d);
-    return e == cudaSuccess ? count_clusters(&d->n_pairs, ONE_ROW_CLUSTER, d) : e;
+    return e == cudaSuccess ? count_clusters(&d->n_pairs, KI_STREAM_PAIR, d) : e;
 }
 
 extern "C" kivi_status ki_stream_create(ki_stream **out, ki_mem *mem, kivi_error *err) {
@@ -650,14 +582,14 @@ static cudaError_t launch(ki_stream *s, const ki_stream_call &c, const plan &p, 
 
 template <class T, int COLS, int ROWS>
 static cudaError_t plan_and_launch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    plan p = plan_of(c, COLS, s->about);
+    plan p = ki_stream_plan_of(&c, COLS, &s->about);
     return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(s, c, p, stream_)
                                     : launch<T, COLS, 1, ROWS>(s, c, p, stream_);
 }
 
 template <class T>
 static cudaError_t dispatch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    bool is_held = c.m <= NORM_ROWS && plan_of(c, 1, s->about).held_bytes;
+    bool is_held = c.m <= NORM_ROWS && ki_stream_plan_of(&c, 1, &s->about).held_bytes;
     if (is_held && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
     if (is_held) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
     if (s->encode && c.m > NORM_ROWS)

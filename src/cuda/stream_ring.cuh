@@ -9,9 +9,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-/* Parts that the columns are cut into (stream.h). */
-static inline uint32_t ki_stream_parts(uint32_t n) { return n <= 2048 ? 8 : n <= 8192 ? 4 : 1; }
-
 /* ---- copies: by one lane on sm_90, by a warp's lanes before ---- */
 
 #if __CUDA_ARCH__ >= 900

@@ -3,6 +3,7 @@
 #include "act.cuh"
 #include "kv_launch.h"
 #include "pdl.cuh"
+#include "stream_plan.h"
 #include "stream_ring.cuh"
 #include "wgmma.cuh"
 

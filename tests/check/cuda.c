@@ -1,11 +1,13 @@
 /* The CUDA backend's host side: the order of a page on the device is one permutation of the plain
- * order, pages go to the CPU's order and back, splits cover a sequence once, and kernels start with
- * the shared memory that a device has. */
+ * order, pages go to the CPU's order and back, splits cover a sequence once, products of few rows
+ * cover all outputs and find their places, and kernels start with the shared memory that a device
+ * has. */
 #include "check.h"
 #include "kv_plan.h"
 #include "kv_prompt.h"
 #include "kv_shared.h"
 #include "sdpa.h"
+#include "stream_plan.h"
 
 static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
 enum { N_DIMS = sizeof head_dims / sizeof *head_dims };
@@ -532,6 +534,120 @@ static void check_records(void) {
     }
 }
 
+/* ---- products of few rows (stream_plan.h) ---- */
+
+/* What a block of stream.cu has beside the plan's bytes: barriers and the sums of norms. */
+enum { STREAM_STATIC_BYTES = 768 };
+
+typedef struct product_shape {
+    uint32_t n, k;
+    bool gated, normed;
+} product_shape;
+
+/* A layer's products in their order, and the output matrix: qkv, o, gate and up, down. */
+static void shapes_of(product_shape (*out)[5], const uint32_t (*sizes)[4]) {
+    uint32_t d = (*sizes)[0], qkv = (*sizes)[1], ff = (*sizes)[2], vocab = (*sizes)[3];
+    const product_shape shapes[5] = {
+        {qkv, d, false, true}, {d, d, false, false},     {2 * ff, d, true, true},
+        {d, ff, false, false}, {vocab, d, false, false},
+    };
+    memcpy(*out, shapes, sizeof shapes);
+}
+
+static ki_stream_plan plan_of(const product_shape *y, uint32_t m, ki_stream_part part,
+                              const ki_stream_device *d) {
+    static float raw[1];
+    static char act[1];
+    ki_stream_call c = {.n = y->n, .k = y->k, .m = m, .part = part, .pace = KI_STREAM_BESIDE};
+    bool takes_norm = m <= KI_STREAM_NORM_ROWS && y->k <= (m == 1 ? 8192 : 4096);
+    if (y->normed && takes_norm) c.raw = raw;
+    if (y->gated) c.act_out = act;
+    return ki_stream_plan_of(&c, m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8, d);
+}
+
+/* All outputs once, all columns, and no more shared memory than there is. */
+static void check_stream_plan(const product_shape *y, uint32_t m, const ki_stream_plan *p,
+                              const ki_stream_device *d) {
+    uint32_t tiles = y->gated ? (y->n / 2 + 7) / 8 : (y->n + 15) / 16;
+    uint32_t n = p->n_blocks / p->cluster;
+    CHECK(p->n_blocks % p->cluster == 0 && p->n_full >= 1 && p->n_full <= n &&
+              p->n_full * p->tiles + (n - p->n_full) * (p->tiles - 1) == tiles,
+          "%ux%u: %u of %u clusters have %u of %u tiles", y->n, y->k, p->n_full, n, p->tiles,
+          tiles);
+    CHECK(p->parts * p->chunks * KI_STREAM_CHUNK >= y->k && p->here * p->cluster == p->parts,
+          "%ux%u: %u parts of %u chunks", y->n, y->k, p->parts, p->chunks);
+    CHECK(p->tiles <= KI_STREAM_MOST_TILES * (KI_STREAM_WARPS / p->here), "%u tiles", p->tiles);
+    CHECK(p->n_stages >= 1 && p->n_stages <= KI_STREAM_MOST_STAGES &&
+              p->n_stages * p->stage_bytes <= p->ring_bytes,
+          "%u stages", p->n_stages);
+    CHECK(p->shared_bytes + STREAM_STATIC_BYTES <= d->most_bytes, "%ux%u, %u rows: %u of %u bytes",
+          y->n, y->k, m, p->shared_bytes, d->most_bytes);
+}
+
+static uint32_t place_bytes(uint32_t bytes) {
+    return bytes + STREAM_STATIC_BYTES + KI_STREAM_SYSTEM_BYTES;
+}
+
+/* Llama-2-7B, Mistral-7B, Llama-3.2-1B, SmolLM2-135M, Falcon-7B's widths, Llama-2-70B: embedding,
+ * q, k and v, feed-forward, vocabulary. */
+static const uint32_t stream_sizes[][4] = {
+    {4096, 12288, 11008, 32000}, {4096, 6144, 14336, 32768}, {2048, 3072, 8192, 128256},
+    {576, 960, 1536, 49152},     {4544, 4672, 18176, 65024}, {8192, 10240, 28672, 32000}};
+
+static void check_stream(void) {
+    const ki_stream_device devices[] = {{132, 227 << 10, 30, 66, 1692, true},
+                                        {78, 227 << 10, 18, 39, 1692, true},
+                                        {108, 163 << 10, 1, 1, 1100, false},
+                                        {84, 99 << 10, 1, 1, 400, false}};
+    static const uint32_t rows[] = {1, 2, 3, 4, 8, 16, 32, 64};
+    product_shape shapes[5];
+    for (size_t i = 0; i < 6 * 4 * 8 && !check_failed(); i++) {
+        const ki_stream_device *d = &devices[i / 8 % 4];
+        uint32_t m = rows[i % 8];
+        if (d->bulk && m > KI_STREAM_NORM_ROWS) continue; /* stream_wide.h's */
+        shapes_of(&shapes, &stream_sizes[i / 32]);
+        for (uint32_t k = 0; k < 5; k++)
+            for (int part = 0; part < 3; part++) {
+                ki_stream_plan p = plan_of(&shapes[k], m, (ki_stream_part)part, d);
+                check_stream_plan(&shapes[k], m, &p, d);
+                CHECK(!p.pace == !(m == 1 && d->bulk), "a pace of %u cycles", p.pace);
+            }
+    }
+}
+
+/* On a Hopper neighbours of a chain have room beside each other, and two of the larger have none;
+ * of one row decode attention has it beside either. */
+static void check_places(void) {
+    const ki_stream_device d = {132, 227 << 10, 30, 66, 1692, true};
+    const uint32_t all = d.most_bytes + KI_STREAM_SYSTEM_BYTES;
+    kivi_cache_geometry g = kivi_cache_defaults();
+    ki_decode_choice attention;
+    ki_cuda_layout l;
+    g.n_layers = 1, g.n_heads = 32, g.n_kv_heads = 32, g.head_dim = 128, g.n_pages = 1;
+    g.kv.k_bits = g.kv.v_bits = 2, g.kv.group = 32, g.kv.residual_tokens = 128;
+    CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
+    CHECK(ki_decode_choose(&attention, &l, d.most_bytes), "no kernel");
+    for (uint32_t m = 1; m <= KI_STREAM_NORM_ROWS && !check_failed(); m++)
+        for (int i = 0; i < 2; i++) {
+            product_shape shapes[5];
+            ki_stream_plan p[4];
+            shapes_of(&shapes, &stream_sizes[i]);
+            for (uint32_t k = 0; k < 4; k++)
+                p[k] = plan_of(&shapes[k], m, k % 2 ? KI_STREAM_SECOND : KI_STREAM_FIRST, &d);
+            for (uint32_t k = 0; k < 4; k++) {
+                uint32_t mine = place_bytes(p[k].shared_bytes);
+                uint32_t next = place_bytes(p[(k + 1) % 4].shared_bytes);
+                bool is_larger = k % 2 == (m == 1);
+                CHECK(mine + next <= all, "%u rows, product %u: %u and %u bytes", m, k, mine, next);
+                CHECK(!is_larger || p[k].shared_bytes + KI_STREAM_SYSTEM_BYTES > all / 2,
+                      "%u rows, product %u: two of %u bytes fit", m, k, p[k].shared_bytes);
+                CHECK(m > 1 || mine + place_bytes(attention.shared_bytes) <= all,
+                      "product %u: %u bytes, attention %u", k, mine, attention.shared_bytes);
+                CHECK(m > 1 || p[k].n_blocks == d.n_sms, "product %u: %u blocks", k, p[k].n_blocks);
+            }
+        }
+}
+
 void check_cuda(void) {
     if (check_case("cuda/order")) {
         check_orders();
@@ -555,6 +671,11 @@ void check_cuda(void) {
     }
     if (check_case("cuda/shared")) {
         check_shared();
+        check_end();
+    }
+    if (check_case("cuda/stream")) {
+        check_stream();
+        check_places();
         check_end();
     }
     if (check_case("cuda/whole")) {
