@@ -581,23 +581,25 @@ static cudaError_t launch(ki_stream *s, const ki_stream_call &c, const plan &p, 
 }
 
 template <class T, int COLS, int ROWS>
-static cudaError_t plan_and_launch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    plan p = ki_stream_plan_of(&c, COLS, &s->about);
+static cudaError_t launch_tiles(ki_stream *s, const ki_stream_call &c, const plan &p,
+                                void *stream_) {
     return p.tiles > WARPS / p.here ? launch<T, COLS, 2, ROWS>(s, c, p, stream_)
                                     : launch<T, COLS, 1, ROWS>(s, c, p, stream_);
 }
 
 template <class T>
 static cudaError_t dispatch(ki_stream *s, const ki_stream_call &c, void *stream_) {
-    bool is_held = c.m <= NORM_ROWS && ki_stream_plan_of(&c, 1, &s->about).held_bytes;
-    if (is_held && c.m == 1) return plan_and_launch<T, 1, 1>(s, c, stream_);
-    if (is_held) return plan_and_launch<T, 1, NORM_ROWS>(s, c, stream_);
     if (s->encode && c.m > NORM_ROWS)
         return ki_stream_wide(c, {s, &s->wide_ready, s->about.n_sms, stream_});
-    if (c.m <= 8) return plan_and_launch<T, 1, 0>(s, c, stream_);
-    if (c.m <= 16) return plan_and_launch<T, 2, 0>(s, c, stream_);
-    if (c.m <= 32) return plan_and_launch<T, 4, 0>(s, c, stream_);
-    return plan_and_launch<T, 8, 0>(s, c, stream_);
+    plan p = ki_stream_plan_of(&c, &s->about);
+    if (p.held_bytes && c.m == 1) return launch_tiles<T, 1, 1>(s, c, p, stream_);
+    if (p.held_bytes) return launch_tiles<T, 1, NORM_ROWS>(s, c, p, stream_);
+    switch (ki_stream_eights(c.m)) {
+    case 1: return launch_tiles<T, 1, 0>(s, c, p, stream_);
+    case 2: return launch_tiles<T, 2, 0>(s, c, p, stream_);
+    case 4: return launch_tiles<T, 4, 0>(s, c, p, stream_);
+    default: return launch_tiles<T, 8, 0>(s, c, p, stream_);
+    }
 }
 
 extern "C" bool ki_stream_takes_norm(const ki_cuda_norm *norm, uint32_t m, uint32_t k) {

@@ -77,10 +77,14 @@ static inline uint32_t ki_stream_held(const ki_stream_call *c, const ki_stream_p
     return d->bulk && c->m <= KI_STREAM_NORM_ROWS && c->m * mine <= KI_STREAM_HELD_BYTES ? mine : 0;
 }
 
-/* cols: eights of rows of x. */
-static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, uint32_t cols,
-                                               const ki_stream_device *d) {
+/* Eights of rows of x, as the kernels have them. */
+static inline uint32_t ki_stream_eights(uint32_t m) {
+    return m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
+}
+
+static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki_stream_device *d) {
     enum { TILE = KI_STREAM_TILE, UNIT = KI_STREAM_ALIGNMENT };
+    uint32_t cols = ki_stream_eights(c->m);
     ki_stream_plan p;
     memset(&p, 0, sizeof p);
     uint32_t n_tiles = c->act_out ? ki_stream_over(c->n / 2, TILE / 2) : ki_stream_over(c->n, TILE);

@@ -562,7 +562,7 @@ static ki_stream_plan plan_of(const product_shape *y, uint32_t m, ki_stream_part
     bool takes_norm = m <= KI_STREAM_NORM_ROWS && y->k <= (m == 1 ? 8192 : 4096);
     if (y->normed && takes_norm) c.raw = raw;
     if (y->gated) c.act_out = act;
-    return ki_stream_plan_of(&c, m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8, d);
+    return ki_stream_plan_of(&c, d);
 }
 
 /* All outputs once, all columns, and no more shared memory than there is. */
