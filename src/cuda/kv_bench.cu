@@ -115,6 +115,7 @@ static kivi_status attention(report &r, kivi_bench_what what, const bench_shape 
     uint32_t n = what == KIVI_BENCH_CONSTANT ? 0 : s.batch;
     uint32_t split = ki_cuda_split_tokens(&b.l, n, s.tokens, r.n_sms);
     KI_TRY(b.ki_plan(split, 0, !r.o->plain, r.err));
+    for (ki_cuda_attend_call &c : b.calls) c.is_fixed = what == KIVI_BENCH_CONSTANT;
     double bytes = b.packed_bytes();
     KI_TRY(time_launches(
         &row.us, bench_launches(b, bytes * 1e-6 / 2.0), r.o->n_repeats,
@@ -419,12 +420,8 @@ static kivi_status measure_all(report &r) {
 kivi_status ki_cuda_bench_attention(const kivi_bench_options *options, const char *device,
                                     kivi_error *err) {
     report r = {options, device, err, 0, 0};
-    int number = 0, n_sms = 0;
     uint32_t shared_bytes;
     KI_TRY(ki_cuda_kernels_init(&shared_bytes, err));
-    KI_TRY(ki_cuda_check(cudaGetDevice(&number), "device", err));
-    KI_TRY(ki_cuda_check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, number),
-                         "device", err));
-    r.n_sms = (uint32_t)n_sms;
+    r.n_sms = ki_n_sms();
     return measure_all(r);
 }

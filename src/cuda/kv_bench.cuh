@@ -202,8 +202,15 @@ inline kivi_status bench_batch::ki_make_set(const bench_kind &kind, uint32_t set
     KI_TRY(ki_cuda_check(cudaMemcpy(device_seqs, seqs.data(), shape.batch * sizeof(ki_cuda_seq),
                                     cudaMemcpyHostToDevice),
                          "sequences", err));
-    caches[set] = {l,           pool, tables + (uint64_t)set * set_pages, table_stride, device_seqs,
-                   shape.batch, NULL, ki_most_shared_bytes()};
+    caches[set] = {l,
+                   pool,
+                   tables + (uint64_t)set * set_pages,
+                   table_stride,
+                   device_seqs,
+                   shape.batch,
+                   NULL,
+                   ki_most_shared_bytes(),
+                   ki_n_sms()};
     return KIVI_OK;
 }
 

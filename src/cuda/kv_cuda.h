@@ -132,7 +132,8 @@ typedef struct ki_cuda_cache {
     const ki_cuda_seq *seqs; /* [n_seqs] */
     uint32_t n_seqs;
     ki_cuda_counters *counters;
-    uint32_t shared_bytes; /* what a thread block can have (kv_shared.h); for the fused kernels */
+    uint32_t shared_bytes; /* what a thread block can have (kv_shared.h), and */
+    uint32_t n_sms;        /* multiprocessors; for the fused kernels */
 } ki_cuda_cache;
 
 typedef enum ki_cuda_type { KI_CUDA_F32, KI_CUDA_F16, KI_CUDA_BF16 } ki_cuda_type;
@@ -201,6 +202,8 @@ typedef struct ki_cuda_attend_call {
      * the number of splits; one split (max_tokens <= split_tokens) needs no merge and launches
      * none. */
     uint32_t split_tokens, max_tokens;
+    bool is_fixed; /* the kernel is of the layout alone, however many sequences there are: with a
+                    * constant split_tokens their number changes no bit */
     void *workspace; /* ki_cuda_workspace_bytes, 256-byte aligned */
     bool pdl;
 } ki_cuda_attend_call;

@@ -285,7 +285,8 @@ kivi_status ki_cuda_decode_attend(const ki_cuda_attend_call *c, void *stream, ki
     const ki_cuda_layout *l = &c->cache->layout;
     const decode_kernel *table = table_of(l->head_dim);
     ki_decode_choice choice;
-    if (!table || !ki_decode_choose(&choice, l, c->cache->shared_bytes))
+    bool is_many = !c->is_fixed && ki_decode_is_many(l, c->cache->n_seqs, c->cache->n_sms);
+    if (!table || !ki_decode_choose(&choice, l, c->cache->shared_bytes, is_many))
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode kernel for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);
     return ki_cuda_decode_attend_by(c, table + choice.index, choice.warps, stream, err);
@@ -313,6 +314,7 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.heads = l->n_kv_heads * a.chunks;
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
+    a.n_sms = c->cache->n_sms;
     a.few = c->cache->n_seqs * a.heads <= FEW_BLOCKS;
     if (c->append) {
         const ki_cuda_append_call *own = c->append;

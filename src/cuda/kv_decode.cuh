@@ -679,7 +679,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         queries.load(a.own, item.row, first_head, own_first, n_heads, lane);
         if (has_row) row.load(a, item, head, lane);
     };
-    const bool is_late = takes_row && blockIdx.x >= a.n_at_once;
+    const bool is_late = takes_row && blockIdx.x >= a.n_sms * S::BLOCKS;
     if (is_late) { /* what it waits for is there: the first trip is that of the step's rows */
         ki_pdl_wait();
         ask_own();

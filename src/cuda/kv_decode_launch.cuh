@@ -28,13 +28,6 @@ static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, uin
                                  bool pdl, cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
-    decode_args here = *args;
-    int device = 0, n_sms = 0;
-    cudaError_t e = cudaGetDevice(&device);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    if (e != cudaSuccess) return e;
-    here.n_at_once = (uint32_t)n_sms * S::BLOCKS;
     config.gridDim = n_blocks;
     config.blockDim = warps * 32;
     config.dynamicSmemBytes = ki_decode_bytes(&args->l, warps, S::STAGES);
@@ -43,7 +36,7 @@ static cudaError_t decode_launch(const decode_args *args, uint32_t n_blocks, uin
     attribute.val.programmaticStreamSerializationAllowed = pdl;
     config.attrs = &attribute;
     config.numAttrs = pdl ? 1 : 0;
-    return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, here);
+    return cudaLaunchKernelEx(&config, ki_decode_kernel<S>, *args);
 }
 
 template <class S> static constexpr decode_kernel decode_entry() {

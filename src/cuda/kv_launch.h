@@ -11,13 +11,17 @@ static inline kivi_status ki_cuda_check(cudaError_t e, const char *what, kivi_er
     return KI_FAIL(err, DEVICE, "cuda: %s: %s", what, cudaGetErrorString(e));
 }
 
-/* What a thread block of the thread's device can have; 0: it cannot be asked. */
-static inline uint32_t ki_most_shared_bytes(void) {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return (uint32_t)bytes;
+/* Of the thread's device; 0: it cannot be asked. */
+static inline uint32_t ki_device_has(enum cudaDeviceAttr what) {
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&n, what, device);
+    return (uint32_t)n;
 }
+/* What a thread block can have. */
+static inline uint32_t ki_most_shared_bytes(void) {
+    return ki_device_has(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+static inline uint32_t ki_n_sms(void) { return ki_device_has(cudaDevAttrMultiProcessorCount); }
 
 /* pdl: the kernel may begin while the one before it ends; it waits by itself (pdl.cuh). */
 template <class... P, class... A>

@@ -17,13 +17,13 @@ bool ki_prompt_config_of(ki_prompt_config *out, uint32_t head_dim, uint32_t most
 /* ---- decode attention ---- */
 
 typedef struct decode_shape {
-    uint32_t k_bits, v_bits, k_group, v_group, unit_subs, warps, stages;
+    uint32_t k_bits, v_bits, k_group, v_group, unit_subs, warps, stages, blocks;
     bool is_plus, is_flexible;
     uint32_t heads;
 } decode_shape;
 
 #define SHAPE(kb, vb, kg, vg, nb, warps, stages, blocks, plus, heads)                              \
-    {kb, vb, kg, vg, nb, warps, stages, plus, KI_DECODE_IS_FLEXIBLE(kb, vg), heads},
+    {kb, vb, kg, vg, nb, warps, stages, blocks, plus, KI_DECODE_IS_FLEXIBLE(kb, vg), heads},
 
 static const decode_shape with_named[] = {KI_DECODE_NAMED(SHAPE) KI_DECODE_OTHER(SHAPE, 4){0}};
 static const decode_shape others[] = {KI_DECODE_OTHER(SHAPE, 4){0}};
@@ -41,11 +41,19 @@ static bool is_for(const decode_shape *s, const ki_cuda_layout *l) {
            (s->heads == 8 || s->heads >= l->head_group);
 }
 
-bool ki_decode_choose(ki_decode_choice *out, const ki_cuda_layout *l, uint32_t most_bytes) {
+bool ki_decode_is_many(const ki_cuda_layout *l, uint32_t n_seqs, uint32_t n_sms) {
+    uint64_t n = (uint64_t)n_seqs * l->n_kv_heads * ((l->head_group + 7) / 8);
+    return n > 2ull * n_sms;
+}
+
+bool ki_decode_choose(ki_decode_choice *out, const ki_cuda_layout *l, uint32_t most_bytes,
+                      bool is_many) {
     const decode_shape *list = list_of(l->head_dim);
     for (uint32_t i = 0; list[i].warps; i++) {
         const decode_shape *s = &list[i];
         if (!is_for(s, l)) continue;
+        if (is_many && is_for(s + 1, l) && s[1].heads == s->heads && s[1].blocks > s->blocks)
+            continue;
         for (uint32_t warps = s->warps; warps; warps--) {
             *out = (ki_decode_choice){i, warps, ki_decode_bytes(l, warps, s->stages)};
             if (out->shared_bytes <= most_bytes) return true;
@@ -81,7 +89,7 @@ kivi_status ki_cuda_kernels_fit(const ki_cuda_layout *l, uint32_t most_bytes, ki
     ki_decode_choice decode = {0};
     ki_prompt_config prompt;
     KI_TRY(check_layout(l, err));
-    bool is_there = ki_decode_choose(&decode, l, most_bytes);
+    bool is_there = ki_decode_choose(&decode, l, most_bytes, false);
     if (!is_there && !decode.warps)
         return KI_FAIL(err, UNSUPPORTED, "cuda: no decode attention for head size %u, %u/%u bits",
                        l->head_dim, l->k_bits, l->v_bits);

@@ -29,7 +29,7 @@ struct decode_args {
     ki_cuda_type out_type;
     float factor; /* scale log2(e) */
     own_rows own;
-    uint32_t n_at_once; /* thread blocks that find a place; those behind find all rows there */
+    uint32_t n_sms; /* thread blocks behind those that find a place at once find all rows there */
     bool few; /* thread blocks: what counts is how long a trip takes, not how many bytes come */
 };
 

@@ -81,6 +81,7 @@ static ki_cuda_attend_call attend_of(const layer_call *c, bool local) {
                              .max_rows = c->shape->max_rows,
                              .split_tokens = c->shape->split_tokens,
                              .max_tokens = b->sizes.max_tokens,
+                             .is_fixed = b->invariant,
                              .workspace = b->buffers.plan[local],
                              .pdl = true};
     if (!c->shape->decode) a.k_rows = b->buffers.k_rows, a.v_rows = b->buffers.v_rows;

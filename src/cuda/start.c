@@ -125,7 +125,8 @@ static kivi_status take_all(ki_cuda_backend *b, kivi_error *err) {
         .table_stride = (b->sizes.max_tokens + KI_PAGE_TOKENS - 1) / KI_PAGE_TOKENS,
         .seqs = (const ki_cuda_seq *)(void *)(b->buffers.upload + s.upload.seqs),
         .counters = (ki_cuda_counters *)(void *)(b->buffers.result + s.result.counters),
-        .shared_bytes = b->shared_bytes};
+        .shared_bytes = b->shared_bytes,
+        .n_sms = b->n_sms};
     return KIVI_OK;
 }
 

@@ -443,13 +443,17 @@ static const uint32_t limits[] = {99 << 10, 163 << 10, 227 << 10};
 
 static void check_fit(const ki_cuda_layout *l) {
     for (int i = 0; i < 3 && !check_failed(); i++) {
-        ki_decode_choice decode;
+        ki_decode_choice decode, many;
         ki_prompt_config prompt;
         CHECK_OK(ki_cuda_kernels_fit(l, limits[i], err));
-        CHECK(ki_decode_choose(&decode, l, limits[i]) && decode.shared_bytes <= limits[i] &&
+        CHECK(ki_decode_choose(&decode, l, limits[i], false) && decode.shared_bytes <= limits[i] &&
                   decode.shared_bytes >= ki_decode_bytes(l, decode.warps, 1),
               "decode attention: %u bytes of %u", decode.shared_bytes, limits[i]);
         CHECK(decode.warps && decode.warps <= 4, "%u warps", decode.warps);
+        CHECK(ki_decode_choose(&many, l, limits[i], true) && many.shared_bytes <= limits[i] &&
+                  many.warps <= decode.warps &&
+                  (many.index == decode.index || many.index == decode.index + 1),
+              "decode attention of many: number %u of %u warps", many.index, many.warps);
         CHECK(ki_prompt_config_of(&prompt, l->head_dim, limits[i]) &&
                   prompt.shared_bytes + KI_PROMPT_STATIC_BYTES <= limits[i],
               "prompts: %u bytes of %u", prompt.shared_bytes, limits[i]);
@@ -484,8 +488,8 @@ static void check_shared(void) {
     }
     /* the fastest shape where there is room, less where there is not, and refusals by name */
     ki_decode_choice most, least;
-    CHECK(ki_decode_choose(&most, &l, limits[2]) && ki_decode_choose(&least, &l, limits[0]) &&
-              most.warps == 2 && least.warps == 2,
+    CHECK(ki_decode_choose(&most, &l, limits[2], false) &&
+              ki_decode_choose(&least, &l, limits[0], false) && most.warps == 2 && least.warps == 2,
           "k4v3+ at head size 256: %u and %u warps", most.warps, least.warps);
     CHECK(ki_cuda_kernels_fit(&l, 40 << 10, &error) == KIVI_UNSUPPORTED &&
               strstr(error.text, "head size 256") && strstr(error.text, "40960"),

@@ -18,12 +18,15 @@ static void check_lines() {
     static const struct {
         int prompt;
         uint32_t split, window;
-        bool late, own;
-    } ways[] = {{0, 4096, 0, false, false},    {130, 4096, 0, true, false},
-                {130, 128, 0, false, false},   {600, 4096, 0, true, false},
-                {600, 128, 0, false, false},   {600, 4096, 333, true, false},
-                {1300, 4096, 0, false, false}, {0, 4096, 0, true, true},
-                {130, 128, 0, true, true},     {600, 4096, 333, true, true}};
+        bool late, own, many; /* the kernel for many thread blocks */
+    } ways[] = {{0, 4096, 0, false, false},         {130, 4096, 0, true, false},
+                {130, 128, 0, false, false},        {600, 4096, 0, true, false},
+                {600, 128, 0, false, false},        {600, 4096, 333, true, false},
+                {1300, 4096, 0, false, false},      {0, 4096, 0, true, true},
+                {130, 128, 0, true, true},          {600, 4096, 333, true, true},
+                {0, 4096, 0, true, true, true},     {130, 4096, 0, true, false, true},
+                {600, 128, 0, false, false, true},  {600, 4096, 333, true, true, true},
+                {1300, 4096, 0, false, false, true}};
     for (const auto &kind : kinds)
         for (uint32_t heads : {1u, 4u})
             for (const auto &way : ways) {
@@ -31,13 +34,19 @@ static void check_lines() {
                 o.k_bits = kind.k, o.v_bits = kind.v, o.sinks = kind.sinks, o.plus = kind.plus;
                 o.n_kv_heads = 2, o.n_heads = 2 * heads, o.rule = KIVI_RULE_STREAM;
                 o.split_tokens = way.split, o.window = way.window, o.late = way.late;
-                o.own = way.own;
+                o.own = way.own, o.n_sms = way.many ? 1 : 0;
                 o.n_layers = 2, o.pdl = true;
-                if (open_case(text("line/%s-h%u-n%d-x%u-w%u%s", kind.name, heads, way.prompt,
-                                   way.split, way.window, way.own ? "-own" : "")))
+                if (open_case(text("line/%s-h%u-n%d-x%u-w%u%s%s", kind.name, heads, way.prompt,
+                                   way.split, way.window, way.own ? "-own" : "",
+                                   way.many ? "-many" : "")))
                     run_case(o, way.prompt ? std::vector<int>{way.prompt, -140}
                                            : std::vector<int>{-300});
             }
+    for (uint32_t heads : {1u, 4u}) {
+        world_options o = base_options();
+        o.k_bits = o.v_bits = 16, o.n_kv_heads = 2, o.n_heads = 2 * heads, o.n_sms = 1;
+        if (open_case(text("line/f16-h%u-many", heads))) run_case(o, {200, -40});
+    }
     /* more thread blocks than are few (kv_decode.cu) */
     for (bool own : {false, true})
         for (bool plus : {false, true}) {

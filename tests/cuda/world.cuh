@@ -96,6 +96,7 @@ struct world_options {
     bool own;               /* attention takes the rows of a step of decoding itself */
     uint64_t scratch_bytes; /* at most, of prompts; 0: plenty */
     uint32_t shared_bytes;  /* of a thread block, as on another device; 0: what this one has */
+    uint32_t n_sms;         /* as on another device; 0: this one's */
 };
 
 static inline kivi_cache_geometry geometry_of(const world_options &o) {
@@ -127,11 +128,11 @@ static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &
     for (size_t i = 0; i < q.size(); i++) q[i] = ki_f32_to_f16(r.normal());
 }
 
-static inline uint32_t device_shared_bytes() {
-    int device, n_bytes;
+static inline uint32_t device_has(cudaDeviceAttr what) {
+    int device, n;
     MUST(cudaGetDevice(&device));
-    MUST(cudaDeviceGetAttribute(&n_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return (uint32_t)n_bytes;
+    MUST(cudaDeviceGetAttribute(&n, what, device));
+    return (uint32_t)n;
 }
 
 struct world {
@@ -195,7 +196,9 @@ struct world {
                  seqs.data,
                  o.n_seqs,
                  counters.data,
-                 o.shared_bytes ? o.shared_bytes : device_shared_bytes()};
+                 o.shared_bytes ? o.shared_bytes
+                                : device_has(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                 o.n_sms ? o.n_sms : device_has(cudaDevAttrMultiProcessorCount)};
     }
     ki_prompt_step prompt_step() const { return {&l, state.data(), o.n_seqs, o.window, scratch.n}; }
     void put_state() {

@@ -167,12 +167,12 @@ static std::string check_own(random_cache &c, ki_cuda_attend_call call, const de
 /* What is wrong; nothing: "". */
 static std::string check_case(random_cache &c, const decode_kernel *sm80, double *worst) {
     ki_cuda_counters counters = {};
-    ki_cuda_cache device = {c.l,        c.pool.data, c.tables.p(), c.stride,
-                            c.seqs.p(), c.n_seqs,    &counters,    c.shared_bytes};
+    ki_cuda_cache device = {c.l,      c.pool.data, c.tables.p(),   c.stride, c.seqs.p(),
+                            c.n_seqs, &counters,   c.shared_bytes, c.n_sms};
     ki_cuda_attend_call call = call_of(c, &device);
     ki_decode_choice choice;
     kivi_error err = {};
-    ki_decode_choose(&choice, &c.l, c.shared_bytes);
+    ki_decode_choose(&choice, &c.l, c.shared_bytes, ki_decode_is_many(&c.l, c.n_seqs, c.n_sms));
     if (ki_cuda_decode_plan(&call, NULL, &err) != KIVI_OK) return err.text;
     std::string why = check_plan(c);
     if (why.empty()) why = attend(call, NULL, choice);

@@ -118,9 +118,8 @@ static inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum {
-    cudaDevAttrMaxSharedMemoryPerBlockOptin,
-    cudaDevAttrMultiProcessorCount,
     cudaFuncAttributeMaxDynamicSharedMemorySize,
     cudaFuncAttributePreferredSharedMemoryCarveout,
     cudaLaunchAttributeProgrammaticStreamSerialization,
@@ -143,8 +142,7 @@ static inline cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-/* One multiprocessor: blocks behind the first few find their places late. */
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int what, int) {
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
     *value = what == cudaDevAttrMultiProcessorCount ? 1 : EMULATED_SHARED_BYTES;
     return cudaSuccess;
 }

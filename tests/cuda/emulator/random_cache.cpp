@@ -82,12 +82,13 @@ bool random_cache::draw_layout(const kv_kind &kind, random_source &random) {
     if (ki_cuda_layout_init(&l, &g, kind.is_plus, &err) != KIVI_OK) return false;
     shared_bytes = random.one_of({232448, 232448, 166912, 101376}); /* of sm_90, 80, 86 */
     ki_decode_choice choice;
-    return ki_decode_choose(&choice, &l, shared_bytes);
+    return ki_decode_choose(&choice, &l, shared_bytes, false);
 }
 
 void random_cache::draw_lengths(random_source &random) {
     most_tokens = random.below(4) ? 700 : 2200;
     n_seqs = 1 + random.below(2);
+    n_sms = random.one_of({1, 1, 64}); /* many thread blocks, and late ones, or few */
     window = random.one_of({0, 0, 0, 1, 100, 333});
     split_tokens = random.one_of({128, 256, 512, 4096, 4096});
     if (is_long) {

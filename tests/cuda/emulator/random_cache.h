@@ -70,7 +70,7 @@ class random_cache {
 
     ki_cuda_layout l;
     uint32_t head_dim, n_kv_heads, n_seqs, n_rows, stride, most_tokens, window, split_tokens,
-        shared_bytes, max_splits;
+        shared_bytes, n_sms, max_splits;
     float scale;
     ki_cuda_type out_type;
     bool pdl;
