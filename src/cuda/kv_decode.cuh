@@ -124,7 +124,7 @@ template <class S>
 KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t *sub,
                         const scaled_queries<S> &q, uint32_t which, uint32_t lane) {
     for_frags_of<S::NJ, S::KB>(
-        S::k_bits(l), sub + l.k_at, lane,
+        S::k_bits(l), sub + l.k_at, true, lane,
         [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
             if (which >> i & 1) mma(s[i], a0, a1, a2, a3, q.b[2 * j], q.b[2 * j + 1]);
         });
@@ -262,7 +262,7 @@ KI_DEV void code_values(const ki_cuda_layout &l, const uint8_t *sub, const uint3
             scale_probabilities(scaled, p, scales + j * 16 / group * KI_SUB_TOKENS, lane);
         add(j, i, a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
     };
-    for_frags_of<S::NJ, S::VB>(bits, sub + l.v_at, lane, tile);
+    for_frags_of<S::NJ, S::VB>(bits, sub + l.v_at, false, lane, tile);
     if (!S::PLUS || S::VB != 0 || l.v_bits != 3) return;
     auto third = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
         if (i == 0 && j * 16 % group == 0)

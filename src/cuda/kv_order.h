@@ -16,7 +16,6 @@
  *     B = 2    word 0                bits 16 h + 8 i + 2 f(r)    f: 0, 2, 1, 3 for r = 0, 1, 2, 3
  *     B = 4    word i                bits 16 h + 8 (r / 2) + 4 (r % 2)
  *     B = 8    word 2 i + r / 2      bits 16 h + 8 (r % 2)
- *     B = 16   word 4 i + r          bits 16 h
  *     B = 1    word j / 2            bits 16 h + 8 (j % 2) + 4 (r % 2) + r / 2 + 2 i
  *
  * so that `word & mask` (after at most one shift) is a register of the operand whose halves are
@@ -25,6 +24,15 @@
  * time: word w of N (N = D/16 words for 2 bits) of lane l is at
  *
  *     w / 4 < N / 4:  (w / 4 * 32 + l) * 4 + w % 4      else  N / 4 * 128 + l * (N % 4) + w % 4
+ *
+ * Rows in 16 bits have an order of their own, in which a new one touches few sectors of memory: what
+ * stands together in 16 bytes of a lane are registers of the same tokens, of two steps j, j + 1.
+ * Quarter e is tokens 8 e .. 8 e + 7, of two steps 32 lanes' 16 bytes:
+ *
+ *     keys     e = 2 i + r % 2    word 2 (j % 2) + r / 2    a token: 64 bytes, one behind the other
+ *     values   e = 2 i + r / 2    word 2 (j % 2) + r % 2    two tokens: 128 bytes
+ *
+ * The last one of an odd number of steps stands alone, 8 bytes a lane.
  *
  * Scales and zeros of keys (one group of tokens, D channels): the lanes of a column pair read the
  * four channels of each tile that their registers hold, two tiles (16 bytes) at a time. Scales and
@@ -61,7 +69,6 @@ KI_BOTH ki_order_place ki_order_tile(uint32_t j, uint32_t i, uint32_t row, uint3
     if (bits == 2) w = j, bit += 8 * i + 2 * (2 * (r % 2) + r / 2);
     else if (bits == 4) w = 2 * j + i, bit += 8 * (r / 2) + 4 * (r % 2);
     else if (bits == 8) w = 4 * j + 2 * i + r / 2, bit += 8 * (r % 2);
-    else if (bits == 16) w = 8 * j + 4 * i + r;
     else w = j / 2, bit += 8 * (j % 2) + 4 * (r % 2) + r / 2 + 2 * i;
     ki_order_place p = {ki_order_word_at(w, ki_order_words(n_steps, bits), lane), bit};
     return p;
@@ -77,20 +84,55 @@ KI_BOTH ki_order_element ki_order_at(uint32_t w, uint32_t e, uint32_t lane, uint
     if (bits == 2) j = w, i = low / 8, col8 = low / 2 % 2, row8 = low / 4 % 2;
     else if (bits == 4) j = w / 2, i = w % 2, col8 = low / 8, row8 = low / 4 % 2;
     else if (bits == 8) j = w / 4, i = w / 2 % 2, col8 = w % 2, row8 = low / 8;
-    else if (bits == 16) j = w / 8, i = w / 4 % 2, row8 = w % 2, col8 = w / 2 % 2;
     else j = 2 * w + low / 8, row8 = low / 4 % 2, i = low / 2 % 2, col8 = low % 2;
     ki_order_element p = {j, i, lane / 4 + 8 * row8, lane % 4 * 2 + h + 8 * col8};
     return p;
 }
 
+/* ---- 16 bits ---- */
+
+/* Where a lane's bytes of a quarter stand among those of all lanes: values by pairs of tokens, and
+ * eight lanes that read at once in different banks. */
+KI_BOTH uint32_t ki_order_row_lane(uint32_t lane, int keys) {
+    return keys ? lane : lane % 4 * 8 + (lane / 4 + lane % 4 * 2) % 8;
+}
+KI_BOTH ki_order_place ki_order_row(uint32_t token, uint32_t channel, uint32_t n_steps, int keys) {
+    uint32_t j = channel / 16, row = keys ? token % 8 : channel % 8;
+    uint32_t col = keys ? channel % 8 : token % 8, x = channel % 16 / 8;
+    uint32_t at = token / 8 * 32 + ki_order_row_lane(row * 4 + col / 2, keys);
+    ki_order_place p = {n_steps / 2 * 512 + at * 2 + x, col % 2 * 16};
+    if (j / 2 < n_steps / 2) p.word = (j / 2 * 128 + at) * 4 + j % 2 * 2 + x;
+    return p;
+}
+
+/* The way back: the element in the lower half of a word; that in the upper half is of the next
+ * channel (keys) or token (values). */
+typedef struct ki_order_element16 {
+    uint32_t token, channel;
+} ki_order_element16;
+
+KI_BOTH ki_order_element16 ki_order_row_at(uint32_t word, uint32_t n_steps, int keys) {
+    uint32_t pairs = n_steps / 2 * 512, at = word / 4 % 128, x = word % 2;
+    uint32_t j = word / 512 * 2 + word % 4 / 2, place, t;
+    if (word >= pairs) at = (word - pairs) / 2, j = n_steps - 1;
+    place = at % 32, t = place / 8;
+    ki_order_element16 k = {at / 32 * 8 + place / 4, j * 16 + place % 4 * 2 + x * 8};
+    ki_order_element16 v = {at / 32 * 8 + t * 2, j * 16 + (place + 8 - 2 * t) % 8 + x * 8};
+    return keys ? k : v;
+}
+
+/* ---- all bits ---- */
+
 /* token 0..31 of the block. n_steps: D / 16, or that of the wide plane with the number of the wide
  * channel for `channel`. */
 KI_BOTH ki_order_place ki_order_key(uint32_t token, uint32_t channel, uint32_t n_steps,
                                     uint32_t bits) {
+    if (bits == 16) return ki_order_row(token, channel, n_steps, 1);
     return ki_order_tile(channel / 16, token / 16, token % 16, channel % 16, n_steps, bits);
 }
 KI_BOTH ki_order_place ki_order_value(uint32_t token, uint32_t channel, uint32_t n_steps,
                                       uint32_t bits) {
+    if (bits == 16) return ki_order_row(token, channel, n_steps, 0);
     return ki_order_tile(channel / 16, token / 16, channel % 16, token % 16, n_steps, bits);
 }
 /* Index (in float16) of a channel's key scale or zero within its group. */
@@ -101,24 +143,26 @@ KI_BOTH uint32_t ki_order_key_scale(uint32_t channel, uint32_t n_steps) {
 /* Index (in float16) of a token's value scale or zero within its channel group and block. */
 KI_BOTH uint32_t ki_order_value_scale(uint32_t token) { return ki_order_key_scale(token, 2); }
 
-/* Of a 16-bit block, tokens [from, to) are read. Registers hold tokens in pairs 8 apart: whether
- * some of t0 .. t0 + width - 1, or of those 8 further on, are among them. */
+/* ---- a part of a 16-bit block: tokens [from, to) are read ---- */
+
 KI_BOTH int ki_order_meets(uint32_t from, uint32_t to, uint32_t t0, uint32_t width) {
-    return from < to &&
-           ((t0 + width > from && t0 < to) || (t0 + 8 + width > from && t0 + 8 < to));
+    return from < to && t0 + width > from && t0 < to;
 }
-/* Which 16 bytes (of the 64 of tiles (j, 0) and (j, 1)) a lane reads for its registers of (j, i):
- * its own, or where none of its tokens is read, those of a lane that has token `from`. So nothing
- * comes from memory in vain, and what comes is finite. */
-KI_BOTH uint32_t ki_order_seen_at(uint32_t from, uint32_t to, uint32_t i, uint32_t lane, int keys) {
-    uint32_t t0 = 16 * i + (keys ? lane / 4 : lane % 4 * 2);
-    if (ki_order_meets(from, to, t0, keys ? 1 : 2)) return 32 * i + lane;
-    return from / 16 * 32 + (keys ? from % 8 * 4 + lane % 4 : lane / 4 * 4 + from % 8 / 2);
+/* Which bytes of quarters 0 to 3 (32 e + place) a lane reads for its registers of quarter e: its
+ * own, or where none of its tokens is read, those of a lane that has token `from`. So nothing comes
+ * from memory in vain, and what comes is finite. */
+KI_BOTH uint32_t ki_order_seen_at(uint32_t from, uint32_t to, uint32_t e, uint32_t lane, int keys) {
+    uint32_t t0 = 8 * e + (keys ? lane / 4 : lane % 4 * 2);
+    if (ki_order_meets(from, to, t0, keys ? 1 : 2)) return 32 * e + ki_order_row_lane(lane, keys);
+    uint32_t other = keys ? from % 8 * 4 + lane % 4 : lane / 4 * 4 + from % 8 / 2;
+    return from / 8 % 4 * 32 + ki_order_row_lane(other, keys);
 }
-/* Whether some of them are in line `line` of 128 bytes: a quarter of a tile, of keys eight lanes'
- * tokens. The same for all lines that are 8 apart. */
-KI_BOTH int ki_order_line_meets(uint32_t from, uint32_t to, uint32_t line, int keys) {
-    return ki_order_meets(from, to, line / 4 % 2 * 16 + (keys ? line % 4 * 2 : 0), keys ? 2 : 8);
+/* Whether line `line` of 128 bytes has some of them: it is of two tokens, or of the step that is
+ * alone of four. */
+KI_BOTH int ki_order_line_meets(uint32_t from, uint32_t to, uint32_t line, uint32_t n_steps) {
+    uint32_t pairs = n_steps / 2 * 16;
+    if (line < pairs) return ki_order_meets(from, to, line % 16 * 2, 2);
+    return ki_order_meets(from, to, (line - pairs) * 4 % 32, 4);
 }
 
 #endif

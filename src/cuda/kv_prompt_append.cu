@@ -93,12 +93,6 @@ struct block_job { /* positions [from, to) of one side, from those of the block 
     bool keys;
 };
 
-/* Two elements of a word of a block in 16 bit: of neighbouring channels of a key, of neighbouring
- * tokens of a value's channel. */
-KI_DEV ki_order_element place_of(uint32_t k, uint32_t i) { /* word i of the k-th four */
-    return ki_order_at(k / 32 * 4 + i, 0, k % 32, 16);
-}
-
 /* Old ones of the block at base, a word of the store at a time. */
 KI_DEV void stage_old(uint16_t *raw, uint32_t stride, const append_args &a, const block_job &job,
                       uint32_t base, uint32_t from, uint32_t to) {
@@ -109,10 +103,9 @@ KI_DEV void stage_old(uint16_t *raw, uint32_t stride, const append_args &a, cons
         const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            ki_order_element e = place_of(k, i);
-            uint32_t t = e.i * 16 + (job.keys ? e.row : e.col);
-            uint32_t c = e.j * 16 + (job.keys ? e.col : e.row);
-            uint16_t *to_row = raw + t * stride + c;
+            ki_order_element16 at = ki_order_row_at(k * 4 + i, a.l.head_dim / 16, job.keys);
+            uint32_t t = at.token;
+            uint16_t *to_row = raw + t * stride + at.channel;
             bool is_here = base + t >= from && base + t < to;
             if (is_here) to_row[0] = (uint16_t)words[i];
             if (job.keys ? is_here : base + t + 1 >= from && base + t + 1 < to)
@@ -149,9 +142,9 @@ KI_DEV void put_block(uint8_t *block, const uint16_t *raw, uint32_t stride, uint
         uint32_t words[4], t[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            ki_order_element e = place_of(k, i);
-            t[i] = e.i * 16 + (keys ? e.row : e.col);
-            const uint16_t *x = raw + t[i] * stride + e.j * 16 + (keys ? e.col : e.row);
+            ki_order_element16 at = ki_order_row_at(k * 4 + i, d / 16, keys);
+            t[i] = at.token;
+            const uint16_t *x = raw + t[i] * stride + at.channel;
             words[i] = x[0] | (uint32_t)x[keys ? 1 : stride] << 16;
         }
         if (is_whole) ((uint4 *)block)[k] = make_uint4(words[0], words[1], words[2], words[3]);

@@ -44,19 +44,22 @@ struct slow_place {                        /* a block's bytes; null where they a
  * when they are needed. */
 template <class S> struct exact_values {
     static constexpr bool HELD = S::D <= 128;
-    uint4 fours[HELD ? 2 * S::NJ : 1];
+    static constexpr int N_FOURS = S::NJ / 2 * 4;
+    uint4 fours[HELD ? N_FOURS : 1];
+    uint2 twos[HELD && S::NJ % 2 ? 4 : 1];
 
     __device__ __forceinline__ void load(const uint8_t *v16, ki_plan_rows rows, uint32_t lane) {
         if constexpr (HELD) {
-            const uint4 *even =
-                (const uint4 *)v16 + ki_order_seen_at(rows.from, rows.to, 0, lane, false);
-            const uint4 *odd =
-                (const uint4 *)v16 + ki_order_seen_at(rows.from, rows.to, 1, lane, false);
+            seen_rows at(rows, false, lane);
 #pragma unroll
-            for (int k = 0; k < 2 * S::NJ; k++) {
-                uint4 &w = fours[k];
-                w = make_uint4(0, 0, 0, 0);
-                if (v16) ki_load16(w, (k % 2 ? odd : even) + k / 2 * 64);
+            for (int k = 0; k < N_FOURS; k++) {
+                fours[k] = make_uint4(0, 0, 0, 0);
+                if (v16) ki_load16(fours[k], at.two_steps(v16, k));
+            }
+#pragma unroll
+            for (int e = 0; S::NJ % 2 && e < 4; e++) {
+                twos[e] = make_uint2(0, 0);
+                if (v16) ki_load8(twos[e], at.template last<S::NJ>(v16, e));
             }
         }
     }
@@ -64,11 +67,9 @@ template <class S> struct exact_values {
     __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows, uint32_t lane,
                                          F f) {
         if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, lane, f);
-        else if constexpr (HELD) {
-#pragma unroll
-            for (int k = 0; k < 2 * S::NJ; k++)
-                f(k / 2, k % 2, fours[k].x, fours[k].y, fours[k].z, fours[k].w);
-        }
+        else if constexpr (HELD)
+            for_row_frags<S::NJ>(
+                false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, f);
     }
 };
 
@@ -136,13 +137,13 @@ KI_DEV void bring_near(const uint8_t *at, uint32_t n_bytes, uint32_t lane) {
 #pragma unroll 1
     for (uint32_t i = lane * 128; i < n_bytes; i += 32 * 128) ki_bring_line(at + i);
 }
-/* Of a 16-bit block the lines with rows that are read: a lane's are 32 apart, so all or none. */
-template <class S>
-KI_DEV void bring_rows(const uint8_t *at, ki_plan_rows rows, bool keys, uint32_t lane) {
-    if (!ki_order_line_meets(rows.from, rows.to, lane, keys)) return;
+/* Of a 16-bit block the lines with rows that are read. */
+template <class S> KI_DEV void bring_rows(const uint8_t *at, ki_plan_rows rows, uint32_t lane) {
 #pragma unroll
     for (uint32_t line = lane; line < (S::D / 2 + 31) / 32 * 32; line += 32)
-        if (S::D % 64 == 0 || line < S::D / 2) ki_bring_line(at + line * 128);
+        if ((S::D % 64 == 0 || line < S::D / 2) &&
+            ki_order_line_meets(rows.from, rows.to, line, S::NJ))
+            ki_bring_line(at + line * 128);
 }
 
 /* ---- a warp's slow blocks ---- */
@@ -282,10 +283,9 @@ template <class S> struct slow_list {
                 bring_near(at.sub, a.l.sub_bytes, lane);
                 bring_near(at.head, a.l.head_bytes, lane);
             }
-            if (at.k16 && !at.keys_here)
-                bring_rows<S>(at.k16, key_rows(a.l, item, block), true, lane);
+            if (at.k16 && !at.keys_here) bring_rows<S>(at.k16, key_rows(a.l, item, block), lane);
             if (at.v16 && !at.values_here)
-                bring_rows<S>(at.v16, value_rows(a.l, item, block), false, lane);
+                bring_rows<S>(at.v16, value_rows(a.l, item, block), lane);
         }
     }
 };

@@ -34,17 +34,53 @@ template <int BITS, class F> KI_DEV void frags_of_word(uint32_t w, uint32_t k, F
     else frags_of_word4(w, k, f);
 }
 
+/* The registers of 16 bits of tiles (j, 0) and (j, 1): x, y of quarter e are low[e], high[e]. */
+template <class F>
+KI_DEV void row_tiles(uint32_t j, const uint32_t (&low)[4], const uint32_t (&high)[4], bool keys,
+                      F &f) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t *x = low + 2 * i, *y = high + 2 * i;
+        if (keys) f(j, i, x[0], x[1], y[0], y[1]);
+        else f(j, i, x[0], y[0], x[1], y[1]);
+    }
+}
+/* Of all tiles of a block in 16 bits. two_steps(k): a lane's 16 bytes number k = 4 (j / 2) + e,
+ * last(e): its 8 bytes of the step that is alone. */
+template <int NJ, class L, class T, class F>
+KI_DEV void for_row_frags(bool keys, L two_steps, T last, F f) {
+#pragma unroll
+    for (int j = 0; j + 1 < NJ; j += 2) {
+        uint4 w[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) w[e] = two_steps(j * 2 + e);
+        const uint32_t x0[4] = {w[0].x, w[1].x, w[2].x, w[3].x};
+        const uint32_t y0[4] = {w[0].y, w[1].y, w[2].y, w[3].y};
+        const uint32_t x1[4] = {w[0].z, w[1].z, w[2].z, w[3].z};
+        const uint32_t y1[4] = {w[0].w, w[1].w, w[2].w, w[3].w};
+        row_tiles(j, x0, y0, keys, f);
+        row_tiles(j + 1, x1, y1, keys, f);
+    }
+    if constexpr (NJ % 2 == 1) {
+        uint32_t x[4], y[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            uint2 w = last(e);
+            x[e] = w.x, y[e] = w.y;
+        }
+        row_tiles(NJ - 1, x, y, keys, f);
+    }
+}
+/* Bytes of the steps that stand in twos. */
+template <int NJ> KI_DEV const uint2 *last_step(const uint8_t *block) {
+    return (const uint2 *)(block + NJ / 2 * 2048);
+}
+
 /* Calls f(j, i, a0, a1, a2, a3) for every tile of a plane of NJ steps: j ascending, i = 0, 1. */
 template <int NJ, int BITS, class F>
 KI_DEV void for_frags(const uint8_t *plane, uint32_t lane, F f) {
     const uint4 *fours = (const uint4 *)plane + lane;
-    if constexpr (BITS == 16) {
-#pragma unroll
-        for (int k = 0; k < 2 * NJ; k++) {
-            uint4 w = fours[k * 32];
-            f(k / 2, k % 2, w.x, w.y, w.z, w.w);
-        }
-    } else if constexpr (BITS == 8) {
+    if constexpr (BITS == 8) {
         const uint32_t m = 0x00ff00ffu;
 #pragma unroll
         for (int j = 0; j < NJ; j++) {
@@ -68,14 +104,23 @@ KI_DEV void for_frags(const uint8_t *plane, uint32_t lane, F f) {
     }
 }
 
+template <int NJ, class F>
+KI_DEV void for_rows(const uint8_t *block, bool keys, uint32_t lane, F f) {
+    uint32_t at = ki_order_row_lane(lane, keys);
+    for_row_frags<NJ>(
+        keys, [&](int k) { return ((const uint4 *)block)[k * 32 + at]; },
+        [&](int e) { return last_step<NJ>(block)[e * 32 + at]; }, f);
+}
+
 /* The same with bits that are known at run time only, unless B is not 0. */
 template <int NJ, int B, class F>
-KI_DEV void for_frags_of(uint32_t bits, const uint8_t *plane, uint32_t lane, F f) {
-    if constexpr (B != 0) for_frags<NJ, B>(plane, lane, f);
+KI_DEV void for_frags_of(uint32_t bits, const uint8_t *plane, bool keys, uint32_t lane, F f) {
+    if constexpr (B == 16) for_rows<NJ>(plane, keys, lane, f);
+    else if constexpr (B != 0) for_frags<NJ, B>(plane, lane, f);
     else if (bits == 2) for_frags<NJ, 2>(plane, lane, f);
     else if (bits == 4) for_frags<NJ, 4>(plane, lane, f);
     else if (bits == 8) for_frags<NJ, 8>(plane, lane, f);
-    else for_frags<NJ, 16>(plane, lane, f);
+    else for_rows<NJ>(plane, keys, lane, f);
 }
 
 /* Third bits: the same tiles; a bit stands two places further left than it is stored, so that rows
@@ -173,17 +218,31 @@ KI_DEV void zero_terms(float (&d)[4], const uint32_t (&q)[2 * NJ], bool quartere
     d[0] = fmaf(high[2], back, low[0]), d[1] = fmaf(high[3], back, low[1]);
 }
 
+/* Where a lane finds its registers of a 16-bit block whose tokens [from, to) are read. */
+struct seen_rows {
+    uint32_t at[4]; /* of each quarter */
+
+    __device__ __forceinline__ seen_rows(ki_plan_rows rows, bool keys, uint32_t lane) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) at[e] = ki_order_seen_at(rows.from, rows.to, e, lane, keys);
+    }
+    __device__ __forceinline__ const uint4 *two_steps(const uint8_t *block, int k) const {
+        return (const uint4 *)block + k / 4 * 128 + at[k % 4];
+    }
+    template <int NJ>
+    __device__ __forceinline__ const uint2 *last(const uint8_t *block, int e) const {
+        return last_step<NJ>(block) + at[e];
+    }
+};
+
 /* Calls f(j, i, a0, a1, a2, a3) for every tile of a 16-bit block whose tokens [from, to) are read;
  * of others finite numbers come. */
 template <int NJ, class F>
 KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, uint32_t lane, F f) {
-    const uint4 *even = (const uint4 *)block + ki_order_seen_at(rows.from, rows.to, 0, lane, keys);
-    const uint4 *odd = (const uint4 *)block + ki_order_seen_at(rows.from, rows.to, 1, lane, keys);
-#pragma unroll
-    for (int k = 0; k < 2 * NJ; k++) {
-        uint4 w = (k % 2 ? odd : even)[k / 2 * 64];
-        f(k / 2, k % 2, w.x, w.y, w.z, w.w);
-    }
+    seen_rows at(rows, keys, lane);
+    for_row_frags<NJ>(
+        keys, [&](int k) { return *at.two_steps(block, k); },
+        [&](int e) { return *at.last<NJ>(block, e); }, f);
 }
 
 /* Products of the 16-bit keys of a block. */

@@ -66,6 +66,9 @@ KI_DEV void ki_load16(uint4 &w, const uint4 *at) {
                  : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
                  : "l"(at));
 }
+KI_DEV void ki_load8(uint2 &w, const uint2 *at) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "l"(at));
+}
 /* A warp's lanes see what they stored before it, ki_load16 too. */
 KI_DEV void ki_settle_warp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 /* The line of `at` into the cache that all multiprocessors share. */

@@ -33,7 +33,15 @@ static void check_plane(uint32_t n_steps, uint32_t bits, bool keys) {
         }
     for (uint32_t i = 0; i < n_words && (bits > 1 || n_steps % 2 == 0); i++)
         CHECK(seen[i] == UINT32_MAX, "word %u has unused bits", i);
-    for (uint32_t w = 0; w < n_words / 32; w++)
+    for (uint32_t i = 0; i < n_words && bits == 16; i++) {
+        ki_order_element16 at = ki_order_row_at(i, n_steps, keys);
+        for (uint32_t h = 0; h < 2; h++) {
+            ki_order_place p =
+                ki_order_row(at.token + (keys ? 0 : h), at.channel + (keys ? h : 0), n_steps, keys);
+            CHECK(p.word == i && p.bit == 16 * h, "way back from half %u of word %u", h, i);
+        }
+    }
+    for (uint32_t w = 0; w < n_words / 32 && bits < 16; w++)
         for (uint32_t lane = 0; lane < 32; lane++)
             for (uint32_t e = 0; e < 32 / bits; e++) {
                 ki_order_element at = ki_order_at(w, e, lane, bits);
@@ -49,22 +57,46 @@ done:
 
 /* Of a 16-bit block some tokens are read: who holds one of them reads its own registers, everybody
  * else what such a lane reads, and no line with one of them is left out. */
-static void check_seen(uint32_t from, uint32_t to, bool keys) {
-    enum { STEPS = 8 };
-    bool has[64] = {false}, lines[64] = {false};
+static void check_seen(uint32_t from, uint32_t to, uint32_t n_steps, bool keys) {
+    enum { MOST_LINES = 128 };
+    bool has[2][128] = {{false}}, lines[MOST_LINES] = {false}; /* [step alone] */
+    uint32_t pairs = n_steps / 2 * 512, n_lines = n_steps * 8;
     for (uint32_t t = from; t < to; t++)
-        for (uint32_t c = 0; c < STEPS * 16; c++) {
+        for (uint32_t c = 0; c < n_steps * 16; c++) {
             ki_order_place p =
-                keys ? ki_order_key(t, c, STEPS, 16) : ki_order_value(t, c, STEPS, 16);
-            CHECK(p.word / 4 / 64 == c / 16, "channel %u is not in its pair of tiles", c);
-            has[p.word / 4 % 64] = true, lines[p.word / 32] = true;
+                keys ? ki_order_key(t, c, n_steps, 16) : ki_order_value(t, c, n_steps, 16);
+            bool is_alone = p.word >= pairs;
+            CHECK(is_alone ? c / 16 == n_steps - 1 : p.word / 512 == c / 32,
+                  "channel %u is not in its pair of steps", c);
+            has[is_alone][is_alone ? (p.word - pairs) / 2 : p.word / 4 % 128] = true;
+            lines[p.word / 32] = true;
         }
-    for (uint32_t at = 0; at < 64 && from < to; at++) {
-        uint32_t seen = ki_order_seen_at(from, to, at / 32, at % 32, keys);
-        CHECK(seen < 64 && has[seen], "[%u, %u): 16 bytes %u of nobody", from, to, seen);
-        CHECK(!has[at] || seen == at, "[%u, %u): %u instead of %u", from, to, seen, at);
-        CHECK(!lines[at] == !ki_order_line_meets(from, to, at % 32, keys), "[%u, %u): line %u",
-              from, to, at);
+    for (uint32_t at = 0; at < 128 && from < to; at++) {
+        uint32_t lane = at % 32, own = at / 32 * 32 + ki_order_row_lane(lane, keys);
+        uint32_t seen = ki_order_seen_at(from, to, at / 32, lane, keys);
+        for (uint32_t alone = 0; alone <= n_steps % 2; alone++) {
+            CHECK(seen < 128 && has[alone][seen], "[%u, %u): bytes %u of nobody", from, to, seen);
+            CHECK(!has[alone][own] || seen == own, "[%u, %u): %u instead of %u", from, to, seen,
+                  own);
+        }
+    }
+    for (uint32_t at = 0; at < n_lines; at++)
+        CHECK(!lines[at] == !ki_order_line_meets(from, to, at, n_steps), "[%u, %u): line %u", from,
+              to, at);
+}
+
+/* A new row touches as few sectors of 32 bytes as its bytes fill, a value twice as many: it shares
+ * words with its neighbour. */
+static void check_sectors(uint32_t n_steps, bool keys) {
+    for (uint32_t t = 0; t < 32; t++) {
+        bool sectors[256] = {false};
+        uint32_t n = 0;
+        for (uint32_t c = 0; c < n_steps * 16; c++) {
+            ki_order_place p =
+                keys ? ki_order_key(t, c, n_steps, 16) : ki_order_value(t, c, n_steps, 16);
+            n += !sectors[p.word / 8], sectors[p.word / 8] = true;
+        }
+        CHECK(n == n_steps * (keys ? 1 : 2), "token %u is in %u sectors", t, n);
     }
 }
 
@@ -83,11 +115,12 @@ static void check_orders(void) {
             CHECK(c % 2 || ki_order_key_scale(c + 1, head_dims[i] / 16) == at + 1, "pair %u", c);
         }
     }
-    for (uint32_t from = 0; from <= 32; from++)
-        for (uint32_t to = from; to <= 32; to++) {
-            check_seen(from, to, true);
-            check_seen(from, to, false);
-        }
+    for (int i = 0; i < N_DIMS * 2; i++) {
+        uint32_t n_steps = head_dims[i / 2] / 16;
+        check_sectors(n_steps, i % 2);
+        for (uint32_t from = 0; from <= 32; from++)
+            for (uint32_t to = from; to <= 32; to++) check_seen(from, to, n_steps, i % 2);
+    }
 }
 
 static void check_exchange(rng *r, uint32_t d, uint32_t k_bits, uint32_t v_bits, uint32_t group) {

@@ -20,6 +20,10 @@ KI_DEV void ki_load16(uint4 &w, const uint4 *at) {
     emulate_reads(at, sizeof w);
     w = *at;
 }
+KI_DEV void ki_load8(uint2 &w, const uint2 *at) {
+    emulate_reads(at, sizeof w);
+    w = *at;
+}
 KI_DEV void ki_settle_warp() { emulate_warp(OP_SYNC, 0, 0); }
 KI_DEV void ki_bring_line(const uint8_t *at) { emulate_reads(at, 1); }
 
