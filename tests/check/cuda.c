@@ -663,7 +663,7 @@ static void check_places(void) {
     g.n_layers = 1, g.n_heads = 32, g.n_kv_heads = 32, g.head_dim = 128, g.n_pages = 1;
     g.kv.k_bits = g.kv.v_bits = 2, g.kv.group = 32, g.kv.residual_tokens = 128;
     CHECK_OK(ki_cuda_layout_init(&l, &g, false, err));
-    CHECK(ki_decode_choose(&attention, &l, d.most_bytes), "no kernel");
+    CHECK(ki_decode_choose(&attention, &l, d.most_bytes, false), "no kernel");
     for (uint32_t m = 1; m <= KI_STREAM_NORM_ROWS && !check_failed(); m++)
         for (int i = 0; i < 2; i++) {
             product_shape shapes[5];
