@@ -84,20 +84,20 @@ bool ki_prompt_config_of(ki_prompt_config *out, uint32_t head_dim, uint32_t most
 /* The shapes of one head size, those named by bits first; the last ones take whatever is left. X(K
  * bits, V bits, K group, V group, blocks of a unit, warps, stages, thread blocks of a
  * multiprocessor, plus, most heads): bits and groups 0 are any. Those that are not named by both
- * bits and both groups run with fewer warps where memory is short. The second of two that differ in
- * warps and thread blocks alone is for many thread blocks. */
+ * bits and both groups run with fewer warps where memory is short. Of two that differ in warps,
+ * stages and thread blocks alone the second is for many thread blocks. */
 #define KI_DECODE_NAMED(X)                                                                         \
     X(2, 2, 32, 32, 4, 4, 2, 2, false, 1)                                                          \
-    X(2, 2, 32, 32, 4, 2, 2, 4, false, 1)                                                          \
+    X(2, 2, 32, 32, 4, 3, 1, 4, false, 1)                                                          \
     X(2, 2, 32, 32, 4, 4, 2, 2, false, 4)                                                          \
-    X(2, 2, 32, 32, 4, 2, 2, 4, false, 4)                                                          \
+    X(2, 2, 32, 32, 4, 3, 1, 4, false, 4)                                                          \
     X(2, 2, 32, 32, 4, 4, 2, 2, false, 8)                                                          \
     X(16, 16, 0, 0, 1, 4, 2, 1, false, 8)                                                          \
     X(16, 16, 0, 0, 1, 2, 2, 3, false, 8)                                                          \
     X(2, 2, 128, 64, 4, 4, 2, 2, true, 1)                                                          \
-    X(2, 2, 128, 64, 4, 2, 2, 4, true, 1)                                                          \
+    X(2, 2, 128, 64, 4, 3, 1, 4, true, 1)                                                          \
     X(2, 2, 128, 64, 4, 4, 2, 2, true, 8)                                                          \
-    X(2, 2, 128, 64, 4, 2, 2, 4, true, 8)
+    X(2, 2, 128, 64, 4, 3, 1, 4, true, 8)
 #define KI_DECODE_OTHER(X, WARPS)                                                                  \
     X(0, 0, 0, 0, 1, WARPS, 2, 1, false, 8)                                                        \
     X(0, 0, 0, 0, 4, WARPS, 1, 1, false, 8)                                                        \
@@ -131,7 +131,7 @@ extern "C" {
 
 /* Whether a batch has more thread blocks than find a place at once, two a multiprocessor, even if
  * nothing is split. Most of their time at short contexts is trips to memory one behind the other,
- * and twice as many of half as many warps are faster; below, more warps for each are. */
+ * and twice as many with fewer warps each are faster; below, more warps for each are. */
 bool ki_decode_is_many(const ki_cuda_layout *layout, uint32_t n_seqs, uint32_t n_sms);
 
 /* The first shape of the list that is for this layout and fits, or of two the one for many thread

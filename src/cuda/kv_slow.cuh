@@ -40,10 +40,10 @@ struct slow_place {                        /* a block's bytes; null where they a
 };
 
 /* The 16-bit values of a block that are not in the ring, which a warp asks for before it needs the
- * scores: that is one trip to memory for both. Rows that are too long for the registers are read
- * when they are needed. */
+ * scores: that is one trip to memory for both. Rows that are too long for the registers, or for
+ * those of twelve warps of a multiprocessor, are read when they are needed. */
 template <class S> struct exact_values {
-    static constexpr bool HELD = S::D <= 128;
+    static constexpr bool HELD = S::D <= 128 && S::WARPS * S::BLOCKS <= 8;
     static constexpr int N_FOURS = S::NJ / 2 * 4;
     uint4 fours[HELD ? N_FOURS : 1];
     uint2 twos[HELD && S::NJ % 2 ? 4 : 1];
@@ -264,6 +264,7 @@ template <class S> struct slow_list {
     __device__ __forceinline__ apart_values find_apart(const decode_args &a,
                                                        const ki_plan_item &item, uint32_t k,
                                                        uint32_t step, uint32_t lane) const {
+        if (!exact_values<S>::HELD) return {KI_PLAN_NONE, true, NULL, {0, 0}};
         uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
 #pragma unroll
         for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
