@@ -82,6 +82,7 @@ template <int D> struct value_row {
     static constexpr int SPREAD = D + D / 16 * 4;
     uint16_t x[N][2];
     uint32_t codes[N][2];
+    uint32_t words[N]; /* of the code plane, with other tokens' codes */
 
     KI_DEV_MEMBER uint32_t channel(int m, uint32_t lane) {
         uint32_t k = lane + 32 * m;
@@ -96,6 +97,16 @@ template <int D> struct value_row {
             ki_order_place p = ki_order_value(t, c, D / 16, 16);
             uint2 two = *(const uint2 *)(block + p.word * 4); /* c + 8 is in the next word */
             x[m][0] = (uint16_t)(two.x >> p.bit), x[m][1] = (uint16_t)(two.y >> p.bit);
+        }
+    }
+    /* With the row, not behind it: one trip to memory for both. */
+    __device__ __forceinline__ void load_words(const uint8_t *plane, uint32_t bits, uint32_t t,
+                                               uint32_t lane) {
+#pragma unroll
+        for (int m = 0; m < N; m++) {
+            uint32_t c = channel(m, lane);
+            if (c < D)
+                words[m] = ((const uint32_t *)plane)[ki_order_value(t, c, D / 16, bits).word];
         }
     }
     /* Least of each group of the lane's channels (by less) in r[m]. */
@@ -251,11 +262,14 @@ KI_DEV void quantize_plus_row(value_row<D> &v, const search_shared &s, const ki_
     }
 }
 
+/* Of the plane of codes; three-bit ones have a plane of their own for the third. */
+KI_DEV uint32_t code_bits(const ki_cuda_layout &l) { return l.v_bits == 3 ? 2 : l.v_bits; }
+
 /* The codes of one token into its words; no other thread has a part in them. */
 template <int D>
 KI_DEV void put_codes(const value_row<D> &v, const ki_cuda_layout &l, uint8_t *sub, uint32_t t,
                       uint32_t lane) {
-    uint32_t bits = l.v_bits == 3 ? 2 : l.v_bits, mask = (1u << bits) - 1;
+    uint32_t bits = code_bits(l), mask = (1u << bits) - 1;
 #pragma unroll
     for (int m = 0; m < value_row<D>::N; m++) {
         uint32_t c = value_row<D>::channel(m, lane);
@@ -264,7 +278,7 @@ KI_DEV void put_codes(const value_row<D> &v, const ki_cuda_layout &l, uint8_t *s
         ki_order_place high = ki_order_value(t, c + 8, D / 16, bits);
         uint32_t *word = (uint32_t *)(sub + l.v_at) + low.word;
         uint32_t two = (v.codes[m][0] & mask) << low.bit | (v.codes[m][1] & mask) << high.bit;
-        *word = (*word & ~(mask << low.bit | mask << high.bit)) | two;
+        *word = (v.words[m] & ~(mask << low.bit | mask << high.bit)) | two;
     }
     if (l.v_bits != 3) return;
         /* a word of third bits has two tiles of channels: the lane of the first writes both */
@@ -310,6 +324,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
                        pos % KI_PAGE_TOKENS / KI_SUB_TOKENS * l.sub_bytes;
         value_row<D> v;
         v.load(exact_block(l, s, a.layer, head, pos / KI_SUB_TOKENS, 1), t, lane);
+        v.load_words(sub + l.v_at, code_bits(l), t, lane);
         const search_shared own = {x[warp], largest[warp], scale[warp]};
         if (l.is_plus) quantize_plus_row<D>(v, own, l, sub, t, lane);
         else quantize_row<D>(v, l, sub, t, lane);

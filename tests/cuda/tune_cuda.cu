@@ -31,11 +31,12 @@ struct candidate {
     { "w" #w " s" #s " b" #b, decode_entry<decode_shape<128, 16, 16, 0, 0, 1, w, s, b, false>>() }
 
 static const candidate kivi2_list[] = {
-    KIVI2(4, 4, 2, 2), KIVI2_OF(1),       KIVI2_OF(4),       KIVI2(2, 4, 2, 3),
-    KIVI2(4, 3, 2, 3), KIVI2(2, 3, 3, 4), KIVI2(1, 4, 4, 4), KIVI2(4, 4, 1, 3),
+    KIVI2(4, 4, 2, 2), KIVI2_OF(1),       KIVI2_OF(4),       KIVI2(2, 4, 2, 3), KIVI2(4, 3, 2, 3),
+    KIVI2(2, 3, 3, 4), KIVI2(1, 4, 4, 4), KIVI2(4, 4, 1, 3), KIVI2(4, 3, 1, 4),
 };
-static const candidate plus_list[] = {PLUS2(4, 2, 2), PLUS2_OF(1),    PLUS2_OF(4),   PLUS2(2, 2, 5),
-                                      PLUS2(5, 2, 2), PLUS2(3, 2, 3), PLUS2(4, 1, 3)};
+static const candidate plus_list[] = {PLUS2(4, 2, 2), PLUS2_OF(1),    PLUS2_OF(4),
+                                      PLUS2(2, 2, 5), PLUS2(5, 2, 2), PLUS2(3, 2, 3),
+                                      PLUS2(4, 1, 3), PLUS2(3, 1, 4)};
 static const candidate half_list[] = {HALF(4, 2, 1), HALF(2, 2, 3)};
 
 static double read_gbs = 3198; /* the stream of this card, for the percentages */
