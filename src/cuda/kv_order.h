@@ -25,8 +25,8 @@
  *
  *     w / 4 < N / 4:  (w / 4 * 32 + l) * 4 + w % 4      else  N / 4 * 128 + l * (N % 4) + w % 4
  *
- * Rows in 16 bits have an order of their own, in which a new one touches few sectors of memory: what
- * stands together in 16 bytes of a lane are registers of the same tokens, of two steps j, j + 1.
+ * Rows in 16 bits have an order of their own, in which a new one touches few sectors of memory: in
+ * a lane's 16 bytes stand registers of the same tokens together, of two steps j, j + 1.
  * Quarter e is tokens 8 e .. 8 e + 7, of two steps 32 lanes' 16 bytes:
  *
  *     keys     e = 2 i + r % 2    word 2 (j % 2) + r / 2    a token: 64 bytes, one behind the other
