@@ -89,7 +89,7 @@ static void check_seen(uint32_t from, uint32_t to, uint32_t n_steps, bool keys) 
  * words with its neighbour. */
 static void check_sectors(uint32_t n_steps, bool keys) {
     for (uint32_t t = 0; t < 32; t++) {
-        bool sectors[256] = {false};
+        bool sectors[512] = {false};
         uint32_t n = 0;
         for (uint32_t c = 0; c < n_steps * 16; c++) {
             ki_order_place p =
