@@ -3,26 +3,17 @@
 #include "act.cuh"
 #include "kv_launch.h"
 #include "pdl.cuh"
-#include "stream_plan.h"
 #include "stream_ring.cuh"
+#include "stream_wide_plan.h"
 #include "wgmma.cuh"
 
-/* CHUNK: columns of a box; ROW_BYTES: of a row of one. */
-enum { CHUNK = 64, TILE = 64, ROW_BYTES = 2 * CHUNK, ALIGNMENT = 1024 };
-/* BLOCK_BYTES: of two blocks on a multiprocessor. */
-enum { BLOCKS = 2, BLOCK_BYTES = 110 << 10, MOST_STAGES = 16, LEAST_STAGES = 3, MOST_TILES = 2 };
-/* AHEAD_BYTES: of a block that are on their way at once, when all have begun: with more of them
- * memory gives nothing more, and what is asked for beside them waits longer. */
-enum { AHEAD_BYTES = 80 << 10 };
-
-/* What a launch decides. A block has `rows` outputs, or pairs of a gate and its up, of a part of
- * the columns; in a box their place is `room`, a multiple of 8. A stage has PIECES chunks:
- * [room for weights, the ups behind the gates][N rows of x] each. */
-typedef struct plan {
-    uint32_t rows, room, all_room;
-    uint32_t parts, chunks, turns; /* chunks and stages of a part */
-    uint32_t n_stages, n_ahead, box_bytes, piece_bytes, stage_bytes, shared_bytes, n_blocks;
-} plan;
+enum {
+    CHUNK = KI_STREAM_CHUNK,
+    TILE = KI_WIDE_TILE,
+    ROW_BYTES = KI_STREAM_BOX_BYTES,
+    ALIGNMENT = KI_STREAM_ALIGNMENT
+};
+typedef ki_wide_plan plan;
 
 typedef struct place {
     uint32_t first, tile, part; /* first output */
@@ -225,14 +216,14 @@ static __device__ __forceinline__ void finish(const ki_stream_call &c, const pla
 
 /* N: rows of x, wgmma's columns; GROUPS: warpgroups, a tile each. */
 template <class T, int N, int GROUPS, int PIECES>
-static __global__ void __launch_bounds__(128 * GROUPS + 32, BLOCKS)
+static __global__ void __launch_bounds__(128 * GROUPS + 32, KI_WIDE_BLOCKS)
     stream_wide(const __grid_constant__ CUtensorMap weights,
                 const __grid_constant__ CUtensorMap rows, const __grid_constant__ ki_stream_call c,
                 const __grid_constant__ plan p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     enum { MULTIPLIERS = 128 * GROUPS };
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t bars[2][MOST_STAGES];
+    __shared__ uint64_t bars[2][KI_STREAM_MOST_STAGES];
     uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
     place at;
     at.part = blockIdx.x % p.parts, at.tile = blockIdx.x / p.parts;
@@ -278,46 +269,6 @@ static __global__ void __launch_bounds__(128 * GROUPS + 32, BLOCKS)
 
 /* ---- launches ---- */
 
-static uint32_t over(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
-
-/* The shapes of a block of p.rows, and the stages that fit. */
-static void fit(plan &p, const ki_stream_call &c, uint32_t n, uint32_t pieces) {
-    p.room = over(p.rows, 8) * 8, p.all_room = p.room * (c.act_out ? 2 : 1);
-    p.box_bytes = (p.rows * (c.act_out ? 2 : 1) + n) * ROW_BYTES;
-    p.piece_bytes = (p.all_room + n) * ROW_BYTES;
-    p.stage_bytes = pieces * p.piece_bytes;
-    p.turns = over(p.chunks, pieces);
-    uint32_t behind = over(p.all_room, TILE) * TILE - p.all_room; /* rows of the last tile */
-    uint32_t spare = ALIGNMENT + (behind > n ? behind - n : 0) * ROW_BYTES;
-    uint32_t most = min((BLOCK_BYTES - spare) / p.stage_bytes, (uint32_t)MOST_STAGES);
-    p.n_stages = min(p.turns, most);
-    p.n_ahead = max(1u, min(p.n_stages, AHEAD_BYTES / p.stage_bytes));
-    p.shared_bytes = max(p.n_stages * p.stage_bytes, n * (p.all_room + 4) * 4) + spare;
-}
-
-/* All blocks at once, two on a multiprocessor; of long columns and many outputs several times. Two
- * chunks a stage, 256 bytes of a row of weights at once, unless three stages would not fit. */
-static uint32_t plan_of(plan &p, const ki_stream_call &c, uint32_t n, uint32_t n_sms) {
-    uint32_t n_all = c.act_out ? c.n / 2 : c.n, rounds = 0, pieces = 2;
-    p.parts = ki_stream_parts(c.n);
-    p.chunks = over(over(c.k, CHUNK), p.parts);
-    uint32_t places = max(1u, n_sms * BLOCKS / p.parts);
-    do {
-        p.rows = over(n_all, places * ++rounds);
-    } while (over(p.rows, 8) * 8 * (c.act_out ? 2 : 1) > MOST_TILES * TILE);
-    fit(p, c, n, pieces);
-    if (p.n_stages < min(p.turns, (uint32_t)LEAST_STAGES)) fit(p, c, n, pieces = 1);
-    p.n_blocks = over(n_all, p.rows) * p.parts;
-    return pieces;
-}
-
-/* Whether the workspace has: it is made for more multiprocessors than a Hopper has. */
-static bool has_room(const ki_stream_call &c, const plan &p, uint32_t n) {
-    size_t tiles = p.n_blocks / p.parts, sums_bytes = (size_t)p.n_blocks * n * p.all_room * 4;
-    return p.parts == 1 || (c.workspace && tiles * 4 <= KI_STREAM_COUNTER_BYTES &&
-                            sums_bytes <= KI_STREAM_WORKSPACE_BYTES - KI_STREAM_COUNTER_BYTES);
-}
-
 static constexpr uint32_t number_of(__half) { return 0; }
 static constexpr uint32_t number_of(__nv_bfloat16) { return 1; }
 
@@ -330,7 +281,7 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, const ki_wide_
     cudaError_t e = cudaSuccess;
     if (!(*l.ready & bit)) {
         e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 (int)BLOCK_BYTES);
+                                 (int)KI_WIDE_BLOCK_BYTES);
         if (e == cudaSuccess) e = ki_share_multiprocessors(kernel);
         if (e == cudaSuccess) *l.ready |= bit;
     }
@@ -343,12 +294,11 @@ static cudaError_t launch(const ki_stream_call &c, const plan &p, const ki_wide_
 
 template <class T, int N>
 static cudaError_t plan_and_launch(const ki_stream_call &c, const ki_wide_launch &l) {
-    plan p = {};
-    uint32_t pieces = plan_of(p, c, N, l.n_sms);
-    if (!has_room(c, p, N)) return cudaErrorInvalidValue;
+    plan p = ki_wide_plan_of(&c, N, l.n_sms);
+    if (!ki_wide_has_room(&p, N) || (p.parts > 1 && !c.workspace)) return cudaErrorInvalidValue;
     if (p.all_room > TILE)
-        return pieces == 2 ? launch<T, N, 2, 2>(c, p, l) : launch<T, N, 2, 1>(c, p, l);
-    return pieces == 2 ? launch<T, N, 1, 2>(c, p, l) : launch<T, N, 1, 1>(c, p, l);
+        return p.pieces == 2 ? launch<T, N, 2, 2>(c, p, l) : launch<T, N, 2, 1>(c, p, l);
+    return p.pieces == 2 ? launch<T, N, 1, 2>(c, p, l) : launch<T, N, 1, 1>(c, p, l);
 }
 
 template <class T> static cudaError_t dispatch(const ki_stream_call &c, const ki_wide_launch &l) {

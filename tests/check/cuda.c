@@ -7,7 +7,7 @@
 #include "kv_prompt.h"
 #include "kv_shared.h"
 #include "sdpa.h"
-#include "stream_plan.h"
+#include "stream_wide_plan.h"
 
 static const uint32_t head_dims[] = {64, 80, 96, 128, 256};
 enum { N_DIMS = sizeof head_dims / sizeof *head_dims };
@@ -652,6 +652,46 @@ static void check_stream(void) {
     }
 }
 
+/* The same of products by wgmma; of two thread blocks a multiprocessor, which begin at once. */
+static void check_wide_plan(const product_shape *y, uint32_t x_rows, uint32_t n_sms) {
+    static char act[1];
+    ki_stream_call c = {.n = y->n, .k = y->k, .act_out = y->gated ? act : NULL};
+    ki_wide_plan p = ki_wide_plan_of(&c, x_rows, n_sms);
+    uint32_t n = y->gated ? y->n / 2 : y->n, tiles = p.n_blocks / p.parts;
+    CHECK(p.n_blocks % p.parts == 0 && tiles * p.rows >= n && (tiles - 1) * p.rows < n,
+          "%ux%u: %u tiles of %u of %u", y->n, y->k, tiles, p.rows, n);
+    CHECK(p.room >= p.rows && p.room % 8 == 0 && p.all_room == p.room * (y->gated ? 2 : 1) &&
+              p.all_room <= KI_WIDE_MOST_TILES * KI_WIDE_TILE,
+          "%ux%u: %u rows in %u of %u", y->n, y->k, p.rows, p.room, p.all_room);
+    CHECK(p.parts * p.chunks * KI_STREAM_CHUNK >= y->k && p.turns * p.pieces >= p.chunks,
+          "%ux%u: %u chunks, %u turns of %u", y->n, y->k, p.chunks, p.turns, p.pieces);
+    CHECK(p.piece_bytes % KI_STREAM_ALIGNMENT == 0 && p.box_bytes <= p.piece_bytes &&
+              p.stage_bytes == p.pieces * p.piece_bytes,
+          "%u bytes of a stage", p.stage_bytes);
+    CHECK(p.n_stages >= KI_MIN(p.turns, (uint32_t)KI_WIDE_LEAST_STAGES) &&
+              p.n_stages <= KI_STREAM_MOST_STAGES && p.n_ahead >= 1 && p.n_ahead <= p.n_stages,
+          "%ux%u: %u stages, %u ahead", y->n, y->k, p.n_stages, p.n_ahead);
+    CHECK(p.n_stages * p.stage_bytes + KI_STREAM_ALIGNMENT <= p.shared_bytes &&
+              x_rows * p.all_room * 4 + KI_STREAM_ALIGNMENT <= p.shared_bytes &&
+              p.shared_bytes <= KI_WIDE_BLOCK_BYTES,
+          "%ux%u: %u bytes", y->n, y->k, p.shared_bytes);
+    CHECK(ki_wide_has_room(&p, x_rows), "%ux%u: no room for sums of %u blocks", y->n, y->k,
+          p.n_blocks);
+}
+
+static void check_wide(void) {
+    static const uint32_t sms[] = {132, 114, 78, 16, 1};
+    product_shape shapes[5];
+    CHECK(KI_WIDE_BLOCKS * (KI_WIDE_BLOCK_BYTES + KI_STREAM_SYSTEM_BYTES) <=
+              (227 << 10) + KI_STREAM_SYSTEM_BYTES,
+          "two blocks of %u bytes", KI_WIDE_BLOCK_BYTES);
+    for (size_t i = 0; i < 6 * 4 * 5 && !check_failed(); i++) {
+        shapes_of(&shapes, &stream_sizes[i / 20]);
+        for (uint32_t k = 0; k < 5 && !check_failed(); k++)
+            check_wide_plan(&shapes[k], 8u << i / 5 % 4, sms[i % 5]);
+    }
+}
+
 /* On a Hopper neighbours of a chain have room beside each other, and two of the larger have none;
  * of one row decode attention has it beside either. */
 static void check_places(void) {
@@ -712,6 +752,7 @@ void check_cuda(void) {
     }
     if (check_case("cuda/stream")) {
         check_stream();
+        check_wide();
         check_places();
         check_end();
     }
