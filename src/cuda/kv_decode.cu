@@ -311,7 +311,7 @@ kivi_status ki_cuda_decode_attend_by(const ki_cuda_attend_call *c, const decode_
     a.state_acc = w.acc;
     a.layer = c->layer;
     a.chunks = (l->head_group + 7) / 8;
-    a.heads = l->n_kv_heads * a.chunks;
+    a.heads = ki_decode_blocks(l);
     a.unit_bytes = l->head_bytes ? l->page_bytes : l->unit_subs * l->sub_bytes;
     a.factor = c->scale * 1.44269504088896340736f;
     a.n_sms = c->cache->n_sms;

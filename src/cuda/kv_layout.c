@@ -144,8 +144,7 @@ uint64_t ki_cuda_workspace_bytes(const ki_cuda_layout *l, uint32_t n_seqs, uint3
 uint32_t ki_cuda_split_tokens(const ki_cuda_layout *l, uint32_t n_seqs, uint32_t max_tokens,
                               uint32_t n_sms) {
     enum { INVARIANT = 2048, SMALLEST = 512, START = 350, PLENTY = 15000 };
-    uint64_t rows = (uint64_t)n_seqs * l->n_kv_heads * ((l->head_group + 7) / 8),
-             slots = 2ull * n_sms;
+    uint64_t rows = (uint64_t)n_seqs * ki_decode_blocks(l), slots = 2ull * n_sms;
     if (!n_seqs || rows * max_tokens >= slots * PLENTY) return INVARIANT;
     uint64_t best = UINT64_MAX, tokens = max_tokens ? max_tokens : 1;
     for (uint64_t n = 1; n == 1 || max_tokens / n >= SMALLEST; n++) {

@@ -42,8 +42,7 @@ static bool is_for(const decode_shape *s, const ki_cuda_layout *l) {
 }
 
 bool ki_decode_is_many(const ki_cuda_layout *l, uint32_t n_seqs, uint32_t n_sms) {
-    uint64_t n = (uint64_t)n_seqs * l->n_kv_heads * ((l->head_group + 7) / 8);
-    return n > 2ull * n_sms;
+    return (uint64_t)n_seqs * ki_decode_blocks(l) > 2ull * n_sms;
 }
 
 bool ki_decode_choose(ki_decode_choice *out, const ki_cuda_layout *l, uint32_t most_bytes,

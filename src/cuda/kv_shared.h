@@ -107,6 +107,11 @@ bool ki_prompt_config_of(ki_prompt_config *out, uint32_t head_dim, uint32_t most
 #define KI_DECODE_IS_FLEXIBLE(kb, vg) ((kb) != 16 && (vg) == 0)
 #define KI_DECODE_HAS_NAMED(d) ((d) == 64 || (d) == 128)
 
+/* Thread blocks of a work item: query heads of a KV head are taken eight at a time. */
+KI_BOTH uint32_t ki_decode_blocks(const ki_cuda_layout *l) {
+    return l->n_kv_heads * ((l->head_group + 7) / 8);
+}
+
 /* Halves of a query that attention turns by itself: eight rows lie in different banks. */
 #define KI_OWN_HALVES(d) ((d) + 8)
 

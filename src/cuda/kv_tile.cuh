@@ -71,7 +71,7 @@ KI_DEV void for_row_frags(bool keys, L two_steps, T last, F f) {
         row_tiles(NJ - 1, x, y, keys, f);
     }
 }
-/* Bytes of the steps that stand in twos. */
+/* The step that is alone, behind those that stand in twos. */
 template <int NJ> KI_DEV const uint2 *last_step(const uint8_t *block) {
     return (const uint2 *)(block + NJ / 2 * 2048);
 }

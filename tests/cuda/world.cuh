@@ -3,6 +3,7 @@
 #define KI_CUDA_WORLD_CUH
 #include "kv_append.h"
 #include "kv_cuda.h"
+#include "kv_launch.h"
 #include "kv_plan.h"
 #include "kv_prompt.h"
 #include "plain.h"
@@ -128,13 +129,6 @@ static inline void random_rows(std::vector<uint16_t> &k, std::vector<uint16_t> &
     for (size_t i = 0; i < q.size(); i++) q[i] = ki_f32_to_f16(r.normal());
 }
 
-static inline uint32_t device_has(cudaDeviceAttr what) {
-    int device, n;
-    MUST(cudaGetDevice(&device));
-    MUST(cudaDeviceGetAttribute(&n, what, device));
-    return (uint32_t)n;
-}
-
 struct world {
     world_options o;
     ki_cuda_layout l;
@@ -196,9 +190,8 @@ struct world {
                  seqs.data,
                  o.n_seqs,
                  counters.data,
-                 o.shared_bytes ? o.shared_bytes
-                                : device_has(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                 o.n_sms ? o.n_sms : device_has(cudaDevAttrMultiProcessorCount)};
+                 o.shared_bytes ? o.shared_bytes : ki_most_shared_bytes(),
+                 o.n_sms ? o.n_sms : ki_n_sms()};
     }
     ki_prompt_step prompt_step() const { return {&l, state.data(), o.n_seqs, o.window, scratch.n}; }
     void put_state() {
