@@ -14,6 +14,7 @@
 #include "kv_prompt.h"
 #include "plain.h"
 #include "sdpa.h"
+#include "step_cuda.h"
 #include "stream.h"
 
 #include <cublasLt.h>
@@ -91,16 +92,6 @@ typedef struct ki_cuda_norms { /* of a layer; weight NULL: none */
     ki_cuda_heads heads;
 } ki_cuda_norms;
 
-/* What a step reads from the host in one copy, and gives back in one; what it draws, and the edits
- * of that, in a second one when there is any. Offsets in bytes. */
-typedef struct ki_cuda_upload {
-    size_t seqs, tokens, positions, logit_rows, tables, frequencies, records, n_bytes;
-    size_t draws, edits, all_bytes;
-} ki_cuda_upload;
-typedef struct ki_cuda_result {
-    size_t row_flags, finite, best, drawn, counters, n_bytes;
-} ki_cuda_result;
-
 typedef struct ki_cuda_buffers { /* device memory; rows as padded for products */
     float *x, *qkv, *mlp, *delta, *logits, *rope;
     void *h, *attn, *act, *last;        /* of the backend's type */
@@ -129,9 +120,9 @@ typedef struct ki_cuda_backend {
     int number;
     uint32_t n_sms, compute_major;
     uint32_t shared_bytes; /* what a thread block can have */
-    ki_cuda_type type; /* of weights, and of the rows that products read */
-    uint32_t without;  /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
-    bool invariant;    /* neighbours change nothing (forward.c) */
+    ki_cuda_type type;     /* of weights, and of the rows that products read */
+    uint32_t without; /* KI_PART_...; without the fused kernels plain.h serves all head sizes */
+    bool invariant;   /* neighbours change nothing (forward.c) */
     void (*log)(void *user, const char *line);
     void *log_user;
     /* between start and stop */
@@ -162,6 +153,10 @@ typedef struct ki_cuda_backend {
     float *host_logits;         /* [logit rows][stride], fetched on demand */
     uint64_t *fetched, n_steps; /* [logit rows]: the step each was fetched of */
     cudaGraphExec_t graphs[KI_MAX_BUCKETS];
+    uint32_t n_decoded; /* passes of decoding: the number of the last one (step_cuda.h) */
+    /* What closes pages runs beside the last layer's products: from `forked` to `joined`. */
+    cudaStream_t side;
+    cudaEvent_t forked, joined;
 } ki_cuda_backend;
 
 /* Sizes of everything a step needs, for plan and start. */
@@ -199,8 +194,7 @@ kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, cons
 ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
-/* Queue the copy of what a step reads, from `up`, and of what it leaves, to `down`; a graph of
- * decoding has both. */
+/* Queue the copy of what a step with prompts reads, from `up`, and of what one leaves, to `down`. */
 kivi_status ki_cuda_put_upload(ki_cuda_backend *b, kivi_error *err);
 kivi_status ki_cuda_get_result(ki_cuda_backend *b, kivi_error *err);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */

@@ -1,7 +1,6 @@
 /* dense.cu: the small steps of a pass. A row is one block's work; a sum over a row is made by each
  * thread in column order, then by one fixed tree: bits repeat and do not depend on neighbours. */
 #include "act.cuh"
-#include "best.cuh"
 #include "dense_cuda.h"
 
 #include "kv_launch.h"
@@ -10,12 +9,6 @@
 
 /* 1,024 threads: at small batches a step waits for single rows. */
 enum { ROW_THREADS = KI_NORM_THREADS, UNIT_THREADS = 256, WARPS = ROW_THREADS / 32 };
-
-static __device__ __forceinline__ float load(const void *in, size_t i, ki_cuda_type type) {
-    if (type == KI_CUDA_F16) return __half2float(((const __half *)in)[i]);
-    if (type == KI_CUDA_BF16) return __bfloat162float(((const __nv_bfloat16 *)in)[i]);
-    return ((const float *)in)[i];
-}
 
 /* The sum over a block of ROW_THREADS, in every thread. */
 static __device__ float block_sum(float v) {
@@ -28,19 +21,6 @@ static __device__ float block_sum(float v) {
 }
 
 /* ---- into the pass ---- */
-
-static __global__ void embed(float *x, const void *embedding, const int32_t *tokens, uint32_t n,
-                             float scale, ki_cuda_type type) {
-    size_t from = (size_t)tokens[blockIdx.x] * n, to = (size_t)blockIdx.x * n;
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
-        x[to + i] = load(embedding, from + i, type) * scale;
-}
-
-extern "C" void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens,
-                              uint32_t n_rows, uint32_t n, float scale, ki_cuda_type type,
-                              void *stream) {
-    embed<<<n_rows, ROW_THREADS, 0, (cudaStream_t)stream>>>(x, embedding, tokens, n, scale, type);
-}
 
 /* The angle in float32, as the models were trained; its sine and cosine in float64, as the CPU. */
 static __global__ void rope_table(float *out, const float *freq, size_t freq_stride,
@@ -59,8 +39,8 @@ static __global__ void rope_table(float *out, const float *freq, size_t freq_str
 
 extern "C" void ki_cuda_rope_table(float *out, const float *freq, size_t freq_stride,
                                    const uint32_t *positions, uint32_t n_rows, uint32_t half,
-                                   float factor, void *stream) {
-    ki_launch(rope_table, n_rows, 128, 0, true, stream, out, freq, freq_stride, positions, half,
+                                   float factor, bool pdl, void *stream) {
+    ki_launch(rope_table, n_rows, 128, 0, pdl, stream, out, freq, freq_stride, positions, half,
               factor);
 }
 
@@ -91,14 +71,19 @@ static __device__ __forceinline__ float normed(const float *x, uint32_t i, momen
     return norm.bias ? v + norm.bias[i] : v;
 }
 
-static __global__ void norm_rows(void *h, const float *x, ki_cuda_norm norm, uint32_t n,
-                                 ki_cuda_type type) {
+/* Which row of what is read the block's row is. */
+static __device__ __forceinline__ size_t row_of(const uint32_t *rows) {
+    return rows ? rows[blockIdx.x] : blockIdx.x;
+}
+
+static __global__ void norm_rows(void *h, const float *x, const uint32_t *rows, ki_cuda_norm norm,
+                                 uint32_t n, ki_cuda_type type) {
     ki_pdl_launch();
     ki_pdl_wait();
-    size_t at = (size_t)blockIdx.x * n;
-    moments m = row_moments(x + at, n, norm);
+    size_t from = row_of(rows) * n, to = (size_t)blockIdx.x * n;
+    moments m = row_moments(x + from, n, norm);
     for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        ki_store(h, at + i, normed(x + at, i, m, norm), type);
+        ki_store(h, to + i, normed(x + from, i, m, norm), type);
 }
 
 static __global__ void add_norm(float *x, const float *delta, ki_cuda_norm norm, uint32_t n) {
@@ -135,15 +120,15 @@ static __device__ __forceinline__ float center(float4 (&v)[FOURS], uint32_t n, b
     return ki_norm_scale(block_sum(square), n, eps);
 }
 
-/* h[r] = norm(from[r]), or with x instead: x[r] += norm(from[r]). */
+/* h[r] = norm(from[rows[r]]), or with x instead: x[r] += norm(from[r]). */
 template <int FOURS>
 static __global__ void __launch_bounds__(ROW_THREADS)
-    norm_held(void *h, float *x, const float *from, ki_cuda_norm norm, uint32_t n,
-              ki_cuda_type type) {
+    norm_held(void *h, float *x, const float *from, const uint32_t *rows, ki_cuda_norm norm,
+              uint32_t n, ki_cuda_type type) {
     const float4 zero = {0, 0, 0, 0};
     float4 v[FOURS], w[FOURS], b[FOURS], old[FOURS];
     ki_pdl_launch();
-    size_t row = (size_t)blockIdx.x * (n / 4);
+    size_t row = (size_t)blockIdx.x * (n / 4), read = row_of(rows) * (n / 4);
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
@@ -154,7 +139,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 #pragma unroll
     for (int k = 0; k < FOURS; k++) {
         uint32_t i = threadIdx.x + k * ROW_THREADS;
-        v[k] = i < n / 4 ? ((const float4 *)from)[row + i] : zero;
+        v[k] = i < n / 4 ? ((const float4 *)from)[read + i] : zero;
         old[k] = i < n / 4 && x ? ((const float4 *)x)[row + i] : zero;
     }
     float scale = center(v, n, norm.bias != NULL, norm.eps);
@@ -180,12 +165,13 @@ enum { RMS_THREADS = 256, RMS_SHARE = ROW_THREADS / RMS_THREADS };
 
 template <int FOURS>
 static __global__ void __launch_bounds__(RMS_THREADS)
-    rms_held(void *h, const float *from, ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
+    rms_held(void *h, const float *from, const uint32_t *rows, ki_cuda_norm norm, uint32_t n,
+             ki_cuda_type type) {
     __shared__ float sums[WARPS];
     const float4 zero = {0, 0, 0, 0};
     float4 v[RMS_SHARE][FOURS], w[RMS_SHARE][FOURS];
     ki_pdl_launch();
-    const float4 *x = (const float4 *)from + (size_t)blockIdx.x * (n / 4);
+    const float4 *x = (const float4 *)from + row_of(rows) * (n / 4);
 #pragma unroll
     for (int s = 0; s < RMS_SHARE; s++)
 #pragma unroll
@@ -225,33 +211,34 @@ static __global__ void __launch_bounds__(RMS_THREADS)
 }
 
 /* False: the row is too long, or its float4 would not be aligned. */
-static bool launch_held(void *h, float *x, const float *from, const ki_cuda_norm *norm,
-                        uint32_t n_rows, uint32_t n, ki_cuda_type type, void *stream) {
+static bool launch_held(void *h, float *x, const float *from, const uint32_t *rows,
+                        const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n, ki_cuda_type type,
+                        void *stream) {
     uintptr_t ends =
         (uintptr_t)from | (uintptr_t)x | (uintptr_t)norm->weight | (uintptr_t)norm->bias;
     if (n % 4 || n > KI_NORM_MOST_FOURS * 4 * ROW_THREADS || ends % sizeof(float4)) return false;
     if (h && !norm->bias) {
         auto rms = n <= 4 * ROW_THREADS ? rms_held<1> : rms_held<KI_NORM_MOST_FOURS>;
         ki_share_multiprocessors(rms);
-        ki_launch(rms, n_rows, RMS_THREADS, 0, true, stream, h, from, *norm, n, type);
+        ki_launch(rms, n_rows, RMS_THREADS, 0, true, stream, h, from, rows, *norm, n, type);
         return true;
     }
     auto kernel = n <= 4 * ROW_THREADS ? norm_held<1> : norm_held<KI_NORM_MOST_FOURS>;
     ki_share_multiprocessors(kernel);
-    ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, *norm, n, type);
+    ki_launch(kernel, n_rows, ROW_THREADS, 0, true, stream, h, x, from, rows, *norm, n, type);
     return true;
 }
 
-extern "C" void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm,
-                                  uint32_t n_rows, uint32_t n, ki_cuda_type type, bool held,
-                                  void *stream) {
-    if (held && launch_held(h, NULL, x, norm, n_rows, n, type, stream)) return;
-    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, *norm, n, type);
+extern "C" void ki_cuda_norm_rows(void *h, const float *x, const uint32_t *rows,
+                                  const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n,
+                                  ki_cuda_type type, bool held, void *stream) {
+    if (held && launch_held(h, NULL, x, rows, norm, n_rows, n, type, stream)) return;
+    ki_launch(norm_rows, n_rows, ROW_THREADS, 0, true, stream, h, x, rows, *norm, n, type);
 }
 
 extern "C" void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm,
                                  uint32_t n_rows, uint32_t n, bool held, void *stream) {
-    if (held && launch_held(NULL, x, delta, norm, n_rows, n, KI_CUDA_F32, stream)) return;
+    if (held && launch_held(NULL, x, delta, NULL, norm, n_rows, n, KI_CUDA_F32, stream)) return;
     ki_launch(add_norm, n_rows, ROW_THREADS, 0, true, stream, x, delta, *norm, n);
 }
 
@@ -364,46 +351,6 @@ extern "C" void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, ui
                                  uint32_t n, ki_cuda_type type, void *stream) {
     uint32_t per_row = (n + UNIT_THREADS - 1) / UNIT_THREADS;
     ki_launch(activate, n_rows * per_row, UNIT_THREADS, 0, true, stream, out, in, act, n, type);
-}
-
-/* ---- out of the pass ---- */
-
-static __global__ void gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
-                                   ki_cuda_norm norm, uint32_t n, ki_cuda_type type) {
-    ki_pdl_launch();
-    ki_pdl_wait();
-    const float *from = x + (size_t)rows[blockIdx.x] * n;
-    size_t to = (size_t)blockIdx.x * n;
-    float bad = 0;
-    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        bad += (__float_as_uint(from[i]) & 0x7f800000u) == 0x7f800000u ? 1.0f : 0.0f;
-    bad = block_sum(bad);
-    if (threadIdx.x == 0) finite[blockIdx.x] = bad == 0;
-    moments m = row_moments(from, n, norm);
-    for (uint32_t i = threadIdx.x; i < n; i += ROW_THREADS)
-        ki_store(h, to + i, normed(from, i, m, norm), type);
-}
-
-extern "C" void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
-                                    const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n,
-                                    ki_cuda_type type, void *stream) {
-    ki_launch(gather_norm, n_rows, ROW_THREADS, 0, true, stream, h, finite, x, rows, *norm, n,
-              type);
-}
-
-static __global__ void argmax(int32_t *best, const float *logits, uint32_t n, size_t stride) {
-    ki_pdl_launch();
-    ki_pdl_wait();
-    __shared__ float values[WARPS];
-    __shared__ int32_t ids[WARPS];
-    float v;
-    int32_t id = ki_best_of(&v, logits + blockIdx.x * stride, n, values, ids);
-    if (threadIdx.x == 0) best[blockIdx.x] = id;
-}
-
-extern "C" void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n,
-                               size_t stride, void *stream) {
-    ki_launch(argmax, n_rows, ROW_THREADS, 0, true, stream, best, logits, n, stride);
 }
 
 /* ---- rings ---- */

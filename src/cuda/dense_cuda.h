@@ -18,15 +18,12 @@ extern "C" {
 void ki_cuda_dequantize(void *out, const uint8_t *blocks, ki_dtype dtype, size_t n,
                         ki_cuda_type type, void *stream);
 
-/* x[r][n] = embedding[tokens[r]] * scale; rows that are not used have token 0. */
-void ki_cuda_embed(float *x, const void *embedding, const int32_t *tokens, uint32_t n_rows,
-                   uint32_t n, float scale, ki_cuda_type type, void *stream);
-
 /* cos and sin of each row's position [n_rows][D / 2][2], times `factor`. freq: [D / 2] radians a
- * position, of row r at freq + r * freq_stride (0: the same for all). */
+ * position, of row r at freq + r * freq_stride (0: the same for all). pdl: it may be launched before
+ * the kernel before it has ended. */
 void ki_cuda_rope_table(float *out, const float *freq, size_t freq_stride,
                         const uint32_t *positions, uint32_t n_rows, uint32_t half, float factor,
-                        void *stream);
+                        bool pdl, void *stream);
 
 /* h[r] = norm(x[r]), both [n]. bias NULL: root mean square; else with a mean. */
 typedef struct ki_cuda_norm {
@@ -34,9 +31,10 @@ typedef struct ki_cuda_norm {
     float eps;
 } ki_cuda_norm;
 
-/* held: a row stays in registers where it fits (n a multiple of 4 up to 8,192). */
-void ki_cuda_norm_rows(void *h, const float *x, const ki_cuda_norm *norm, uint32_t n_rows,
-                       uint32_t n, ki_cuda_type type, bool held, void *stream);
+/* Of rows[r] instead of r, where rows is not NULL: no kernel before this one may still write it.
+ * held: a row stays in registers where it fits (n a multiple of 4 up to 8,192). */
+void ki_cuda_norm_rows(void *h, const float *x, const uint32_t *rows, const ki_cuda_norm *norm,
+                       uint32_t n_rows, uint32_t n, ki_cuda_type type, bool held, void *stream);
 /* x[r] += norm(delta[r]). */
 void ki_cuda_add_norm(float *x, const float *delta, const ki_cuda_norm *norm, uint32_t n_rows,
                       uint32_t n, bool held, void *stream);
@@ -59,15 +57,6 @@ void ki_cuda_finish_heads(void *rows, ki_cuda_type type, bool turned, uint32_t n
 typedef enum ki_cuda_act { KI_CUDA_SILU_MUL, KI_CUDA_GELU_MUL, KI_CUDA_GELU } ki_cuda_act;
 void ki_cuda_activate(void *out, const float *in, ki_cuda_act act, uint32_t n_rows, uint32_t n,
                       ki_cuda_type type, void *stream);
-
-/* h[i] = norm(x[rows[i]]); finite[i] becomes 0 where that row of x is not finite, else 1. */
-void ki_cuda_gather_norm(void *h, uint32_t *finite, const float *x, const uint32_t *rows,
-                         const ki_cuda_norm *norm, uint32_t n_rows, uint32_t n, ki_cuda_type type,
-                         void *stream);
-/* best[i]: where row i of logits [n_rows][stride] is largest among n, the lowest on a tie; -1 where
- * nothing is larger than minus infinity. */
-void ki_cuda_argmax(int32_t *best, const float *logits, uint32_t n_rows, uint32_t n, size_t stride,
-                    void *stream);
 
 void ki_cuda_ring_copy_blocks(const ki_ring_copy *copy, void *stream);
 

@@ -8,6 +8,7 @@
 #include "kv_plan.h"
 
 #include <math.h>
+#include <stdatomic.h>
 
 /* ---- the upload ---- */
 
@@ -146,8 +147,12 @@ static void put_batch(batch_state *s) {
         s->decode = s->decode && s->items[i]->n_rows == 1;
         put_item(s, s->items[i]);
     }
-    if (s->decode) fill_bucket(s, ki_cuda_bucket(s->n_slots));
-    else part_prompts(s);
+    if (!s->decode) {
+        part_prompts(s);
+        return;
+    }
+    *(uint32_t *)up(s->b, s->b->upload_at.number) = ++s->b->n_decoded;
+    fill_bucket(s, ki_cuda_bucket(s->n_slots));
 }
 
 /* ---- the results ---- */
@@ -234,21 +239,44 @@ static kivi_status queue_draws(const batch_state *s, kivi_error *err) {
     return ki_cuda_check(cudaGetLastError(), "draws", err);
 }
 
-static kivi_status run(batch_state *s, kivi_error *err) {
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Until the pass of this number has left its results in `down`: the device writes the number
+ * behind them. It is asked now and then whether it still works at all. */
+static kivi_status wait_for_number(const ki_cuda_backend *b, uint32_t number, kivi_error *err) {
+    enum { LOOKS = 10000 }; /* between two questions: about half a millisecond */
+    const _Atomic uint32_t *there =
+        (const _Atomic uint32_t *)(const void *)(b->down + b->result_at.number);
+    for (cudaError_t code = cudaErrorNotReady;; code = cudaStreamQuery(b->memory.stream)) {
+        for (int i = 0; i < LOOKS; i++, relax())
+            if (atomic_load_explicit(there, memory_order_acquire) == number) return KIVI_OK;
+        if (code == cudaErrorNotReady) continue;
+        KI_TRY(ki_cuda_check(code, "step", err));
+        return KI_FAIL(err, DEVICE, "cuda: a step ended without its results");
+    }
+}
+
+static kivi_status launch(const batch_state *s, kivi_error *err) {
     ki_cuda_backend *b = s->b;
-    cudaStream_t stream = b->memory.stream;
     ki_cuda_shape shape = shape_of(b, s);
     int bucket = bucket_index(s->n_slots);
-    bool has_graph = s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket];
-    if (has_graph) {
-        KI_TRY(ki_cuda_check(cudaGraphLaunch(b->graphs[bucket], stream), "graph", err));
-    } else {
-        KI_TRY(ki_cuda_put_upload(b, err));
-        KI_TRY(ki_cuda_run_pass(b, &shape, err));
-    }
+    if (!s->decode) KI_TRY(ki_cuda_put_upload(b, err));
+    if (s->decode && bucket < KI_MAX_BUCKETS && b->graphs[bucket])
+        return ki_cuda_check(cudaGraphLaunch(b->graphs[bucket], b->memory.stream), "graph", err);
+    return ki_cuda_run_pass(b, &shape, err);
+}
+
+static kivi_status run(batch_state *s, kivi_error *err) {
+    ki_cuda_backend *b = s->b;
+    KI_TRY(launch(s, err));
+    if (s->decode && !s->n_draws) return wait_for_number(b, b->n_decoded, err);
     KI_TRY(queue_draws(s, err));
-    if (!has_graph || s->n_draws) KI_TRY(ki_cuda_get_result(b, err));
-    return ki_cuda_check(cudaStreamSynchronize(stream), "step", err);
+    KI_TRY(ki_cuda_get_result(b, err));
+    return ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "step", err);
 }
 
 static void pass(ki_cuda_backend *b, size_t n_items, uint32_t *first_logit) {

@@ -280,8 +280,10 @@ kivi_status ki_cuda_append_prepare(kivi_error *err) {
     most.head_dim = MAX_DIM, most.is_plus = 1;
     int bytes = (int)ki_close_bytes(&most);
     cudaFuncAttribute limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    return ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
-                         "shared memory of closing", err);
+    KI_TRY(ki_cuda_check(cudaFuncSetAttribute(ki_close_kernel, limit, bytes),
+                         "shared memory of closing", err));
+    return ki_cuda_check(ki_share_multiprocessors(ki_close_kernel), "shared memory of closing",
+                         err);
 }
 
 kivi_status ki_cuda_close_keys(const ki_cuda_append_call *c, uint32_t n_layers, void *stream,

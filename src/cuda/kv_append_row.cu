@@ -368,6 +368,7 @@ kivi_status ki_cuda_code_values(const ki_cuda_append_call *c, uint32_t n_layers,
     if (l->v_bits == 16) return KIVI_OK;
     auto launch = [&](void (*kernel)(append_args, uint32_t, uint32_t)) {
         uint32_t n = n_seqs * n_layers * l->n_kv_heads;
+        KI_TRY(ki_cuda_check(ki_share_multiprocessors(kernel), "codes of values", err));
         return ki_cuda_check(ki_launch(kernel, (n + ROW_WARPS - 1) / ROW_WARPS, ROW_THREADS, 0,
                                        c->pdl, stream, a, n_seqs, n_layers),
                              "codes of values", err);

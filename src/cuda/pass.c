@@ -175,6 +175,21 @@ static kivi_status attend_prompts(const layer_call *c, const ki_cuda_attend_call
     return KIVI_OK;
 }
 
+/* Behind the attention of all layers of a step of decoding, beside what is left of the last one: on
+ * a stream of its own, which the pass waits for at its end. */
+static kivi_status close_pages(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    if (!b->kernels->close) return KIVI_OK;
+    layer_call first = *c;
+    first.index = 0;
+    ki_cuda_append_call all = append_of(&first);
+    all.pdl = false;
+    KI_TRY(ki_cuda_check(cudaEventRecord(b->forked, b->memory.stream), "pages", err));
+    KI_TRY(ki_cuda_check(cudaStreamWaitEvent(b->side, b->forked, 0), "pages", err));
+    KI_TRY(b->kernels->close(&all, b->model->config.n_layers, b->side, err));
+    return ki_cuda_check(cudaEventRecord(b->joined, b->side), "pages", err);
+}
+
 /* q, k, v of all rows are in qkv: the cache takes keys and values, attention is left in attn. */
 static kivi_status attention(const layer_call *c, kivi_error *err) {
     const ki_cuda_backend *b = c->b;
@@ -188,22 +203,14 @@ static kivi_status attention(const layer_call *c, kivi_error *err) {
         if (k->append) KI_TRY(k->append(&append, stream, err));
         else attend.append = &append;
         c->b->n_behind = 0;
-        return k->attend(&attend, stream, err);
+        KI_TRY(k->attend(&attend, stream, err));
+        return c->index + 1 == b->model->config.n_layers ? close_pages(c, err) : KIVI_OK;
     }
     append.pdl = attend.pdl = false;
     KI_TRY(k->prompt_append(&append, stream, err));
     KI_TRY(attend_prompts(c, &attend, err));
     KI_TRY(k->prompt_window(&append, stream, err));
     return c->shape->n_single ? k->attend(&attend, stream, err) : KIVI_OK;
-}
-
-/* After all layers of a step of decoding. */
-static kivi_status close_pages(layer_call *c, kivi_error *err) {
-    const ki_cuda_backend *b = c->b;
-    if (!c->shape->decode || !b->kernels->close) return KIVI_OK;
-    c->index = 0;
-    ki_cuda_append_call first = append_of(c);
-    return b->kernels->close(&first, b->model->config.n_layers, b->memory.stream, err);
 }
 
 /* ---- layers ---- */
@@ -215,8 +222,8 @@ static uint32_t qkv_dim(const ki_config *c) {
 /* h = norm(x). */
 static void norm(const layer_call *c, const ki_cuda_norm *to) {
     const ki_cuda_backend *b = c->b;
-    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, to, c->shape->n_rows, b->model->config.n_embd,
-                      b->type, is_held(b), b->memory.stream);
+    ki_cuda_norm_rows(b->buffers.h, b->buffers.x, NULL, to, c->shape->n_rows,
+                      b->model->config.n_embd, b->type, is_held(b), b->memory.stream);
 }
 
 /* The product of norm(x), which makes the norm by itself where it can. */
@@ -224,8 +231,9 @@ typedef struct normed_call {
     const ki_cuda_norm *norm;
     const ki_matrix *weight;
     uint32_t n;
-    float *out;    /* [m][n], or */
-    void *act_out; /* act(gate) up */
+    float *out;        /* [m][n], or */
+    size_t out_stride; /* 0: n */
+    void *act_out;     /* act(gate) up */
     ki_cuda_act act;
     bool lets_late; /* stream.h */
 } normed_call;
@@ -235,8 +243,9 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
     const ki_cuda_buffers *r = &b->buffers;
     uint32_t m = c->shape->n_rows, k = p->weight->n_cols;
     bool few = is_few(b, c->shape, m);
+    size_t stride = p->out_stride ? p->out_stride : p->n;
     ki_stream_call call = {.out = p->out,
-                           .out_stride = p->n,
+                           .out_stride = stride,
                            .weight = p->weight->tiles,
                            .x = r->h,
                            .n = p->n,
@@ -255,7 +264,7 @@ static kivi_status normed_product(const layer_call *c, const normed_call *p, kiv
     norm(c, p->norm);
     if (few) return ki_stream_run(b->few, &call, b->memory.stream, err);
     float *out = p->act_out ? r->mlp : p->out;
-    KI_TRY(product(c, out, p->weight, p->n, r->h, false, err));
+    KI_TRY(product_to(b, c->shape, out, stride, p->weight, p->n, r->h, m, false, err));
     if (p->act_out)
         ki_cuda_activate(p->act_out, out, p->act, m, p->n / 2, b->type, b->memory.stream);
     return KIVI_OK;
@@ -321,7 +330,7 @@ static void make_ropes(ki_cuda_backend *b, const ki_cuda_shape *s) {
         const float *freq = moves ? at(b, b->upload_at.frequencies) : b->rope_freq + i * half;
         ki_cuda_rope_table(b->buffers.rope + (size_t)i * s->n_rows * c->head_dim, freq,
                            moves ? half : 0, at(b, b->upload_at.positions), s->n_rows, half,
-                           (float)c->rope[i].attention, b->memory.stream);
+                           (float)c->rope[i].attention, i > 0, b->memory.stream);
     }
 }
 
@@ -330,17 +339,72 @@ void ki_cuda_kinds_of(bool has[2], const ki_config *c) {
     for (uint32_t i = 0; i < c->n_layers; i++) has[c->local[i]] = true;
 }
 
-static kivi_status make_plans(const layer_call *c, kivi_error *err) {
+/* The calls whose plans a pass needs: n of them. */
+static uint32_t plans_of(ki_cuda_attend_call out[2], const layer_call *c) {
     const ki_cuda_backend *b = c->b;
+    uint32_t n = 0;
     bool has[2];
     ki_cuda_kinds_of(has, &b->model->config);
-    bool is_asked = c->shape->decode || c->shape->n_single;
-    for (int local = 0; local < 2 && is_asked && b->kernels->plan; local++) {
-        ki_cuda_attend_call a = attend_of(c, local);
-        a.pdl = false; /* kernels of the attention begin to read plans early */
-        if (has[local]) KI_TRY(b->kernels->plan(&a, b->memory.stream, err));
+    if (!b->kernels->plan || !(c->shape->decode || c->shape->n_single)) return 0;
+    for (int local = 0; local < 2; local++) {
+        if (!has[local]) continue;
+        out[n] = attend_of(c, local);
+        out[n++].pdl = false; /* kernels of the attention begin to read plans early */
     }
-    return KIVI_OK;
+    return n;
+}
+
+static ki_cuda_embed_call embed_of(const ki_cuda_backend *b, const ki_cuda_shape *s,
+                                   const void *tokens) {
+    const ki_config *c = &b->model->config;
+    return (ki_cuda_embed_call){.x = b->buffers.x,
+                                .embedding = b->model->embedding.tiles,
+                                .tokens = tokens,
+                                .n_rows = s->n_rows,
+                                .n = c->n_embd,
+                                .scale = c->embed_scale,
+                                .type = b->type};
+}
+
+/* One kernel, which reads the host's memory itself. */
+static kivi_status begin_decoding(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    const ki_config *config = &b->model->config;
+    const ki_cuda_upload *u = &b->upload_at;
+    uint32_t n = c->shape->n_seqs;
+    bool moves = config->rope[0].scaling == KI_ROPE_DYNAMIC;
+    ki_cuda_attend_call plans[2];
+    layer_call there = *c;
+    there.kv.seqs = (const ki_cuda_seq *)(const void *)(b->up + u->seqs);
+    there.kv.tables = (const uint32_t *)(const void *)(b->up + u->tables);
+    ki_cuda_begin_call call = {
+        .from = b->up,
+        .to = b->buffers.upload,
+        .pieces = {{u->number, sizeof(uint32_t)},
+                   {u->seqs, n * sizeof(ki_cuda_seq)},
+                   {u->positions, n * sizeof(uint32_t)},
+                   {u->logit_rows, n * sizeof(uint32_t)},
+                   {u->tables, (size_t)n * c->kv.table_stride * sizeof(uint32_t)},
+                   {u->frequencies, moves ? (size_t)n * config->head_dim / 2 * sizeof(float) : 0}},
+        .n_pieces = 6,
+        .n_plans = plans_of(plans, &there),
+        .plans = {&plans[0], &plans[1]},
+        .result = b->buffers.result,
+        .clear_bytes = b->result_at.row_flags + (n * sizeof(uint32_t) + 255) / 256 * 256,
+        .embed = embed_of(b, c->shape, b->up + u->tokens)};
+    return ki_cuda_begin_step(&call, b->memory.stream, err);
+}
+
+static kivi_status begin_prompts(const layer_call *c, kivi_error *err) {
+    const ki_cuda_backend *b = c->b;
+    cudaStream_t stream = b->memory.stream;
+    ki_cuda_attend_call plans[2];
+    KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
+                         "results", err));
+    for (uint32_t i = 0, n = plans_of(plans, c); i < n; i++)
+        KI_TRY(b->kernels->plan(&plans[i], stream, err));
+    const ki_cuda_embed_call embed = embed_of(b, c->shape, at(b, b->upload_at.tokens));
+    return ki_cuda_embed(&embed, stream, err);
 }
 
 /* cuDNN reads values behind a sequence's last row with weight 0: those behind the step's last row
@@ -354,21 +418,43 @@ static kivi_status clear_tail(const ki_cuda_backend *b, const ki_cuda_shape *s, 
                          "rows behind a prompt", err);
 }
 
+/* The norm in the product where it can be, as in the layers. */
 static kivi_status make_logits(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_error *err) {
     const ki_config *c = &b->model->config;
     const ki_cuda_buffers *r = &b->buffers;
-    uint8_t *result = r->result;
     cudaStream_t stream = b->memory.stream;
     size_t stride = ki_logits_stride(c);
+    const uint32_t *rows = at(b, b->upload_at.logit_rows);
     float *logits = r->logits + s->first_logit * stride;
-    ki_cuda_gather_norm(r->last, (uint32_t *)(void *)(result + b->result_at.finite), r->x,
-                        at(b, b->upload_at.logit_rows), &b->output_norm, s->n_logits, c->n_embd,
-                        b->type, stream);
-    KI_TRY(product_to(b, s, logits, stride, &b->model->output, c->n_vocab, r->last, s->n_logits,
-                      false, err));
-    ki_cuda_argmax((int32_t *)(void *)(result + b->result_at.best), logits, s->n_logits, c->n_vocab,
-                   stride, stream);
-    return KIVI_OK;
+    const ki_matrix *output = &b->model->output;
+    /* rows of decoding are in their places */
+    const normed_call call = {.norm = &b->output_norm,
+                              .weight = output,
+                              .n = c->n_vocab,
+                              .out = logits,
+                              .out_stride = stride};
+    layer_call last = {.b = b, .shape = s};
+    if (s->decode) {
+        KI_TRY(normed_product(&last, &call, err));
+    } else {
+        ki_cuda_norm_rows(r->last, r->x, rows, &b->output_norm, s->n_logits, c->n_embd, b->type,
+                          is_held(b), stream);
+        KI_TRY(
+            product_to(b, s, logits, stride, output, c->n_vocab, r->last, s->n_logits, false, err));
+    }
+    const ki_cuda_end_call end = {.logits = logits,
+                                  .x = r->x,
+                                  .stride = stride,
+                                  .rows = rows,
+                                  .n_logits = s->n_logits,
+                                  .n_vocab = c->n_vocab,
+                                  .n_embd = c->n_embd,
+                                  .result = r->result,
+                                  .at = b->result_at,
+                                  .host = s->decode ? b->down : NULL,
+                                  .number = at(b, b->upload_at.number),
+                                  .n_rows = s->n_rows};
+    return ki_cuda_end_step(&end, stream, err);
 }
 
 /* ---- between host and device ---- */
@@ -393,13 +479,9 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
     layer_call call = {.b = b, .shape = s, .kv = b->kv};
     b->n_streamed = 0, b->n_behind = 2;
     call.kv.n_seqs = s->n_seqs;
-    KI_TRY(ki_cuda_check(cudaMemsetAsync(b->buffers.result, 0, b->result_at.n_bytes, stream),
-                         "results", err));
-    /* Attention reads plans before it waits: kernels that begin when all before them have ended
-     * stand between. */
-    KI_TRY(make_plans(&call, err));
-    ki_cuda_embed(b->buffers.x, b->model->embedding.tiles, at(b, b->upload_at.tokens), s->n_rows,
-                  c->n_embd, c->embed_scale, b->type, stream);
+    KI_TRY(s->decode ? begin_decoding(&call, err) : begin_prompts(&call, err));
+    /* Attention reads plans before it waits: a kernel that begins when all before it have ended
+     * stands between. */
     make_ropes(b, s);
     KI_TRY(clear_tail(b, s, err));
     for (call.index = 0; call.index < c->n_layers; call.index++) {
@@ -407,7 +489,8 @@ kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *s, kivi_er
         call.norms = &b->norms[call.index];
         KI_TRY(c->fused_qkv ? falcon_layer(&call, err) : llama_layer(&call, err));
     }
-    KI_TRY(close_pages(&call, err));
     KI_TRY(make_logits(b, s, err));
+    if (s->decode && b->kernels->close)
+        KI_TRY(ki_cuda_check(cudaStreamWaitEvent(stream, b->joined, 0), "pages", err));
     return ki_cuda_check(cudaGetLastError(), "a launch of the pass", err);
 }

@@ -47,6 +47,7 @@ bool ki_cuda_wants_sdpa(const ki_cuda_backend *b, const ki_cuda_layout *layout,
 static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backend_sizes *s,
                             bool sdpa) {
     size_t half = c->head_dim / 2, at = 0;
+    o->upload.number = next(&at, 1, sizeof(uint32_t));
     o->upload.seqs = next(&at, o->n_slots, sizeof(ki_cuda_seq));
     o->upload.tokens = next(&at, o->n_rows, sizeof(int32_t));
     o->upload.positions = next(&at, o->n_rows, sizeof(uint32_t));
@@ -60,11 +61,14 @@ static void place_transfers(ki_cuda_sizes *o, const ki_config *c, const ki_backe
     o->upload.all_bytes = at;
     at = 0;
     o->result.counters = next(&at, 1, sizeof(ki_cuda_counters));
+    o->result.n_done = next(&at, 1, sizeof(uint32_t));
     o->result.row_flags = next(&at, o->n_rows, sizeof(uint32_t));
     o->result.finite = next(&at, o->n_logits, sizeof(uint32_t));
     o->result.best = next(&at, o->n_logits, sizeof(int32_t));
     o->result.drawn = next(&at, o->n_slots, sizeof(int32_t));
     o->result.n_bytes = at;
+    o->result.number = next(&at, 1, sizeof(uint32_t));
+    o->result.all_bytes = at;
 }
 
 /* Floats of norms and biases, and of the frequencies. */

@@ -101,9 +101,10 @@ static kivi_status take_host(ki_cuda_backend *b, const ki_cuda_sizes *s, kivi_er
     KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->upload.all_bytes), "pinned memory", err));
     memset(p, 0, s->upload.all_bytes);
     b->up = p;
-    KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->result.n_bytes), "pinned memory", err));
+    KI_TRY(ki_cuda_check(cudaMallocHost(&p, s->result.all_bytes), "pinned memory", err));
+    memset(p, 0, s->result.all_bytes);
     b->down = p;
-    ki_mem_count(b->host, KI_TAG_activations, (int64_t)(s->upload.all_bytes + s->result.n_bytes));
+    ki_mem_count(b->host, KI_TAG_activations, (int64_t)(s->upload.all_bytes + s->result.all_bytes));
     return KIVI_OK;
 }
 
@@ -213,9 +214,7 @@ static kivi_status capture(ki_cuda_backend *b, uint32_t n_seqs, int index, kivi_
     shape.split_tokens = ki_cuda_split_of(b, &b->layout, n_seqs, b->sizes.max_tokens);
     KI_TRY(ki_cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                          "capture", err));
-    kivi_status status = ki_cuda_put_upload(b, err);
-    if (status == KIVI_OK) status = ki_cuda_run_pass(b, &shape, err);
-    if (status == KIVI_OK) status = ki_cuda_get_result(b, err);
+    kivi_status status = ki_cuda_run_pass(b, &shape, err);
     cudaError_t code = cudaStreamEndCapture(stream, &graph);
     if (status == KIVI_OK) status = ki_cuda_check(code, "capture", err);
     if (status == KIVI_OK)
@@ -234,9 +233,18 @@ static uint32_t fixed_rows_of(const ki_cuda_backend *b) {
     return ki_gemm_rows(most);
 }
 
+static kivi_status make_side(ki_cuda_backend *b, kivi_error *err) {
+    const unsigned flags = cudaEventDisableTiming;
+    KI_TRY(
+        ki_cuda_check(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), "stream", err));
+    KI_TRY(ki_cuda_check(cudaEventCreateWithFlags(&b->forked, flags), "event", err));
+    return ki_cuda_check(cudaEventCreateWithFlags(&b->joined, flags), "event", err);
+}
+
 kivi_status ki_cuda_start(ki_cuda_backend *b, kivi_error *err) {
     b->fixed_rows = fixed_rows_of(b);
     ki_cuda_weights_done(&b->weights);
+    KI_TRY(make_side(b, err));
     KI_TRY(take_all(b, err));
     KI_TRY(put_vectors(b, err));
     KI_TRY(prepare_products(b, err));
@@ -265,6 +273,10 @@ void ki_cuda_stop(ki_cuda_backend *b) {
     for (int i = 0; i < KI_MAX_BUCKETS; i++)
         if (b->graphs[i]) cudaGraphExecDestroy(b->graphs[i]);
     memset(b->graphs, 0, sizeof b->graphs);
+    if (b->joined) cudaEventDestroy(b->joined);
+    if (b->forked) cudaEventDestroy(b->forked);
+    if (b->side) cudaStreamDestroy(b->side);
+    b->joined = b->forked = NULL, b->side = NULL;
     ki_gemm_destroy(&b->gemm);
     ki_stream_destroy(&b->few);
     ki_sdpa_destroy(&b->sdpa);
@@ -275,7 +287,7 @@ void ki_cuda_stop(ki_cuda_backend *b) {
     b->vectors = NULL;
     if (b->down)
         ki_mem_count(b->host, KI_TAG_activations,
-                     -(int64_t)(b->upload_at.all_bytes + b->result_at.n_bytes));
+                     -(int64_t)(b->upload_at.all_bytes + b->result_at.all_bytes));
     if (b->up) cudaFreeHost(b->up);
     if (b->down) cudaFreeHost(b->down);
     b->up = b->down = NULL;

@@ -307,7 +307,7 @@ static void compare_normed(product_case &p, uint32_t m, rng &r) {
     ki_stream_call c = p.call(0, m);
     c.norm = {weight.data, NULL, 1e-5f};
     if (!ki_stream_takes_norm(&c.norm, m, p.k)) return;
-    ki_cuda_norm_rows(p.x.data, raw.data, &c.norm, m, p.k, p.type, true, NULL);
+    ki_cuda_norm_rows(p.x.data, raw.data, NULL, &c.norm, m, p.k, p.type, true, NULL);
     std::vector<float> apart = p.get(c, 7);
     c.raw = raw.data, c.x = NULL;
     CHECK(apart == p.get(c, 7), "%u rows, normalized: other bits", m);
@@ -474,7 +474,7 @@ struct product_chain {
         c.norm = {norm_weight.data, NULL, 1e-5f};
         if (how == NORMS && y.normed) {
             if (ki_stream_takes_norm(&c.norm, m, y.k)) c.raw = raw.data;
-            else ki_cuda_norm_rows(x.data, raw.data, &c.norm, m, y.k, c.type, true, s);
+            else ki_cuda_norm_rows(x.data, raw.data, NULL, &c.norm, m, y.k, c.type, true, s);
         }
         CHECK_OK(ki_stream_run(few, &c, s, err));
     }

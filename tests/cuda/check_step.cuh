@@ -327,7 +327,7 @@ static void run_norm(uint32_t n, bool has_bias) {
     for (int held = 0; held < 2 && !check_failed(); held++) {
         sum.put(in.data(), in.size());
         MUST(cudaMemset(h.data, 0xff, in.size() * 4));
-        ki_cuda_norm_rows(h.data, x.data, &norm, n_rows, n, KI_CUDA_F32, held, NULL);
+        ki_cuda_norm_rows(h.data, x.data, NULL, &norm, n_rows, n, KI_CUDA_F32, held, NULL);
         ki_cuda_add_norm(sum.data, x.data, &norm, n_rows, n, held, NULL);
         std::vector<float> got = h.get(0, in.size()), added = sum.get(0, in.size());
         for (uint32_t row = 0; row < n_rows && !check_failed(); row++) {
