@@ -24,26 +24,24 @@ struct merge_args {
     bool is_turned;
 };
 
-/* BATCH: splits whose states a warp loads at once, before it uses the first. */
-enum {
-    MERGE_THREADS = 128,
-    MERGE_WARPS = MERGE_THREADS / 32,
-    MERGE_BATCH = 8,
-    MERGE_MAX_DIM = 256
-};
+/* A thread block of the merge has the registers of one of attention: what comes behind may have all
+ * other places of the device while it is at work. BATCH: splits whose states a warp loads at once,
+ * before it uses the first. */
+enum { MERGE_THREADS = 512, MERGE_WARPS = MERGE_THREADS / 32, MERGE_WIDTH = 8, MERGE_BATCH = 4 };
 
 /* A lane's part of a row: four channels, and four more above 128. */
-struct merge_state {
+template <int FOURS> struct merge_state {
     float m, sum;
-    float4 acc[2];
+    float4 acc[FOURS];
 };
 
-KI_DEV void merge_into(merge_state &a, float m, float sum, const float4 (&acc)[2]) {
+template <int FOURS>
+KI_DEV void merge_into(merge_state<FOURS> &a, float m, float sum, const float4 (&acc)[FOURS]) {
     float top = fmaxf(a.m, m), f = exp2_fast(a.m - top), g = exp2_fast(m - top);
     a.m = top;
     a.sum = a.sum * f + sum * g;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < FOURS; i++) {
         a.acc[i].x = a.acc[i].x * f + acc[i].x * g;
         a.acc[i].y = a.acc[i].y * f + acc[i].y * g;
         a.acc[i].z = a.acc[i].z * f + acc[i].z * g;
@@ -52,20 +50,21 @@ KI_DEV void merge_into(merge_state &a, float m, float sum, const float4 (&acc)[2
 }
 
 /* Splits from, from + step, ... below n of one row, in this order. */
-KI_DEV merge_state merge_splits(const merge_args &a, uint64_t first, uint32_t head, uint32_t from,
-                                uint32_t step, uint32_t n, uint32_t lane) {
+template <int FOURS>
+KI_DEV merge_state<FOURS> merge_splits(const merge_args &a, uint64_t first, uint32_t head,
+                                       uint32_t from, uint32_t step, uint32_t n, uint32_t lane) {
     uint32_t n_fours = a.head_dim / 4;
-    merge_state state = {-1e30f, 0, {}};
+    merge_state<FOURS> state = {-1e30f, 0, {}};
     for (uint32_t s = from; s < n; s += step * MERGE_BATCH) {
         float2 ml[MERGE_BATCH];
-        float4 acc[MERGE_BATCH][2];
+        float4 acc[MERGE_BATCH][FOURS];
 #pragma unroll
         for (int k = 0; k < MERGE_BATCH; k++) {
             uint64_t at = (first + s + k * step) * a.n_heads + head;
             bool here = s + k * step < n;
             ml[k] = here ? a.states[at] : make_float2(-1e30f, 0);
 #pragma unroll
-            for (uint32_t i = 0; i < 2; i++)
+            for (uint32_t i = 0; i < FOURS; i++)
                 acc[k][i] = here && lane + i * 32 < n_fours ? a.acc[at * n_fours + lane + i * 32]
                                                             : make_float4(0, 0, 0, 0);
         }
@@ -75,9 +74,10 @@ KI_DEV merge_state merge_splits(const merge_args &a, uint64_t first, uint32_t he
     return state;
 }
 
-KI_DEV void put_merged(float *row, const merge_state &s, uint32_t head_dim, uint32_t lane) {
+template <int FOURS>
+KI_DEV void put_merged(float *row, const merge_state<FOURS> &s, uint32_t head_dim, uint32_t lane) {
     float f = s.sum > 0 ? 1 / s.sum : 0;
-    for (uint32_t i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < FOURS; i++) {
         uint32_t c = (lane + i * 32) * 4;
         if (c >= head_dim) continue;
         row[c] = s.acc[i].x * f, row[c + 1] = s.acc[i].y * f;
@@ -85,41 +85,64 @@ KI_DEV void put_merged(float *row, const merge_state &s, uint32_t head_dim, uint
     }
 }
 
-/* IS_WIDE: one thread block a row, its warps take every fourth split. Else a warp a row. */
-template <bool IS_WIDE>
-static __global__ void __launch_bounds__(MERGE_THREADS) ki_merge_kernel(const merge_args a) {
-    __shared__ __align__(16) float rows[MERGE_WARPS][MERGE_MAX_DIM];
-    __shared__ merge_state parts[MERGE_WARPS][32];
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t index = IS_WIDE ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp;
-    uint32_t slot = index / a.n_heads, head = index % a.n_heads, n = 0;
-    uint64_t first = 0, row = 0;
-    ki_pdl_launch(); /* it waits for this kernel, and so for the one before */
-    if (index < a.n_rows) {
-        n = a.slots[slot].n_splits, first = a.slots[slot].first_item;
-        if (n > 1) row = a.items[first].row;
+/* The same bits either way; a warp that knows the head size needs no memory between the steps. */
+KI_DEV void turn_merged(float *row, uint32_t head_dim, uint32_t lane) {
+    if (head_dim != 128) {
+        turn_row_by_warp(row, head_dim, lane);
+        return;
     }
+    float x[4];
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < 4; m++) x[m] = row[lane + 32 * m];
+    turn_in_registers<128>(x, lane);
+#pragma unroll
+    for (int m = 0; m < 4; m++) row[lane + 32 * m] = x[m];
+}
+
+struct merge_row {
+    uint64_t first, row;   /* item, row of the result */
+    uint32_t head, splits; /* 1: there is nothing to do, or it was written already */
+};
+
+KI_DEV merge_row merge_row_of(const merge_args &a, uint32_t index) {
+    merge_row r = {0, 0, index % a.n_heads, 0};
+    if (index >= a.n_rows) return r;
+    const ki_plan_slot &slot = a.slots[index / a.n_heads];
+    r.splits = slot.n_splits, r.first = slot.first_item;
+    if (r.splits > 1) r.row = a.items[r.first].row;
+    return r;
+}
+
+/* WARPS of a row: each takes every WARPSth split. A head's channels are FOURS float4 of a lane. */
+template <int WARPS, int FOURS>
+static __global__ void __launch_bounds__(MERGE_THREADS, 2) ki_merge_kernel(const merge_args a) {
+    constexpr uint32_t ROWS = MERGE_WARPS / WARPS;
+    __shared__ __align__(16) float rows[ROWS][FOURS * 128];
+    __shared__ merge_state<FOURS> parts[WARPS > 1 ? MERGE_WARPS : 1][32];
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = warp / WARPS;
+    ki_pdl_launch(); /* it waits for this kernel, and so for the one before */
+    merge_row r = merge_row_of(a, blockIdx.x * ROWS + own);
     ki_pdl_wait();
-    bool is_here = n > 1; /* else there is nothing to do, or it was written already */
-    merge_state state = {};
+    merge_state<FOURS> state = {};
+    bool is_here = r.splits > 1;
     if (is_here)
-        state =
-            merge_splits(a, first, head, IS_WIDE ? warp : 0, IS_WIDE ? MERGE_WARPS : 1, n, lane);
-    if (IS_WIDE) {
+        state = merge_splits<FOURS>(a, r.first, r.head, warp % WARPS, WARPS, r.splits, lane);
+    if (WARPS > 1) {
         parts[warp][lane] = state;
         __syncthreads();
-        is_here = is_here && warp == 0;
-        if (is_here)
-            for (int w = 1; w < MERGE_WARPS; w++)
-                merge_into(state, parts[w][lane].m, parts[w][lane].sum, parts[w][lane].acc);
+        is_here = is_here && warp % WARPS == 0;
+        for (uint32_t w = 1; w < WARPS && is_here; w++) {
+            const merge_state<FOURS> &other = parts[warp + w][lane];
+            merge_into(state, other.m, other.sum, other.acc);
+        }
     }
-    if (is_here) put_merged(rows[warp], state, a.head_dim, lane);
-    if (IS_WIDE && a.is_turned) turn_row(rows[0], a.head_dim, threadIdx.x, MERGE_THREADS);
     if (!is_here) return;
-    if (!IS_WIDE && a.is_turned) turn_row_by_warp(rows[warp], a.head_dim, lane);
+    put_merged(rows[own], state, a.head_dim, lane);
+    if (a.is_turned) turn_merged(rows[own], a.head_dim, lane);
     __syncwarp();
     for (uint32_t c = lane; c < a.head_dim; c += 32)
-        store_out(a.out, a.out_type, row * a.out_stride + head * a.head_dim + c, rows[warp][c]);
+        store_out(a.out, a.out_type, r.row * a.out_stride + r.head * a.head_dim + c, rows[own][c]);
 }
 
 /* ---- the table of kernels ---- */
@@ -138,11 +161,17 @@ static const decode_kernel *table_of(uint32_t head_dim) {
     }
 }
 
+static auto merge_kernel(bool is_wide, bool is_large) -> void (*)(merge_args) {
+    if (is_large) return is_wide ? ki_merge_kernel<MERGE_WIDTH, 2> : ki_merge_kernel<1, 2>;
+    return is_wide ? ki_merge_kernel<MERGE_WIDTH, 1> : ki_merge_kernel<1, 1>;
+}
+
 kivi_status ki_cuda_decode_prepare(kivi_error *err) {
     static const uint32_t dims[] = {64, 80, 96, 128, 256};
-    cudaError_t e = ki_share_multiprocessors(ki_merge_kernel<false>);
-    if (e == cudaSuccess) e = ki_share_multiprocessors(ki_merge_kernel<true>);
-    KI_TRY(ki_cuda_check(e, "shared memory of the merge", err));
+    for (int large = 0; large < 2; large++)
+        for (int wide = 0; wide < 2; wide++)
+            KI_TRY(ki_cuda_check(ki_share_multiprocessors(merge_kernel(wide, large)),
+                                 "shared memory of the merge", err));
     for (uint32_t d : dims)
         for (const decode_kernel *k = table_of(d); k->head_dim; k++)
             KI_TRY(ki_cuda_check(k->prepare(), "shared memory of a decode kernel", err));
@@ -183,10 +212,10 @@ static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w
                     c->out_stride,
                     c->out_type,
                     l->is_plus != 0};
-    cudaError_t e =
-        is_wide ? ki_launch(ki_merge_kernel<true>, n_rows, MERGE_THREADS, 0, c->pdl, stream, a)
-                : ki_launch(ki_merge_kernel<false>, (n_rows + MERGE_WARPS - 1) / MERGE_WARPS,
-                            MERGE_THREADS, 0, c->pdl, stream, a);
+    uint32_t rows = MERGE_WARPS / (is_wide ? MERGE_WIDTH : 1);
+    uint32_t n_blocks = (n_rows + rows - 1) / rows;
+    cudaError_t e = ki_launch(merge_kernel(is_wide, l->head_dim > 128), n_blocks, MERGE_THREADS, 0,
+                              c->pdl, stream, a);
     return ki_cuda_check(e, "merge", err);
 }
 
