@@ -19,8 +19,8 @@ void ki_cuda_dequantize(void *out, const uint8_t *blocks, ki_dtype dtype, size_t
                         ki_cuda_type type, void *stream);
 
 /* cos and sin of each row's position [n_rows][D / 2][2], times `factor`. freq: [D / 2] radians a
- * position, of row r at freq + r * freq_stride (0: the same for all). pdl: it may be launched before
- * the kernel before it has ended. */
+ * position, of row r at freq + r * freq_stride (0: the same for all). pdl: it may be launched
+ * before the kernel before it has ended. */
 void ki_cuda_rope_table(float *out, const float *freq, size_t freq_stride,
                         const uint32_t *positions, uint32_t n_rows, uint32_t half, float factor,
                         bool pdl, void *stream);

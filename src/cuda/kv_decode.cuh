@@ -131,7 +131,7 @@ KI_DEV void code_scores(float (&s)[2][4], const ki_cuda_layout &l, const uint8_t
     if constexpr (S::PLUS)
         if (S::k_bits(l) == 2)
             for_frags<scaled_queries<S>::WIDE, 2>(
-                sub + l.wide_at, lane,
+                sub + l.wide_at, true, lane,
                 [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
                     mma(s[i], a0, a1, a2, a3, q.wide[2 * j], q.wide[2 * j + 1]);
                 });
@@ -369,12 +369,13 @@ KI_DEV void copied_values(warp_state<S> &st, const ki_cuda_layout &l, const uint
     const uint16_t *scales =
         (const uint16_t *)(sub + l.v_scale_at) + lane / 4 / S::HEADS % S::V_COPIES * KI_SUB_TOKENS;
     uint32_t scaled[4];
-    for_frags<S::NJ, 2>(
-        sub + l.v_at, lane, [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-            if (i == 0 && j * 16 % CHANNELS == 0)
-                scale_probabilities(scaled, p, scales + j * 16 / S::VG * KI_SUB_TOKENS, lane);
-            mma(st.acc[j], a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
-        });
+    for_frags<S::NJ, 2>(sub + l.v_at, false, lane,
+                        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                            if (i == 0 && j * 16 % CHANNELS == 0)
+                                scale_probabilities(scaled, p,
+                                                    scales + j * 16 / S::VG * KI_SUB_TOKENS, lane);
+                            mma(st.acc[j], a0, a1, a2, a3, scaled[2 * i], scaled[2 * i + 1]);
+                        });
 }
 
 template <class S>

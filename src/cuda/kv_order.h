@@ -23,7 +23,11 @@
  * back (1 bit: the third bits of k4v3+). Words of a lane stand in fours, to be loaded 16 bytes at a
  * time: word w of N (N = D/16 words for 2 bits) of lane l is at
  *
- *     w / 4 < N / 4:  (w / 4 * 32 + l) * 4 + w % 4      else  N / 4 * 128 + l * (N % 4) + w % 4
+ *     w / 4 < N / 4:  (w / 4 * 32 + p) * 4 + w % 4      else  N / 4 * 128 + p * (N % 4) + w % 4
+ *
+ * where p is l for keys. Values are coded token by token, and eight lanes have what is of the same
+ * tokens: theirs stand beside each other, p = l % 4 * 8 + (l / 4 + l % 4 * 2) % 8, so that a row of
+ * 128 touches 8 sectors of memory and not 16.
  *
  * Rows in 16 bits have an order of their own, in which a new one touches few sectors of memory: in
  * a lane's 16 bytes stand registers of the same tokens together, of two steps j, j + 1.
@@ -53,9 +57,15 @@ enum { KI_SUB_TOKENS = 32, KI_SUBS = 4 }; /* a page of 128 tokens is four blocks
 KI_BOTH uint32_t ki_order_words(uint32_t n_steps, uint32_t bits) {
     return bits == 1 ? (n_steps + 1) / 2 : n_steps * bits / 2;
 }
+/* Where a lane's bytes stand among those of all lanes: of values by pairs of tokens, and eight
+ * lanes that read at once in different banks. */
+KI_BOTH uint32_t ki_order_lane(uint32_t lane, int keys) {
+    return keys ? lane : lane % 4 * 8 + (lane / 4 + lane % 4 * 2) % 8;
+}
 /* Index (in 32-bit words) of word w of n of a lane. */
-KI_BOTH uint32_t ki_order_word_at(uint32_t w, uint32_t n, uint32_t lane) {
-    return w / 4 < n / 4 ? (w / 4 * 32 + lane) * 4 + w % 4 : n / 4 * 128 + lane * (n % 4) + w % 4;
+KI_BOTH uint32_t ki_order_word_at(uint32_t w, uint32_t n, uint32_t lane, int keys) {
+    uint32_t at = ki_order_lane(lane, keys);
+    return w / 4 < n / 4 ? (w / 4 * 32 + at) * 4 + w % 4 : n / 4 * 128 + at * (n % 4) + w % 4;
 }
 
 typedef struct ki_order_place {
@@ -63,14 +73,14 @@ typedef struct ki_order_place {
 } ki_order_place;
 
 KI_BOTH ki_order_place ki_order_tile(uint32_t j, uint32_t i, uint32_t row, uint32_t col,
-                                     uint32_t n_steps, uint32_t bits) {
+                                     uint32_t n_steps, uint32_t bits, int keys) {
     uint32_t lane = row % 8 * 4 + col % 8 / 2, r = row / 8 + 2 * (col / 8), h = col % 2;
     uint32_t w = 0, bit = 16 * h;
     if (bits == 2) w = j, bit += 8 * i + 2 * (2 * (r % 2) + r / 2);
     else if (bits == 4) w = 2 * j + i, bit += 8 * (r / 2) + 4 * (r % 2);
     else if (bits == 8) w = 4 * j + 2 * i + r / 2, bit += 8 * (r % 2);
     else w = j / 2, bit += 8 * (j % 2) + 4 * (r % 2) + r / 2 + 2 * i;
-    ki_order_place p = {ki_order_word_at(w, ki_order_words(n_steps, bits), lane), bit};
+    ki_order_place p = {ki_order_word_at(w, ki_order_words(n_steps, bits), lane, keys), bit};
     return p;
 }
 
@@ -91,15 +101,10 @@ KI_BOTH ki_order_element ki_order_at(uint32_t w, uint32_t e, uint32_t lane, uint
 
 /* ---- 16 bits ---- */
 
-/* Where a lane's bytes of a quarter stand among those of all lanes: values by pairs of tokens, and
- * eight lanes that read at once in different banks. */
-KI_BOTH uint32_t ki_order_row_lane(uint32_t lane, int keys) {
-    return keys ? lane : lane % 4 * 8 + (lane / 4 + lane % 4 * 2) % 8;
-}
 KI_BOTH ki_order_place ki_order_row(uint32_t token, uint32_t channel, uint32_t n_steps, int keys) {
     uint32_t j = channel / 16, row = keys ? token % 8 : channel % 8;
     uint32_t col = keys ? channel % 8 : token % 8, x = channel % 16 / 8;
-    uint32_t at = token / 8 * 32 + ki_order_row_lane(row * 4 + col / 2, keys);
+    uint32_t at = token / 8 * 32 + ki_order_lane(row * 4 + col / 2, keys);
     ki_order_place p = {n_steps / 2 * 512 + at * 2 + x, col % 2 * 16};
     if (j / 2 < n_steps / 2) p.word = (j / 2 * 128 + at) * 4 + j % 2 * 2 + x;
     return p;
@@ -128,12 +133,12 @@ KI_BOTH ki_order_element16 ki_order_row_at(uint32_t word, uint32_t n_steps, int 
 KI_BOTH ki_order_place ki_order_key(uint32_t token, uint32_t channel, uint32_t n_steps,
                                     uint32_t bits) {
     if (bits == 16) return ki_order_row(token, channel, n_steps, 1);
-    return ki_order_tile(channel / 16, token / 16, token % 16, channel % 16, n_steps, bits);
+    return ki_order_tile(channel / 16, token / 16, token % 16, channel % 16, n_steps, bits, 1);
 }
 KI_BOTH ki_order_place ki_order_value(uint32_t token, uint32_t channel, uint32_t n_steps,
                                       uint32_t bits) {
     if (bits == 16) return ki_order_row(token, channel, n_steps, 0);
-    return ki_order_tile(channel / 16, token / 16, channel % 16, token % 16, n_steps, bits);
+    return ki_order_tile(channel / 16, token / 16, channel % 16, token % 16, n_steps, bits, 0);
 }
 /* Index (in float16) of a channel's key scale or zero within its group. */
 KI_BOTH uint32_t ki_order_key_scale(uint32_t channel, uint32_t n_steps) {
@@ -153,9 +158,9 @@ KI_BOTH int ki_order_meets(uint32_t from, uint32_t to, uint32_t t0, uint32_t wid
  * from memory in vain, and what comes is finite. */
 KI_BOTH uint32_t ki_order_seen_at(uint32_t from, uint32_t to, uint32_t e, uint32_t lane, int keys) {
     uint32_t t0 = 8 * e + (keys ? lane / 4 : lane % 4 * 2);
-    if (ki_order_meets(from, to, t0, keys ? 1 : 2)) return 32 * e + ki_order_row_lane(lane, keys);
+    if (ki_order_meets(from, to, t0, keys ? 1 : 2)) return 32 * e + ki_order_lane(lane, keys);
     uint32_t other = keys ? from % 8 * 4 + lane % 4 : lane / 4 * 4 + from % 8 / 2;
-    return from / 8 % 4 * 32 + ki_order_row_lane(other, keys);
+    return from / 8 % 4 * 32 + ki_order_lane(other, keys);
 }
 /* Whether line `line` of 128 bytes has some of them: it is of two tokens, or of the step that is
  * alone of four. */

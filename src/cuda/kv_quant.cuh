@@ -69,7 +69,7 @@ KI_DEV void pack_plane(uint32_t *plane, const uint8_t *codes, uint32_t stride, u
             else if (BITS != 1 || at.j < n_steps)
                 word |= (codes[t * stride + c] >> shift & MASK) << e * BITS;
         }
-        uint32_t *p = plane + ki_order_word_at(w, n, lane);
+        uint32_t *p = plane + ki_order_word_at(w, n, lane, keys);
         if (keep != ~0u) *p = keep ? (*p & keep) | word : word;
     }
 }

@@ -78,8 +78,9 @@ template <int NJ> KI_DEV const uint2 *last_step(const uint8_t *block) {
 
 /* Calls f(j, i, a0, a1, a2, a3) for every tile of a plane of NJ steps: j ascending, i = 0, 1. */
 template <int NJ, int BITS, class F>
-KI_DEV void for_frags(const uint8_t *plane, uint32_t lane, F f) {
-    const uint4 *fours = (const uint4 *)plane + lane;
+KI_DEV void for_frags(const uint8_t *plane, bool keys, uint32_t lane, F f) {
+    uint32_t at = ki_order_lane(lane, keys);
+    const uint4 *fours = (const uint4 *)plane + at;
     if constexpr (BITS == 8) {
         const uint32_t m = 0x00ff00ffu;
 #pragma unroll
@@ -98,7 +99,7 @@ KI_DEV void for_frags(const uint8_t *plane, uint32_t lane, F f) {
             frags_of_word<BITS>(w.z, 4 * k + 2, f);
             frags_of_word<BITS>(w.w, 4 * k + 3, f);
         }
-        const uint32_t *rest = (const uint32_t *)plane + N / 4 * 128 + lane * (N % 4);
+        const uint32_t *rest = (const uint32_t *)plane + N / 4 * 128 + at * (N % 4);
 #pragma unroll
         for (int k = 0; k < N % 4; k++) frags_of_word<BITS>(rest[k], N / 4 * 4 + k, f);
     }
@@ -106,7 +107,7 @@ KI_DEV void for_frags(const uint8_t *plane, uint32_t lane, F f) {
 
 template <int NJ, class F>
 KI_DEV void for_rows(const uint8_t *block, bool keys, uint32_t lane, F f) {
-    uint32_t at = ki_order_row_lane(lane, keys);
+    uint32_t at = ki_order_lane(lane, keys);
     for_row_frags<NJ>(
         keys, [&](int k) { return ((const uint4 *)block)[k * 32 + at]; },
         [&](int e) { return last_step<NJ>(block)[e * 32 + at]; }, f);
@@ -116,22 +117,22 @@ KI_DEV void for_rows(const uint8_t *block, bool keys, uint32_t lane, F f) {
 template <int NJ, int B, class F>
 KI_DEV void for_frags_of(uint32_t bits, const uint8_t *plane, bool keys, uint32_t lane, F f) {
     if constexpr (B == 16) for_rows<NJ>(plane, keys, lane, f);
-    else if constexpr (B != 0) for_frags<NJ, B>(plane, lane, f);
-    else if (bits == 2) for_frags<NJ, 2>(plane, lane, f);
-    else if (bits == 4) for_frags<NJ, 4>(plane, lane, f);
-    else if (bits == 8) for_frags<NJ, 8>(plane, lane, f);
+    else if constexpr (B != 0) for_frags<NJ, B>(plane, keys, lane, f);
+    else if (bits == 2) for_frags<NJ, 2>(plane, keys, lane, f);
+    else if (bits == 4) for_frags<NJ, 4>(plane, keys, lane, f);
+    else if (bits == 8) for_frags<NJ, 8>(plane, keys, lane, f);
     else for_rows<NJ>(plane, keys, lane, f);
 }
 
-/* Third bits: the same tiles; a bit stands two places further left than it is stored, so that rows
- * 8 to 15 have the factor 16 of the low plane. Columns 8 to 15 have 2, the unit 4, i = 1 another 4.
- * */
+/* Third bits, of values: the same tiles; a bit stands two places further left than it is stored, so
+ * that rows 8 to 15 have the factor 16 of the low plane. Columns 8 to 15 have 2, the unit 4, i = 1
+ * another 4. */
 template <int NJ, class F> KI_DEV void for_third_frags(const uint8_t *plane, uint32_t lane, F f) {
     constexpr int N = (NJ + 1) / 2;
     const uint32_t *words = (const uint32_t *)plane;
 #pragma unroll
     for (int j = 0; j < NJ; j++) {
-        uint32_t w = words[ki_order_word_at(j / 2, N, lane)];
+        uint32_t w = words[ki_order_word_at(j / 2, N, lane, 0)];
         w = j % 2 ? w >> 6 : w << 2;
         f(j, 0, w & 0x00040004u, w & 0x00400040u, w & 0x00080008u, w & 0x00800080u);
         f(j, 1, w & 0x00100010u, w & 0x01000100u, w & 0x00200020u, w & 0x02000200u);

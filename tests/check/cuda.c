@@ -18,7 +18,8 @@ static void check_plane(uint32_t n_steps, uint32_t bits, bool keys) {
     uint32_t n_words = ki_order_words(n_steps, bits) * 32, d = n_steps * 16;
     uint32_t *seen = check_alloc((size_t)n_words * 4), *place = check_alloc((size_t)n_words * 4);
     for (uint32_t w = 0; w < n_words / 32; w++)
-        for (uint32_t lane = 0; lane < 32; lane++) place[ki_order_word_at(w, n_words / 32, lane)]++;
+        for (uint32_t lane = 0; lane < 32; lane++)
+            place[ki_order_word_at(w, n_words / 32, lane, keys)]++;
     for (uint32_t i = 0; i < n_words; i++)
         CHECK(place[i] == 1, "word %u is named %u times", i, place[i]);
     for (uint32_t t = 0; t < 32; t++)
@@ -46,8 +47,8 @@ static void check_plane(uint32_t n_steps, uint32_t bits, bool keys) {
             for (uint32_t e = 0; e < 32 / bits; e++) {
                 ki_order_element at = ki_order_at(w, e, lane, bits);
                 if (at.j >= n_steps) continue;
-                ki_order_place p = ki_order_tile(at.j, at.i, at.row, at.col, n_steps, bits);
-                CHECK(p.word == ki_order_word_at(w, n_words / 32, lane) && p.bit == e * bits,
+                ki_order_place p = ki_order_tile(at.j, at.i, at.row, at.col, n_steps, bits, keys);
+                CHECK(p.word == ki_order_word_at(w, n_words / 32, lane, keys) && p.bit == e * bits,
                       "way back from word %u of lane %u, element %u", w, lane, e);
             }
 done:
@@ -72,7 +73,7 @@ static void check_seen(uint32_t from, uint32_t to, uint32_t n_steps, bool keys) 
             lines[p.word / 32] = true;
         }
     for (uint32_t at = 0; at < 128 && from < to; at++) {
-        uint32_t lane = at % 32, own = at / 32 * 32 + ki_order_row_lane(lane, keys);
+        uint32_t lane = at % 32, own = at / 32 * 32 + ki_order_lane(lane, keys);
         uint32_t seen = ki_order_seen_at(from, to, at / 32, lane, keys);
         for (uint32_t alone = 0; alone <= n_steps % 2; alone++) {
             CHECK(seen < 128 && has[alone][seen], "[%u, %u): bytes %u of nobody", from, to, seen);
@@ -86,17 +87,17 @@ static void check_seen(uint32_t from, uint32_t to, uint32_t n_steps, bool keys) 
 }
 
 /* A new row touches as few sectors of 32 bytes as its bytes fill, a value twice as many: it shares
- * words with its neighbour. */
-static void check_sectors(uint32_t n_steps, bool keys) {
+ * words with its neighbour. Codes of a value share theirs with seven others. */
+static void check_sectors(uint32_t n_steps, uint32_t bits, bool keys) {
     for (uint32_t t = 0; t < 32; t++) {
         bool sectors[512] = {false};
         uint32_t n = 0;
         for (uint32_t c = 0; c < n_steps * 16; c++) {
             ki_order_place p =
-                keys ? ki_order_key(t, c, n_steps, 16) : ki_order_value(t, c, n_steps, 16);
+                keys ? ki_order_key(t, c, n_steps, bits) : ki_order_value(t, c, n_steps, bits);
             n += !sectors[p.word / 8], sectors[p.word / 8] = true;
         }
-        CHECK(n == n_steps * (keys ? 1 : 2), "token %u is in %u sectors", t, n);
+        CHECK(n == n_steps * (keys || bits == 2 ? 1 : 2), "token %u is in %u sectors", t, n);
     }
 }
 
@@ -117,7 +118,8 @@ static void check_orders(void) {
     }
     for (int i = 0; i < N_DIMS * 2; i++) {
         uint32_t n_steps = head_dims[i / 2] / 16;
-        check_sectors(n_steps, i % 2);
+        check_sectors(n_steps, 16, i % 2);
+        check_sectors(n_steps, 2, false);
         for (uint32_t from = 0; from <= 32; from++)
             for (uint32_t to = from; to <= 32; to++) check_seen(from, to, n_steps, i % 2);
     }

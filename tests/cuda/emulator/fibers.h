@@ -3,7 +3,7 @@
 #define KI_EMULATED_FIBERS_H
 #include <stdint.h>
 
-enum { MOST_FIBERS = 256 };
+enum { MOST_FIBERS = 512 };
 
 void fiber_make(uint32_t i, void (*entry)(void)); /* entry does not return */
 void fiber_enter(uint32_t i);                     /* from outside: until it leaves */
