@@ -193,7 +193,7 @@ enum { FEW_BLOCKS = 128 };
 enum { FEW_BLOCKS = 2 };
 #endif
 
-/* Up to this many splits one warp a row has all its loads in flight at once. */
+/* Up to this many splits, two batches, one warp a row. */
 enum { NARROW_SPLITS = 8 };
 
 static kivi_status launch_merge(const ki_cuda_attend_call *c, const workspace &w, void *stream,
