@@ -52,8 +52,8 @@ template <class S> struct warp_state {
     float z[4];                   /* zero sums of channel groups 0 to 7; sums of p */
     float z8[S::D > 128 ? 4 : 1]; /* of groups 8 to 15 */
     float m[2];                   /* largest score of heads 2 t, 2 t + 1 */
-    const uint16_t *wide_q;       /* [8][D] f16 in shared memory: queries to gather from (plus), in
-                                   * the order of scales */
+    const uint16_t *wide_q;       /* [8][D] f16 in shared memory ([1][D] of one head): queries to
+                                   * gather from (plus), in the order of scales */
 };
 
 /* ---- a page's planes ---- */
@@ -85,7 +85,8 @@ template <class S>
 KI_DEV void gather_wide(scaled_queries<S> &out, const ki_cuda_layout &l, const uint8_t *head,
                         const uint16_t *wide_q, uint32_t lane) {
     const uint16_t *list = (const uint16_t *)(head + l.list_at) + lane % 4;
-    const uint8_t *scales = head + l.k_scale_at, *q = (const uint8_t *)(wide_q + lane / 4 * S::D);
+    const uint8_t *scales = head + l.k_scale_at, *q = (const uint8_t *)wide_q;
+    if (S::HEADS > 1) q += lane / 4 * S::D * 2;
 #pragma unroll
     for (int k = 0; k < 2 * scaled_queries<S>::WIDE; k++) {
         uint32_t w = k * 8 + lane % 4 * 2; /* two neighbours of the list */
@@ -423,7 +424,8 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
     uint32_t in_page = base % KI_PAGE_TOKENS;
     if (at.k_codes) unit_scores<S, 1>(s, l, at.head, at.sub, in_page, st, lane);
     if (at.k16)
-        exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), st.q.q, S::quartered(l), lane);
+        exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), at.k_step, st.q.q,
+                            S::quartered(l), lane);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -687,9 +689,13 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     }
     slow_list<S> slow;
     slow.find(a, item, head, slow_mine);
-    if (HAS_SPARE && stream.n < S::STAGES)
-        slow.copy(pipe.data + stream.n * a.unit_bytes, pipe.data + S::STAGES * a.unit_bytes, a,
-                  item, slow_mine, pipe.spare_bar(), lane);
+    if (HAS_SPARE && stream.n < S::STAGES) {
+        const uint32_t first = item.part.slow_begin, ring = S::STAGES * a.unit_bytes;
+        const bool is_common = a.few && !n_units && slow_end - first <= 32;
+        uint8_t *room = is_common ? shared : pipe.data + stream.n * a.unit_bytes;
+        const uint8_t *end = is_common ? shared + S::warps() * ring : pipe.data + ring;
+        slow.copy_all(room, end, is_common, a, item, first, slow_mine, pipe.spare_bar(), lane);
+    }
     slow.bring(a, item, slow_first, S::warps(), lane);
     exact_values<S> values; /* at first those of the first block that has them in memory */
     const typename slow_list<S>::apart_values apart =
@@ -718,18 +724,21 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
     if (!apart.is_old && takes_row) values.load(apart.v16, apart.rows, lane);
-    if constexpr (S::PLUS) {
+    if constexpr (S::PLUS) { /* as own_queries: of one head each warp has a copy */
+        constexpr uint32_t ROW = S::HEADS == 1 ? 0 : S::D;
         uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8) +
                                       8 * KI_OWN_HALVES(S::D) * 2);
+        if (S::HEADS == 1) wide += warp * S::D / 2;
         st.wide_q = (const uint16_t *)wide;
-        if (warp == 0)
+        if (S::HEADS == 1 || warp == 0)
 #pragma unroll
             for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
                 uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
-                wide[(g * S::D + at) / 2] =
+                wide[(g * ROW + at) / 2] =
                     k % 2 && S::quartered(a.l) ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
             }
-        __syncthreads();
+        if (S::HEADS == 1) __syncwarp();
+        else __syncthreads();
     }
     for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
         uint32_t block = slow_block_of(item, k);

@@ -37,6 +37,7 @@ struct slow_place {                        /* a block's bytes; null where they a
     const uint8_t *head, *sub, *k16, *v16; /* head: of the page that has sub */
     bool k_codes, v_codes;
     bool codes_here, keys_here, values_here; /* in the ring */
+    uint32_t k_step, v_step;                 /* seen_rows' step of k16 and v16 */
 };
 
 /* The 16-bit values of a block that are not in the ring, which a warp asks for before it needs the
@@ -50,7 +51,7 @@ template <class S> struct exact_values {
 
     __device__ __forceinline__ void load(const uint8_t *v16, ki_plan_rows rows, uint32_t lane) {
         if constexpr (HELD) {
-            seen_rows at(rows, false, lane);
+            seen_rows at(rows, false, WHOLE_STEP, lane);
 #pragma unroll
             for (int k = 0; k < N_FOURS; k++) {
                 fours[k] = make_uint4(0, 0, 0, 0);
@@ -66,7 +67,7 @@ template <class S> struct exact_values {
     template <class F>
     __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows, uint32_t lane,
                                          F f) {
-        if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, lane, f);
+        if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, at.v_step, lane, f);
         else if constexpr (HELD)
             for_row_frags<S::NJ>(
                 false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, f);
@@ -153,20 +154,59 @@ KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
     return k < item.n_lead ? item.lead_begin + k : item.tail_begin + (k - item.n_lead);
 }
 
+/* Bytes that copies of a block take. Of sinks, whose block has nothing else in 16 bits, the first
+ * quarter (kv_order.h) is copied alone, its pieces one behind the other. */
+struct copy_sizes {
+    uint32_t codes, keys, values;
+    bool is_keys_first, is_values_first; /* the first quarter alone */
+
+    __device__ __forceinline__ uint32_t all() const { return codes + keys + values; }
+};
+
+template <class S>
+KI_DEV copy_sizes copy_sizes_of(const decode_args &a, const ki_plan_item &item, uint32_t k,
+                                uint32_t block) {
+    constexpr uint32_t WHOLE = S::D * 2 * KI_SUB_TOKENS, FIRST = WHOLE / 4;
+    const ki_cuda_layout &l = a.l;
+    uint32_t base = block * KI_SUB_TOKENS;
+    copy_sizes n = {};
+    if (k >= item.part.slow_end) return n;
+    bool is_old = ki_plan_is_old(&item, block);
+    ki_plan_rows keys = key_rows(l, item, block), values = value_rows(l, item, block);
+    if (reads_codes(item, base, item.k_exact, sinks_of(l, l.k_bits)) ||
+        reads_codes(item, base, item.v_exact, sinks_of(l, l.v_bits)))
+        n.codes = l.head_bytes + l.sub_bytes;
+    n.is_keys_first = S::NJ % 2 == 0 && is_old && keys.to <= 8;
+    n.is_values_first = S::NJ % 2 == 0 && is_old && values.to <= 8;
+    bool is_whole = is_old && keys.to - keys.from == KI_SUB_TOKENS;
+    if (keys.from < keys.to) n.keys = n.is_keys_first ? FIRST : a.few || is_whole ? WHOLE : 0;
+    if (values.from < values.to) n.values = n.is_values_first ? FIRST : a.few ? WHOLE : 0;
+    return n;
+}
+
 /* Where 32 of them are, one a lane: addresses are worked out once, side by side.
  *
  * At short contexts a warp has fewer fast units than stages. Then codes of its slow blocks, and
  * whole blocks of 16-bit keys, are copied into the ring behind the units, as units are, instead of
  * being asked for piece by piece when they are needed: first come, first served, while there is
  * room (sm_90, where one instruction of a lane copies all of it). With few thread blocks values
- * come so, too, and blocks of which only some tokens are read.
+ * come so, too, and blocks of which only some tokens are read; and where nobody has a unit all
+ * warps' rings are one room.
  *
  * Nothing is copied before the wait that a kernel of this step may write: codes of the value that
  * leaves the window are in block v_exact / 32, and the row at pos is in the newest block; both are
- * late. But where attention takes the row itself the newest block comes early, and gets the row in
- * its place. */
+ * late. But where attention takes the row itself values are coded behind it, and the newest block
+ * comes early, and gets the row in its place. */
 template <class S> struct slow_list {
-    enum { K_CODES = 1, V_CODES = 2, CODES_HERE = 4, KEYS_HERE = 8, VALUES_HERE = 16 };
+    enum {
+        K_CODES = 1,
+        V_CODES = 2,
+        CODES_HERE = 4,
+        KEYS_HERE = 8,
+        VALUES_HERE = 16,
+        KEYS_FIRST = 32,
+        VALUES_FIRST = 64
+    };
     const uint8_t *sub, *k16, *v16;
     uint8_t *late_codes, *late_keys, *late_values; /* where they are to be */
     uint32_t how;
@@ -195,37 +235,64 @@ template <class S> struct slow_list {
         from = to;
         how |= flag;
     }
-    /* Of the lane's block, number k, what has room from `room` to `end`. */
-    __device__ __forceinline__ void copy(uint8_t *room, const uint8_t *end, const decode_args &a,
-                                         const ki_plan_item &item, uint32_t k, uint32_t bar,
-                                         uint32_t lane) {
-        uint32_t block = slow_block_of(item, k), rows = S::D * 2 * KI_SUB_TOKENS;
-        bool is_old = ki_plan_is_old(&item, block), is_early = is_old || a.own.k;
-        uint32_t codes = sub ? a.l.head_bytes + a.l.sub_bytes : 0;
-        ki_plan_rows seen = key_rows(a.l, item, block);
-        bool is_whole = is_old && seen.to - seen.from == KI_SUB_TOKENS;
-        uint32_t keys = k16 && (a.few || is_whole) ? rows : 0, values = v16 && a.few ? rows : 0;
-        uint32_t mine = codes + keys + values, before = mine;
+    /* The first quarter: of each two steps 512 bytes. */
+    __device__ __forceinline__ void copy_first(uint8_t *to, const uint8_t *&from, uint32_t flags,
+                                               uint32_t bar) {
+        ki_bar_expect_more(bar, S::NJ / 2 * FIRST_STEP * 16);
+#pragma unroll 1
+        for (uint32_t j = 0; j < S::NJ / 2; j++)
+            ki_bulk_copy(ki_shared(to + j * FIRST_STEP * 16), from + j * WHOLE_STEP * 16,
+                         FIRST_STEP * 16, bar);
+        from = to;
+        how |= flags;
+    }
+    /* Where the lane's copies begin if those of all lanes stand one behind the other. */
+    KI_DEV_MEMBER uint32_t before(uint32_t bytes, uint32_t lane) {
+        uint32_t sum = bytes;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
-            uint32_t y = __shfl_up_sync(~0u, before, d);
-            if (lane >= (uint32_t)d) before += y;
+            uint32_t y = __shfl_up_sync(~0u, sum, d);
+            if (lane >= (uint32_t)d) sum += y;
         }
-        uint8_t *to = room + (before - mine);
-        if (codes && to + codes <= end) {
-            if (block == item.v_exact / KI_SUB_TOKENS) late_codes = to;
+        return sum - bytes;
+    }
+    /* Of the lane's block, number k, what has room from `to` to `end`. */
+    __device__ __forceinline__ void copy(uint8_t *to, const uint8_t *end, const copy_sizes &n,
+                                         const decode_args &a, const ki_plan_item &item, uint32_t k,
+                                         uint32_t bar) {
+        uint32_t block = slow_block_of(item, k);
+        bool is_early = ki_plan_is_old(&item, block) || a.own.k;
+        if (n.codes && to + n.codes <= end) {
+            if (block == item.v_exact / KI_SUB_TOKENS && !a.own.k) late_codes = to;
             else copy_codes(to, a, block, bar);
         }
-        to += codes;
-        if (keys && to + keys <= end) {
-            if (is_early) copy_rows(to, k16, KEYS_HERE, bar);
+        to += n.codes;
+        if (n.keys && to + n.keys <= end) {
+            if (n.is_keys_first) copy_first(to, k16, KEYS_HERE | KEYS_FIRST, bar);
+            else if (is_early) copy_rows(to, k16, KEYS_HERE, bar);
             else late_keys = to;
         }
-        to += keys;
-        if (values && to + values <= end) {
-            if (is_early) copy_rows(to, v16, VALUES_HERE, bar);
+        to += n.keys;
+        if (n.values && to + n.values <= end) {
+            if (n.is_values_first) copy_first(to, v16, VALUES_HERE | VALUES_FIRST, bar);
+            else if (is_early) copy_rows(to, v16, VALUES_HERE, bar);
             else late_values = to;
         }
+    }
+    /* All lanes' blocks, number k of each. The room is the warp's, or of all warps, whose blocks
+     * are numbers `first` to first + 31 then. */
+    __device__ __forceinline__ void copy_all(uint8_t *room, const uint8_t *end, bool is_common,
+                                             const decode_args &a, const ki_plan_item &item,
+                                             uint32_t first, uint32_t k, uint32_t bar,
+                                             uint32_t lane) {
+        copy_sizes n = copy_sizes_of<S>(a, item, k, slow_block_of(item, k));
+        uint32_t at;
+        if (is_common) {
+            uint32_t other = first + lane;
+            uint32_t bytes = copy_sizes_of<S>(a, item, other, slow_block_of(item, other)).all();
+            at = __shfl_sync(~0u, before(bytes, lane), k - first & 31);
+        } else at = before(n.all(), lane);
+        copy(room + at, end, n, a, item, k, bar);
     }
     /* Behind the wait: what is late, and the end of all copies. */
     __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
@@ -251,6 +318,8 @@ template <class S> struct slow_list {
         at.k_codes = h & K_CODES, at.v_codes = h & V_CODES;
         at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
         at.values_here = h & VALUES_HERE;
+        at.k_step = h & KEYS_FIRST ? FIRST_STEP : WHOLE_STEP;
+        at.v_step = h & VALUES_FIRST ? FIRST_STEP : WHOLE_STEP;
         return at;
     }
     /* The first block of the list whose 16-bit values are not copied; i KI_PLAN_NONE, v16 NULL:

@@ -219,16 +219,20 @@ KI_DEV void zero_terms(float (&d)[4], const uint32_t (&q)[2 * NJ], bool quartere
     d[0] = fmaf(high[2], back, low[0]), d[1] = fmaf(high[3], back, low[1]);
 }
 
+/* Pieces of 16 bytes of two steps of a 16-bit block, and of a copy of its first quarter. */
+enum { WHOLE_STEP = 128, FIRST_STEP = 32 };
+
 /* Where a lane finds its registers of a 16-bit block whose tokens [from, to) are read. */
 struct seen_rows {
-    uint32_t at[4]; /* of each quarter */
+    uint32_t step, at[4]; /* of each quarter */
 
-    __device__ __forceinline__ seen_rows(ki_plan_rows rows, bool keys, uint32_t lane) {
+    __device__ __forceinline__ seen_rows(ki_plan_rows rows, bool keys, uint32_t step, uint32_t lane)
+        : step(step) {
 #pragma unroll
         for (int e = 0; e < 4; e++) at[e] = ki_order_seen_at(rows.from, rows.to, e, lane, keys);
     }
     __device__ __forceinline__ const uint4 *two_steps(const uint8_t *block, int k) const {
-        return (const uint4 *)block + k / 4 * 128 + at[k % 4];
+        return (const uint4 *)block + k / 4 * step + at[k % 4];
     }
     template <int NJ>
     __device__ __forceinline__ const uint2 *last(const uint8_t *block, int e) const {
@@ -239,8 +243,9 @@ struct seen_rows {
 /* Calls f(j, i, a0, a1, a2, a3) for every tile of a 16-bit block whose tokens [from, to) are read;
  * of others finite numbers come. */
 template <int NJ, class F>
-KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, uint32_t lane, F f) {
-    seen_rows at(rows, keys, lane);
+KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, uint32_t step,
+                           uint32_t lane, F f) {
+    seen_rows at(rows, keys, step, lane);
     for_row_frags<NJ>(
         keys, [&](int k) { return *at.two_steps(block, k); },
         [&](int e) { return *at.last<NJ>(block, e); }, f);
@@ -248,10 +253,10 @@ KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, u
 
 /* Products of the 16-bit keys of a block. */
 template <int NJ>
-KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, ki_plan_rows rows,
+KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, ki_plan_rows rows, uint32_t step,
                          const uint32_t (&q)[2 * NJ], bool quartered, uint32_t lane) {
     uint32_t back = quartered ? TWO_FOURS : TWO_ONES;
-    for_seen_frags<NJ>(block, rows, true, lane,
+    for_seen_frags<NJ>(block, rows, true, step, lane,
                        [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
                            mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
                        });
