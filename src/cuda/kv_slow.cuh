@@ -290,7 +290,7 @@ template <class S> struct slow_list {
         if (is_common) {
             uint32_t other = first + lane;
             uint32_t bytes = copy_sizes_of<S>(a, item, other, slow_block_of(item, other)).all();
-            at = __shfl_sync(~0u, before(bytes, lane), k - first & 31);
+            at = __shfl_sync(~0u, before(bytes, lane), (k - first) % 32);
         } else at = before(n.all(), lane);
         copy(room + at, end, n, a, item, k, bar);
     }

@@ -12,7 +12,8 @@
 
 extern "C" void ki_plus_turn_scalar(float *x, unsigned head_dim); /* plus.h, which is C alone */
 
-enum { NO_PAGE = 0xffffffff, NO_NUMBER = 0x7e00, BEHIND = 0xfe }; /* a float16; a byte */
+/* Of float16: no number, and 5; a byte. */
+enum { NO_PAGE = 0xffffffff, NO_NUMBER = 0x7e00, ANY_NUMBER = 0x4500, BEHIND = 0xfe };
 
 /* ---- numbers ---- */
 
@@ -374,19 +375,14 @@ void random_cache::begin_own(void) {
                (h.first >= (uint16_t *)sinks.data &&
                 h.first < (uint16_t *)(sinks.data + sinks.n_bytes));
     };
-    std::vector<std::pair<uint16_t *, uint16_t>> others;
     for (auto &h : hidden) {
-        if (!is_own_element(h)) {
-            others.push_back(h);
-            continue;
-        }
-        own_elements.push_back({h.first, h.second, false});
-        *h.first = NO_NUMBER;
+        bool is_own_row = is_own_element(h);
+        if (is_own_row) own_elements.push_back({h.first, h.second, false});
+        /* codes of this step are made behind attention, in place of any number; q is not read */
+        *h.first = is_own_row || q.has(h.first, 2) ? NO_NUMBER : ANY_NUMBER;
     }
-    hidden = others;
-    for (size_t i = 0; i < q.n_bytes / 2; i++) q[i] = NO_NUMBER; /* not read */
-    for (size_t i = hidden.size(); i-- > 0;)
-        if (q.has(hidden[i].first, 2)) hidden.erase(hidden.begin() + (ptrdiff_t)i);
+    hidden.clear();
+    for (size_t i = 0; i < q.n_bytes / 2; i++) q[i] = NO_NUMBER;
 }
 
 std::string random_cache::end_own(void) {
