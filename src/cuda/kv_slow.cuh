@@ -110,13 +110,25 @@ KI_DEV const uint8_t *sub_of(const ki_cuda_layout &l, const uint8_t *head, uint3
     return head + l.head_bytes + block % KI_SUBS * l.sub_bytes;
 }
 
+/* What of a block is read. */
+struct slow_need {
+    bool k_codes, v_codes;
+    ki_plan_rows keys, values;
+};
+
+KI_DEV slow_need need_of(const ki_cuda_layout &l, const ki_plan_item &item, uint32_t block) {
+    uint32_t base = block * KI_SUB_TOKENS;
+    return {reads_codes(item, base, item.k_exact, sinks_of(l, l.k_bits)),
+            reads_codes(item, base, item.v_exact, sinks_of(l, l.v_bits)), key_rows(l, item, block),
+            value_rows(l, item, block)};
+}
+
 KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint32_t head,
-                            uint32_t block) {
+                            uint32_t block, const slow_need &need) {
     const ki_cuda_layout &l = a.l;
     uint32_t base = block * KI_SUB_TOKENS;
     slow_place at = {};
-    at.k_codes = reads_codes(item, base, item.k_exact, sinks_of(l, l.k_bits));
-    at.v_codes = reads_codes(item, base, item.v_exact, sinks_of(l, l.v_bits));
+    at.k_codes = need.k_codes, at.v_codes = need.v_codes;
     if (at.k_codes || at.v_codes) {
         uint32_t j = ki_plan_slow_page(&item, block);
         uint64_t id = j == 0 ? item.pages[0] : item.pages[1];
@@ -126,9 +138,8 @@ KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint
             a.pool + id * l.id_bytes + ((uint64_t)a.layer * l.n_kv_heads + head) * l.page_bytes;
         at.sub = sub_of(l, at.head, block);
     }
-    ki_plan_rows keys = key_rows(l, item, block), values = value_rows(l, item, block);
-    if (keys.from < keys.to) at.k16 = exact_of(a, item, head, block, 0);
-    if (values.from < values.to) at.v16 = exact_of(a, item, head, block, 1);
+    if (need.keys.from < need.keys.to) at.k16 = exact_of(a, item, head, block, 0);
+    if (need.values.from < need.values.to) at.v16 = exact_of(a, item, head, block, 1);
     return at;
 }
 
@@ -164,20 +175,14 @@ struct copy_sizes {
 };
 
 template <class S>
-KI_DEV copy_sizes copy_sizes_of(const decode_args &a, const ki_plan_item &item, uint32_t k,
-                                uint32_t block) {
+KI_DEV copy_sizes copy_sizes_of(const decode_args &a, const slow_need &need, bool is_old) {
     constexpr uint32_t WHOLE = S::D * 2 * KI_SUB_TOKENS, FIRST = WHOLE / 4;
-    const ki_cuda_layout &l = a.l;
-    uint32_t base = block * KI_SUB_TOKENS;
+    constexpr bool HAS_FIRST = S::PLUS && S::NJ % 2 == 0; /* + kinds have sinks */
+    ki_plan_rows keys = need.keys, values = need.values;
     copy_sizes n = {};
-    if (k >= item.part.slow_end) return n;
-    bool is_old = ki_plan_is_old(&item, block);
-    ki_plan_rows keys = key_rows(l, item, block), values = value_rows(l, item, block);
-    if (reads_codes(item, base, item.k_exact, sinks_of(l, l.k_bits)) ||
-        reads_codes(item, base, item.v_exact, sinks_of(l, l.v_bits)))
-        n.codes = l.head_bytes + l.sub_bytes;
-    n.is_keys_first = S::NJ % 2 == 0 && is_old && keys.to <= 8;
-    n.is_values_first = S::NJ % 2 == 0 && is_old && values.to <= 8;
+    if (need.k_codes || need.v_codes) n.codes = a.l.head_bytes + a.l.sub_bytes;
+    n.is_keys_first = HAS_FIRST && is_old && keys.to <= 8;
+    n.is_values_first = HAS_FIRST && is_old && values.to <= 8;
     bool is_whole = is_old && keys.to - keys.from == KI_SUB_TOKENS;
     if (keys.from < keys.to) n.keys = n.is_keys_first ? FIRST : a.few || is_whole ? WHOLE : 0;
     if (values.from < values.to) n.values = n.is_values_first ? FIRST : a.few ? WHOLE : 0;
@@ -209,12 +214,19 @@ template <class S> struct slow_list {
     };
     const uint8_t *sub, *k16, *v16;
     uint8_t *late_codes, *late_keys, *late_values; /* where they are to be */
+    copy_sizes size;
     uint32_t how;
 
     __device__ __forceinline__ void find(const decode_args &a, const ki_plan_item &item,
                                          uint32_t head, uint32_t k) {
         slow_place at = {};
-        if (k < item.part.slow_end) at = find_slow(a, item, head, slow_block_of(item, k));
+        size = {};
+        if (k < item.part.slow_end) {
+            uint32_t block = slow_block_of(item, k);
+            slow_need need = need_of(a.l, item, block);
+            at = find_slow(a, item, head, block, need);
+            size = copy_sizes_of<S>(a, need, ki_plan_is_old(&item, block));
+        }
         sub = at.sub, k16 = at.k16, v16 = at.v16;
         late_codes = late_keys = late_values = nullptr;
         how = (at.k_codes ? K_CODES : 0) | (at.v_codes ? V_CODES : 0);
@@ -257,42 +269,44 @@ template <class S> struct slow_list {
         return sum - bytes;
     }
     /* Of the lane's block, number k, what has room from `to` to `end`. */
-    __device__ __forceinline__ void copy(uint8_t *to, const uint8_t *end, const copy_sizes &n,
-                                         const decode_args &a, const ki_plan_item &item, uint32_t k,
-                                         uint32_t bar) {
+    __device__ __forceinline__ void copy(uint8_t *to, const uint8_t *end, const decode_args &a,
+                                         const ki_plan_item &item, uint32_t k, uint32_t bar) {
         uint32_t block = slow_block_of(item, k);
         bool is_early = ki_plan_is_old(&item, block) || a.own.k;
-        if (n.codes && to + n.codes <= end) {
+        if (size.codes && to + size.codes <= end) {
             if (block == item.v_exact / KI_SUB_TOKENS && !a.own.k) late_codes = to;
             else copy_codes(to, a, block, bar);
         }
-        to += n.codes;
-        if (n.keys && to + n.keys <= end) {
-            if (n.is_keys_first) copy_first(to, k16, KEYS_HERE | KEYS_FIRST, bar);
+        to += size.codes;
+        if (size.keys && to + size.keys <= end) {
+            if (size.is_keys_first) copy_first(to, k16, KEYS_HERE | KEYS_FIRST, bar);
             else if (is_early) copy_rows(to, k16, KEYS_HERE, bar);
             else late_keys = to;
         }
-        to += n.keys;
-        if (n.values && to + n.values <= end) {
-            if (n.is_values_first) copy_first(to, v16, VALUES_HERE | VALUES_FIRST, bar);
+        to += size.keys;
+        if (size.values && to + size.values <= end) {
+            if (size.is_values_first) copy_first(to, v16, VALUES_HERE | VALUES_FIRST, bar);
             else if (is_early) copy_rows(to, v16, VALUES_HERE, bar);
             else late_values = to;
         }
     }
-    /* All lanes' blocks, number k of each. The room is the warp's, or of all warps, whose blocks
-     * are numbers `first` to first + 31 then. */
+    /* All lanes' blocks, number k of each. The room is the warp's, or of all warps, which have up
+     * to 32 blocks from number `first` on then. */
     __device__ __forceinline__ void copy_all(uint8_t *room, const uint8_t *end, bool is_common,
                                              const decode_args &a, const ki_plan_item &item,
                                              uint32_t first, uint32_t k, uint32_t bar,
                                              uint32_t lane) {
-        copy_sizes n = copy_sizes_of<S>(a, item, k, slow_block_of(item, k));
-        uint32_t at;
+        uint32_t at = size.all();
         if (is_common) {
-            uint32_t other = first + lane;
-            uint32_t bytes = copy_sizes_of<S>(a, item, other, slow_block_of(item, other)).all();
-            at = __shfl_sync(~0u, before(bytes, lane), (k - first) % 32);
-        } else at = before(n.all(), lane);
-        copy(room + at, end, n, a, item, k, bar);
+            uint32_t block = slow_block_of(item, first + lane);
+            at = 0;
+            if (first + lane < item.part.slow_end)
+                at = copy_sizes_of<S>(a, need_of(a.l, item, block), ki_plan_is_old(&item, block))
+                         .all();
+        }
+        at = before(at, lane);
+        if (is_common) at = __shfl_sync(~0u, at, (k - first) % 32);
+        copy(room + at, end, a, item, k, bar);
     }
     /* Behind the wait: what is late, and the end of all copies. */
     __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
@@ -318,8 +332,8 @@ template <class S> struct slow_list {
         at.k_codes = h & K_CODES, at.v_codes = h & V_CODES;
         at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
         at.values_here = h & VALUES_HERE;
-        at.k_step = h & KEYS_FIRST ? FIRST_STEP : WHOLE_STEP;
-        at.v_step = h & VALUES_FIRST ? FIRST_STEP : WHOLE_STEP;
+        at.k_step = S::PLUS && h & KEYS_FIRST ? FIRST_STEP : WHOLE_STEP;
+        at.v_step = S::PLUS && h & VALUES_FIRST ? FIRST_STEP : WHOLE_STEP;
         return at;
     }
     /* The first block of the list whose 16-bit values are not copied; i KI_PLAN_NONE, v16 NULL:
