@@ -35,8 +35,6 @@ struct decode_shape {
     /* Codes of slow blocks come through the ring: such shapes have them on both sides, and heads of
      * pages that are written once, when a page closes. */
     static constexpr bool SPARE = KG_ != 0;
-    /* Of thread blocks that have room beside a product's: kv_decode.cuh's attend_item. */
-    static constexpr bool REHEARSES = SPARE && VG_ != 0 && WARPS_ * BLOCKS_ <= 8;
     KI_DEV_MEMBER uint32_t warps() { return IS_FLEXIBLE ? blockDim.x / 32 : WARPS; }
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
@@ -522,7 +520,7 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
 /* The warps' states of turned heads, in their order, into the result: a warp a head, no barrier. */
 template <class S>
 KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_plan_item &item,
-                         uint32_t first_head, uint32_t n_heads, bool is_real) {
+                         uint32_t first_head, uint32_t n_heads) {
     constexpr uint32_t STRIDE = S::D + 2;
     constexpr int N = S::D / 32;
     uint32_t lane = threadIdx.x % 32;
@@ -542,24 +540,21 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
 #pragma unroll
         for (int k = 0; k < N; k++) x[k] = sum > 0 ? x[k] / sum : 0;
         turn_in_registers<S::D>(x, lane);
-        if (!is_real) continue;
 #pragma unroll
         for (int k = 0; k < N; k++)
             store_out(a.out, a.out_type, row + (first_head + h) * S::D + lane + 32 * k, x[k]);
     }
 }
 
-/* The warps' states, in their order, into the result or the item's state; nowhere if nothing of it
- * is real. */
+/* The warps' states, in their order, into the result or the item's state. */
 template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
-                        uint32_t item_index, uint32_t first_head, uint32_t n_heads, bool is_real) {
+                        uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
     constexpr uint32_t STRIDE = S::D + 2;
     const uint32_t N = S::warps() * 32;
     constexpr bool ONE_BLOCK = (S::D & (S::D - 1)) == 0, turned = S::PLUS;
     if constexpr (turned && ONE_BLOCK)
-        if ((item.splits >> 16) == 1)
-            return merge_turned<S>(states, a, item, first_head, n_heads, is_real);
+        if ((item.splits >> 16) == 1) return merge_turned<S>(states, a, item, first_head, n_heads);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
@@ -573,7 +568,6 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
             value += s[2 + c] * f;
         }
         if ((item.splits >> 16) > 1) {
-            if (!is_real) continue;
             uint64_t at = (uint64_t)item_index * a.l.n_heads + first_head + h;
             a.state_acc[at * S::D + c] = value;
             if (c == 0) a.states[2 * at] = m, a.states[2 * at + 1] = sum;
@@ -582,7 +576,7 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
         value = sum > 0 ? value / sum : 0;
         if (turned)
             states[h * STRIDE + 2 + c] = value; /* warp 0's slot; read above by this thread only */
-        else if (is_real)
+        else
             store_out(a.out, a.out_type,
                       (uint64_t)item.row * a.out_stride + (first_head + h) * S::D + c, value);
     }
@@ -624,21 +618,10 @@ template <class S> struct unit_stream {
     }
 };
 
-/* A rehearsal's slow block: numbers of any kind, from shared memory that is a warp's, and every
- * path; which channels are wide is looked up, so that they have to be some. */
 template <class S>
-KI_DEV slow_place rehearsed_place(const ki_cuda_layout &l, uint8_t *own, uint32_t lane) {
-    for (uint32_t at = lane * 4; at < l.head_bytes; at += 128) *(uint32_t *)(own + at) = 0;
-    __syncwarp();
-    return {own,  own + l.head_bytes, own,       own, true, true, true, true,
-            true, WHOLE_STEP,         WHOLE_STEP};
-}
-
-/* False: it was a rehearsal. Where a step has a place for every thread block at once they are there
- * long before the product that they wait for ends, and what they then wait for most is their own
- * code, which the products between two layers have driven out of the multiprocessor. So they do
- * everything once before they wait, with what numbers memory has, and leave no trace of it. */
-template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared, bool is_second) {
+__global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
+    ki_decode_kernel(const __grid_constant__ decode_args a) {
+    extern __shared__ __align__(128) uint8_t shared[];
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t index = blockIdx.x / a.heads, part = blockIdx.x % a.heads;
 #if __CUDA_ARCH__ >= 900
@@ -655,10 +638,8 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     if (index >= n_items) {
         ki_pdl_wait();
         ki_pdl_launch();
-        return true;
+        return;
     }
-    const bool is_real = !S::REHEARSES || !HAS_SPARE || is_second || !a.few || !a.own.k ||
-                         n_items * a.heads > a.n_sms;
     uint32_t head = part / a.chunks, first_in_group = part % a.chunks * 8;
     uint32_t n_heads = min(8u, a.l.head_group - first_in_group);
     uint32_t first_head = head * a.l.head_group + first_in_group;
@@ -669,11 +650,11 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
                                  a.unit_bytes};
     unit_stream<S> stream = {};
     /* units go to warps from the first one that has a slow block less than those before it */
-    uint32_t n_units = is_real ? item.part.unit_end - item.part.unit_begin : 0, w = S::warps();
+    uint32_t n_units = item.part.unit_end - item.part.unit_begin, w = S::warps();
     uint32_t rank = (warp + w - (item.part.slow_end - item.part.slow_begin) % w) % w;
     stream.n = n_units > rank ? (n_units - rank + w - 1) / w : 0;
     stream.first = item.part.unit_begin + rank;
-    if (is_real) pipe.init(lane);
+    pipe.init(lane);
     if constexpr (!IS_KNOWN) stream.fetch(a, item, 0, lane);
     /* Fast units are older than anything the kernels of this step write, and fetched before
      * waiting; but where a side has 16 bits the last one may hold this step's own row. */
@@ -691,9 +672,9 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     const uint32_t slow_mine = slow_first + lane * S::warps();
     const bool takes_row = a.own.k;
     const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
-    const bool has_row = !is_real || (takes_row && item.part.slow_begin < slow_end &&
-                                      !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
-                                      (newest - item.part.slow_begin) % S::warps() == warp);
+    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
+                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+                         (newest - item.part.slow_begin) % S::warps() == warp;
     own_queries<S> queries;
     own_row<S> row;
     const uint32_t own_first = S::HEADS == 1 ? 0 : warp; /* each warp turns the one head */
@@ -708,22 +689,20 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     }
     slow_list<S> slow;
     slow.find(a, item, head, slow_mine);
-    if (HAS_SPARE && is_real && stream.n < S::STAGES) {
+    if (HAS_SPARE && stream.n < S::STAGES) {
         const uint32_t first = item.part.slow_begin, ring = S::STAGES * a.unit_bytes;
         const bool is_common = a.few && !n_units && slow_end - first <= 32;
         uint8_t *room = is_common ? shared : pipe.data + stream.n * a.unit_bytes;
         const uint8_t *end = is_common ? shared + S::warps() * ring : pipe.data + ring;
         slow.copy_all(room, end, is_common, a, item, first, slow_mine, pipe.spare_bar(), lane);
     }
-    if (is_real) slow.bring(a, item, slow_first, S::warps(), lane);
+    slow.bring(a, item, slow_first, S::warps(), lane);
     exact_values<S> values; /* at first those of the first block that has them in memory */
     const typename slow_list<S>::apart_values apart =
         slow.find_apart(a, item, slow_first, S::warps(), lane);
     if (apart.is_old) values.load(apart.v16, apart.rows, lane);
-    if (is_real) {
-        ki_pdl_wait();
-        if (!takes_row) ki_pdl_launch();
-    }
+    ki_pdl_wait();
+    if (!takes_row) ki_pdl_launch();
     if (HAS_SPARE) slow.end_copies(a, item, slow_mine, pipe.spare_bar(), lane);
     warp_state<S> st = {};
     st.m[0] = st.m[1] = -INFINITY;
@@ -742,13 +721,8 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     }
     st.q.load(q_row, is_head, lane);
     st.q.scale(a.factor, S::quartered(a.l), lane);
-    if (takes_row && is_real)
-        ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
-    if (has_row) {
-        const row_place to =
-            is_real ? row.place(a, item, head) : row_place{pipe.data, pipe.data, 0};
-        row.store(to, a, item, is_real && first_in_group == 0, lane);
-    }
+    if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
+    if (has_row) row.store(a, item, head, first_in_group == 0, lane);
     if (!apart.is_old && takes_row) values.load(apart.v16, apart.rows, lane);
     if constexpr (S::PLUS) { /* as own_queries: of one head each warp has a copy */
         constexpr uint32_t ROW = S::HEADS == 1 ? 0 : S::D;
@@ -769,16 +743,14 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
         uint32_t block = slow_block_of(item, k);
         if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());
-        slow_place at =
-            is_real ? slow.get(a.l, i % 32, block) : rehearsed_place<S>(a.l, pipe.data, lane);
+        slow_place at = slow.get(a.l, i % 32, block);
         if (at.v16 && !at.values_here && i != apart.i)
             values.load(at.v16, value_rows(a.l, item, block), lane);
         if (HAS_SPARE && (at.codes_here || at.keys_here || at.values_here)) {
-            if (is_real) pipe.wait_spare();
-            if (has_row && (k == newest || !is_real)) row.put_here(item, at, lane);
+            pipe.wait_spare();
+            if (has_row && k == newest) row.put_here(item, at, lane);
         }
         slow_block<S>(st, a, item, at, values, block, lane);
-        if (!is_real) break;
     }
     uint32_t v_bits = S::v_bits(a.l);
     convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
@@ -798,20 +770,7 @@ template <class S> KI_DEV bool attend_item(const decode_args &a, uint8_t *shared
     float *states = (float *)shared;
     put_state<S>(states + warp * n_heads * (S::D + 2), st, a.l, n_heads, lane);
     __syncthreads();
-    merge_warps<S>(states, a, item, index, first_head, n_heads, is_real);
-    return is_real;
-}
-
-template <class S>
-__global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
-    ki_decode_kernel(const __grid_constant__ decode_args a) {
-    extern __shared__ __align__(128) uint8_t shared[];
-    for (uint32_t is_second = 0;; is_second = 1) {
-        if (S::REHEARSES) ki_forget(is_second); /* both times the same code */
-        if (attend_item<S>(a, shared, is_second)) return;
-        ki_copies_fence();
-        __syncthreads();
-    }
+    merge_warps<S>(states, a, item, index, first_head, n_heads);
 }
 
 #endif

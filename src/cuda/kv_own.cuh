@@ -58,19 +58,16 @@ template <class S> struct own_row {
                  (uint64_t)item.row * own.v_stride + head * S::D,
                  own.rope ? own.rope + (uint64_t)item.row * S::D : NULL, lane);
     }
-    /* Where it belongs in the store. */
-    KI_DEV_MEMBER row_place place(const decode_args &a, const ki_plan_item &item, uint32_t head) {
-        uint32_t block = item.pos / KI_SUB_TOKENS;
-        return {(uint8_t *)exact_of(a, item, head, block, 0),
-                (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS};
-    }
-    /* To this place; the warp's loads from there come behind. tells: of the thread blocks that have
-     * the row, this one counts. */
-    __device__ __forceinline__ void store(const row_place &to, const decode_args &a,
-                                          const ki_plan_item &item, bool tells, uint32_t lane) {
+    /* Into the store; the warp's loads from there come behind. tells: of the thread blocks that
+     * have the row, this one counts. */
+    __device__ __forceinline__ void store(const decode_args &a, const ki_plan_item &item,
+                                          uint32_t head, bool tells, uint32_t lane) {
         const own_rows &own = a.own;
+        uint32_t block = item.pos / KI_SUB_TOKENS;
         row_check check = row.finish(KI_CUDA_F32, own.rope, S::PLUS, lane);
-        row.put(to, lane);
+        row.put({(uint8_t *)exact_of(a, item, head, block, 0),
+                 (uint8_t *)exact_of(a, item, head, block, 1), item.pos % KI_SUB_TOKENS},
+                lane);
         if (tells)
             report_row(check, own.counters, own.row_flags ? own.row_flags + item.row : NULL, lane);
         ki_settle_warp();

@@ -58,9 +58,6 @@ KI_DEV uint32_t transpose8(uint32_t a) {
     return d;
 }
 
-/* What the compiler knows of x it forgets. */
-KI_DEV void ki_forget(uint32_t &x) { asm volatile("" : "+r"(x)); }
-
 /* ---- global memory ---- */
 
 /* 16 bytes, asked for where the call stands. */
@@ -123,12 +120,6 @@ KI_DEV void ki_bar_init(uint32_t bar, uint32_t count) {
 KI_DEV void ki_bar_fence(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-/* The thread's stores to shared memory come before copies that are asked for later. */
-KI_DEV void ki_copies_fence() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 KI_DEV void ki_bar_arrive(uint32_t bar) {

@@ -24,7 +24,6 @@ KI_DEV void ki_load8(uint2 &w, const uint2 *at) {
     emulate_reads(at, sizeof w);
     w = *at;
 }
-KI_DEV void ki_forget(uint32_t &) {}
 KI_DEV void ki_settle_warp() { emulate_warp(OP_SYNC, 0, 0); }
 KI_DEV void ki_bring_line(const uint8_t *at) { emulate_reads(at, 1); }
 
@@ -37,7 +36,6 @@ template <int N> KI_DEV void ki_wait_copies() { emulate_wait_copies(N); }
 
 KI_DEV void ki_bar_init(uint32_t bar, uint32_t count) { emulate_bar_init(bar, count); }
 KI_DEV void ki_bar_fence(void) {}
-KI_DEV void ki_copies_fence(void) {}
 KI_DEV void ki_bar_arrive(uint32_t bar) { emulate_bar_arrive(bar); }
 KI_DEV void ki_bar_wait(uint32_t bar, uint32_t parity) { emulate_bar_wait(bar, parity); }
 KI_DEV void ki_bar_expect(uint32_t bar, uint32_t n_bytes) {
