@@ -35,6 +35,8 @@ struct decode_shape {
     /* Codes of slow blocks come through the ring: such shapes have them on both sides, and heads of
      * pages that are written once, when a page closes. */
     static constexpr bool SPARE = KG_ != 0;
+    /* With few thread blocks rows in 16 bits do, too; of a shape for many only rows of keys. */
+    static constexpr bool NEAR = SPARE && WARPS_ * BLOCKS_ <= 8;
     KI_DEV_MEMBER uint32_t warps() { return IS_FLEXIBLE ? blockDim.x / 32 : WARPS; }
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
@@ -424,8 +426,8 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
     uint32_t in_page = base % KI_PAGE_TOKENS;
     if (at.k_codes) unit_scores<S, 1>(s, l, at.head, at.sub, in_page, st, lane);
     if (at.k16)
-        exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), at.k_step, st.q.q,
-                            S::quartered(l), lane);
+        exact_scores<S::NJ, S::NEAR>(exact, at.k16, key_rows(l, item, block), at.k_step, st.q.q,
+                                     S::quartered(l), lane);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -472,10 +474,9 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        values.each(at, value_rows(l, item, block), lane,
-                    [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                        mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
-                    });
+        values.each(at, value_rows(l, item, block), p, lane,
+                    [&](int j, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                        uint32_t b1) { mma(st.acc[j], a0, a1, a2, a3, b0, b1); });
     }
 }
 
@@ -668,13 +669,10 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         } else pipe.issue_nothing();
     }
     if (IS_KNOWN && stream.n > S::STAGES) stream.fetch(a, item, 0, lane);
-    const uint32_t slow_first = item.part.slow_begin + warp, slow_end = item.part.slow_end;
-    const uint32_t slow_mine = slow_first + lane * S::warps();
+    const slow_deal<S> deal(item, warp);
+    const uint32_t slow_mine = deal.number(lane);
     const bool takes_row = a.own.k;
-    const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
-    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
-                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
-                         (newest - item.part.slow_begin) % S::warps() == warp;
+    const bool has_row = takes_row && deal.has_newest;
     own_queries<S> queries;
     own_row<S> row;
     const uint32_t own_first = S::HEADS == 1 ? 0 : warp; /* each warp turns the one head */
@@ -691,15 +689,14 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     slow.find(a, item, head, slow_mine);
     if (HAS_SPARE && stream.n < S::STAGES) {
         const uint32_t first = item.part.slow_begin, ring = S::STAGES * a.unit_bytes;
-        const bool is_common = a.few && !n_units && slow_end - first <= 32;
+        const bool is_common = S::NEAR && a.few && !n_units && deal.end - first <= 32;
         uint8_t *room = is_common ? shared : pipe.data + stream.n * a.unit_bytes;
         const uint8_t *end = is_common ? shared + S::warps() * ring : pipe.data + ring;
         slow.copy_all(room, end, is_common, a, item, first, slow_mine, pipe.spare_bar(), lane);
     }
-    slow.bring(a, item, slow_first, S::warps(), lane);
+    slow.bring(a, item, deal, lane);
     exact_values<S> values; /* at first those of the first block that has them in memory */
-    const typename slow_list<S>::apart_values apart =
-        slow.find_apart(a, item, slow_first, S::warps(), lane);
+    const typename slow_list<S>::apart_values apart = slow.find_apart(a, item, deal, lane);
     if (apart.is_old) values.load(apart.v16, apart.rows, lane);
     ki_pdl_wait();
     if (!takes_row) ki_pdl_launch();
@@ -740,15 +737,15 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         if (S::HEADS == 1) __syncwarp();
         else __syncthreads();
     }
-    for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
+    for (uint32_t i = 0, k; (k = deal.number(i)) < deal.end; i++) {
         uint32_t block = slow_block_of(item, k);
-        if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());
+        if (i % 32 == 0 && i) slow.find(a, item, head, deal.number(i + lane));
         slow_place at = slow.get(a.l, i % 32, block);
         if (at.v16 && !at.values_here && i != apart.i)
             values.load(at.v16, value_rows(a.l, item, block), lane);
         if (HAS_SPARE && (at.codes_here || at.keys_here || at.values_here)) {
             pipe.wait_spare();
-            if (has_row && k == newest) row.put_here(item, at, lane);
+            if (has_row && k + 1 == deal.end) row.put_here(item, at, lane);
         }
         slow_block<S>(st, a, item, at, values, block, lane);
     }

@@ -64,13 +64,30 @@ template <class S> struct exact_values {
             }
         }
     }
+    /* add(j, a0, a1, a2, a3, b0, b1) of every tile, b0 and b1 from p. */
     template <class F>
-    __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows, uint32_t lane,
-                                         F f) {
-        if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, at.v_step, lane, f);
-        else if constexpr (HELD)
-            for_row_frags<S::NJ>(
-                false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, f);
+    __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows,
+                                         const uint32_t (&p)[4], uint32_t lane, F add) {
+        auto tile = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+            add(j, a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+        };
+        if constexpr (!S::NEAR) {
+            if (!HELD || at.values_here)
+                for_seen_frags<S::NJ>(at.v16, rows, false, at.v_step, lane, tile);
+        } else if (!HELD || at.values_here) {
+#pragma unroll 1
+            for (uint32_t i = 0; i < 2; i++) {
+                uint32_t b0 = i ? p[2] : p[0], b1 = i ? p[3] : p[1];
+                if (!sees_half(rows, i)) continue;
+                for_seen_half<S::NJ>(at.v16, rows, false, at.v_step, i, lane,
+                                     [&](int j, uint32_t a0, uint32_t a1, uint32_t a2,
+                                         uint32_t a3) { add(j, a0, a1, a2, a3, b0, b1); });
+            }
+        }
+        if constexpr (HELD)
+            if (!at.values_here)
+                for_row_frags<S::NJ>(
+                    false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, tile);
     }
 };
 
@@ -164,6 +181,35 @@ template <class S> KI_DEV void bring_rows(const uint8_t *at, ki_plan_rows rows, 
 KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
     return k < item.n_lead ? item.lead_begin + k : item.tail_begin + (k - item.n_lead);
 }
+
+/* Which of an item's slow blocks a warp takes. They are dealt out in turn; but where there are few,
+ * and no fast units, the newest goes to the last warp alone, which has the step's row to put into
+ * it, and the others there and back, so that the first, which may have sinks, stays alone too:
+ *
+ *     six for four warps     0      1 4    2 3    5          in turn: 0 4    1 5    2    3
+ */
+template <class S> struct slow_deal {
+    uint32_t begin, end, warp;
+    bool has_newest, is_apart;
+
+    __device__ __forceinline__ slow_deal(const ki_plan_item &item, uint32_t warp)
+        : begin(item.part.slow_begin), end(item.part.slow_end), warp(warp) {
+        uint32_t n = end - begin, n_warps = S::warps();
+        bool is_there = n && !ki_plan_is_old(&item, slow_block_of(item, end - 1));
+        bool has_units = item.part.unit_begin < item.part.unit_end;
+        is_apart = S::NEAR && is_there && !has_units && n > n_warps && n < 2 * n_warps;
+        has_newest = is_there && (is_apart ? n_warps - 1 : (n - 1) % n_warps) == warp;
+    }
+    /* The warp's block number i; end: it has not so many. */
+    __device__ __forceinline__ uint32_t number(uint32_t i) const {
+        uint32_t others = S::warps() - 1, k = begin + i * S::warps() + warp, last = end;
+        if (is_apart) {
+            if (warp == others) return i ? end : end - 1;
+            k = begin + i * others + (i % 2 ? others - 1 - warp : warp), last = end - 1;
+        }
+        return k < last ? k : end;
+    }
+};
 
 /* Bytes that copies of a block take. Of sinks, whose block has nothing else in 16 bits, the first
  * quarter (kv_order.h) is copied alone, its pieces one behind the other. */
@@ -345,22 +391,23 @@ template <class S> struct slow_list {
         ki_plan_rows rows;
     };
     __device__ __forceinline__ apart_values find_apart(const decode_args &a,
-                                                       const ki_plan_item &item, uint32_t k,
-                                                       uint32_t step, uint32_t lane) const {
+                                                       const ki_plan_item &item,
+                                                       const slow_deal<S> &deal,
+                                                       uint32_t lane) const {
         if (!exact_values<S>::HELD) return {KI_PLAN_NONE, true, NULL, {0, 0}};
         uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
 #pragma unroll
         for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
         if (first == KI_PLAN_NONE) return {first, true, NULL, {0, 0}};
-        uint32_t block = slow_block_of(item, k + first * step);
+        uint32_t block = slow_block_of(item, deal.number(first));
         return {first, (bool)ki_plan_is_old(&item, block), get(a.l, first, block).v16,
                 value_rows(a.l, item, block)};
     }
-    /* Into the cache what is not copied, of all blocks from number k on, `step` apart. */
+    /* Into the cache what is not copied. */
     __device__ __forceinline__ void bring(const decode_args &a, const ki_plan_item &item,
-                                          uint32_t k, uint32_t step, uint32_t lane) const {
+                                          const slow_deal<S> &deal, uint32_t lane) const {
 #pragma unroll 1
-        for (uint32_t i = 0; i < 32 && k < item.part.slow_end; i++, k += step) {
+        for (uint32_t i = 0, k; i < 32 && (k = deal.number(i)) < deal.end; i++) {
             uint32_t block = slow_block_of(item, k);
             slow_place at = get(a.l, i, block);
             if (at.sub && !at.codes_here) {
