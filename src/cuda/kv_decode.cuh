@@ -37,6 +37,9 @@ struct decode_shape {
     static constexpr bool SPARE = KG_ != 0;
     /* With few thread blocks rows in 16 bits do, too; of a shape for many only rows of keys. */
     static constexpr bool NEAR = SPARE && WARPS_ * BLOCKS_ <= 8;
+    /* And of sinks, which + kinds have, the first quarter alone; eight heads leave a shape for many
+     * no registers for that. */
+    static constexpr bool HAS_FIRST = SPARE && PLUS_ && D_ % 32 == 0 && (NEAR || HEADS_ == 1);
     KI_DEV_MEMBER uint32_t warps() { return IS_FLEXIBLE ? blockDim.x / 32 : WARPS; }
     /* Bits and groups: constants where the shape names them. */
     KI_DEV_MEMBER uint32_t k_bits(const ki_cuda_layout &l) { return KB ? KB : l.k_bits; }
@@ -190,7 +193,7 @@ KI_DEV void unit_scores(float (&s)[2 * NB][4], const ki_cuda_layout &l, const ui
 /* ---- online softmax ---- */
 
 template <class S> KI_DEV void rescale(warp_state<S> &st, float m0, float m1) {
-    /* the first time m is -inf and everything 0 */
+    /* of the first unit m may be -inf and everything 0 */
     float f0 = exp2_fast(st.m[0] - m0), f1 = exp2_fast(st.m[1] - m1);
 #pragma unroll
     for (int j = 0; j < S::NJ; j++)
@@ -202,8 +205,10 @@ template <class S> KI_DEV void rescale(warp_state<S> &st, float m0, float m1) {
 }
 
 /* Scores become probabilities about the largest so far. Rows 8 to 15 of a tile are divided by 4
- * where quarter is 2 (2-bit values want their second operand so), not where it is 0. */
-template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter) {
+ * where quarter is 2 (2-bit values want their second operand so), not where it is 0. is_first: all
+ * sums are still 0. */
+template <class S, int N>
+KI_DEV void soften(float (&s)[N][4], warp_state<S> &st, float quarter, bool is_first) {
     float m0 = -INFINITY, m1 = -INFINITY;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -219,7 +224,8 @@ template <class S, int N> KI_DEV void soften(float (&s)[N][4], warp_state<S> &st
         if (S::HEADS == 1) m0 = m1 = fmaxf(m0, m1);
         m0 = fmaxf(fmaxf(m0, st.m[0]), -1e30f); /* finite, whatever came */
         m1 = fmaxf(fmaxf(m1, st.m[1]), -1e30f);
-        rescale<S>(st, m0, m1);
+        if (is_first) st.m[0] = m0, st.m[1] = m1;
+        else rescale<S>(st, m0, m1);
     }
     float q0 = st.m[0] + quarter, q1 = st.m[1] + quarter;
 #pragma unroll
@@ -286,7 +292,7 @@ KI_DEV void fast_unit(warp_state<S> &st, const ki_cuda_layout &l, const uint8_t 
     const uint8_t *subs = S::NB == 4 ? unit + l.head_bytes : unit;
     unit_scores<S, S::NB>(s, l, unit, subs, token_in_page, st, lane);
     bool quarter = S::v_bits(l) == 2;
-    soften<S, 2 * S::NB>(s, st, quarter ? 2.0f : 0.0f);
+    soften<S, 2 * S::NB>(s, st, quarter ? 2.0f : 0.0f, false);
 #pragma unroll
     for (int b = 0; b < S::NB; b++) {
         const uint8_t *sub = subs + b * l.sub_bytes;
@@ -388,7 +394,7 @@ KI_DEV void copied_unit(warp_state<S> &st, const ki_cuda_layout &l, const uint8_
     const uint8_t *subs = unit + l.head_bytes;
     float s[SETS][2][4];
     copied_scores<S, SETS>(s, l, unit, subs, st, lane);
-    soften<S, 2 * SETS>(*(float(*)[2 * SETS][4]) & s, st, 2.0f);
+    soften<S, 2 * SETS>(*(float(*)[2 * SETS][4]) & s, st, 2.0f, false);
 #pragma unroll
     for (int n = 0; n < SETS; n++) {
         uint32_t mine[4];
@@ -426,8 +432,8 @@ KI_DEV void slow_scores(float (&s)[2][4], const ki_cuda_layout &l, const ki_plan
     uint32_t in_page = base % KI_PAGE_TOKENS;
     if (at.k_codes) unit_scores<S, 1>(s, l, at.head, at.sub, in_page, st, lane);
     if (at.k16)
-        exact_scores<S::NJ, S::NEAR>(exact, at.k16, key_rows(l, item, block), at.k_step, st.q.q,
-                                     S::quartered(l), lane);
+        exact_scores<S::NJ>(exact, at.k16, key_rows(l, item, block), at.k_step, st.q.q,
+                            S::quartered(l), lane);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -474,19 +480,20 @@ KI_DEV void slow_values(warp_state<S> &st, const ki_cuda_layout &l, const ki_pla
     if (at.v16) {
         probability_operands(p, exact[0], exact[1]);
         plain_sums(st.z, p, lane);
-        values.each(at, value_rows(l, item, block), p, lane,
-                    [&](int j, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                        uint32_t b1) { mma(st.acc[j], a0, a1, a2, a3, b0, b1); });
+        values.each(at, value_rows(l, item, block), lane,
+                    [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                        mma(st.acc[j], a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
+                    });
     }
 }
 
 template <class S>
 KI_DEV void slow_block(warp_state<S> &st, const decode_args &a, const ki_plan_item &item,
-                       const slow_place &at, exact_values<S> &values, uint32_t block,
+                       const slow_place &at, exact_values<S> &values, uint32_t block, bool is_first,
                        uint32_t lane) {
     float s[2][4] = {};
     slow_scores<S>(s, a.l, item, block, at, st, lane);
-    soften<S, 2>(s, st, 0);
+    soften<S, 2>(s, st, 0, is_first);
     slow_values<S>(st, a.l, item, block, at, values, s, lane);
 }
 
@@ -501,11 +508,12 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
     float half = turned ? (l.v_bits == 3 ? -3.5f : -1.5f) : S::v_bits(l) == 16 ? 0.0f : 1.0f;
     uint32_t h0 = h % S::HEADS, h1 = (h + 1) % S::HEADS;
     float *row0 = to + h0 * (S::D + 2), *row1 = to + h1 * (S::D + 2);
+    float z0 = 0, z1 = 0;
 #pragma unroll
     for (int j = 0; j < S::NJ; j++) {
         uint32_t g = j * 16 / group, from = g % 8 * 4 + lane % 4, copy = g % S::V_COPIES;
-        float z0, z1;
-        if (S::D > 128 && g >= 8) {
+        if (j * 16 % group) {
+        } else if (S::D > 128 && g >= 8) {
             z0 = __shfl_sync(~0u, st.z8[0], from), z1 = __shfl_sync(~0u, st.z8[S::D > 128], from);
         } else z0 = __shfl_sync(~0u, st.z[0], from), z1 = __shfl_sync(~0u, st.z[1], from);
         uint32_t c = 2 + j * 16 + lane / 4;
@@ -669,10 +677,13 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         } else pipe.issue_nothing();
     }
     if (IS_KNOWN && stream.n > S::STAGES) stream.fetch(a, item, 0, lane);
-    const slow_deal<S> deal(item, warp);
-    const uint32_t slow_mine = deal.number(lane);
+    const uint32_t slow_first = item.part.slow_begin + warp, slow_end = item.part.slow_end;
+    const uint32_t slow_mine = slow_first + lane * S::warps();
     const bool takes_row = a.own.k;
-    const bool has_row = takes_row && deal.has_newest;
+    const uint32_t newest = slow_end - 1; /* the sequence's last slow block has the row */
+    const bool has_row = takes_row && item.part.slow_begin < slow_end &&
+                         !ki_plan_is_old(&item, slow_block_of(item, newest)) &&
+                         (newest - item.part.slow_begin) % S::warps() == warp;
     own_queries<S> queries;
     own_row<S> row;
     const uint32_t own_first = S::HEADS == 1 ? 0 : warp; /* each warp turns the one head */
@@ -689,14 +700,15 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     slow.find(a, item, head, slow_mine);
     if (HAS_SPARE && stream.n < S::STAGES) {
         const uint32_t first = item.part.slow_begin, ring = S::STAGES * a.unit_bytes;
-        const bool is_common = S::NEAR && a.few && !n_units && deal.end - first <= 32;
+        const bool is_common = S::NEAR && a.few && !n_units && slow_end - first <= 32;
         uint8_t *room = is_common ? shared : pipe.data + stream.n * a.unit_bytes;
         const uint8_t *end = is_common ? shared + S::warps() * ring : pipe.data + ring;
         slow.copy_all(room, end, is_common, a, item, first, slow_mine, pipe.spare_bar(), lane);
     }
-    slow.bring(a, item, deal, lane);
+    slow.bring(a, item, slow_first, S::warps(), lane);
     exact_values<S> values; /* at first those of the first block that has them in memory */
-    const typename slow_list<S>::apart_values apart = slow.find_apart(a, item, deal, lane);
+    const typename slow_list<S>::apart_values apart =
+        slow.find_apart(a, item, slow_first, S::warps(), lane);
     if (apart.is_old) values.load(apart.v16, apart.rows, lane);
     ki_pdl_wait();
     if (!takes_row) ki_pdl_launch();
@@ -737,20 +749,20 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         if (S::HEADS == 1) __syncwarp();
         else __syncthreads();
     }
-    for (uint32_t i = 0, k; (k = deal.number(i)) < deal.end; i++) {
+    for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
         uint32_t block = slow_block_of(item, k);
-        if (i % 32 == 0 && i) slow.find(a, item, head, deal.number(i + lane));
+        if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());
         slow_place at = slow.get(a.l, i % 32, block);
         if (at.v16 && !at.values_here && i != apart.i)
             values.load(at.v16, value_rows(a.l, item, block), lane);
         if (HAS_SPARE && (at.codes_here || at.keys_here || at.values_here)) {
             pipe.wait_spare();
-            if (has_row && k + 1 == deal.end) row.put_here(item, at, lane);
+            if (has_row && k == newest) row.put_here(item, at, lane);
         }
-        slow_block<S>(st, a, item, at, values, block, lane);
+        slow_block<S>(st, a, item, at, values, block, S::NEAR && i == 0, lane);
     }
     uint32_t v_bits = S::v_bits(a.l);
-    convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
+    if (!S::NEAR || stream.n) convert_units<S>(st, 1 / row_unit(v_bits), 1 / row8_unit(v_bits));
     for (uint32_t i = 0; i < stream.n; i++) {
         uint32_t u = stream.first + i * S::warps();
         if constexpr (S::HEADS < 8) copied_unit<S>(st, a.l, pipe.wait(i), lane);
@@ -762,7 +774,7 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
         if (later < stream.n) pipe.issue(later, stream.at(a, item, later, head, lane), lane);
         else pipe.issue_nothing();
     }
-    convert_units<S>(st, row_unit(v_bits), row8_unit(v_bits));
+    if (!S::NEAR || stream.n) convert_units<S>(st, row_unit(v_bits), row8_unit(v_bits));
     __syncthreads(); /* the stages become the place where warps meet */
     float *states = (float *)shared;
     put_state<S>(states + warp * n_heads * (S::D + 2), st, a.l, n_heads, lane);

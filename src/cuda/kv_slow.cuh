@@ -64,30 +64,13 @@ template <class S> struct exact_values {
             }
         }
     }
-    /* add(j, a0, a1, a2, a3, b0, b1) of every tile, b0 and b1 from p. */
     template <class F>
-    __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows,
-                                         const uint32_t (&p)[4], uint32_t lane, F add) {
-        auto tile = [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-            add(j, a0, a1, a2, a3, p[2 * i], p[2 * i + 1]);
-        };
-        if constexpr (!S::NEAR) {
-            if (!HELD || at.values_here)
-                for_seen_frags<S::NJ>(at.v16, rows, false, at.v_step, lane, tile);
-        } else if (!HELD || at.values_here) {
-#pragma unroll 1
-            for (uint32_t i = 0; i < 2; i++) {
-                uint32_t b0 = i ? p[2] : p[0], b1 = i ? p[3] : p[1];
-                if (!sees_half(rows, i)) continue;
-                for_seen_half<S::NJ>(at.v16, rows, false, at.v_step, i, lane,
-                                     [&](int j, uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3) { add(j, a0, a1, a2, a3, b0, b1); });
-            }
-        }
-        if constexpr (HELD)
-            if (!at.values_here)
-                for_row_frags<S::NJ>(
-                    false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, tile);
+    __device__ __forceinline__ void each(const slow_place &at, ki_plan_rows rows, uint32_t lane,
+                                         F f) {
+        if (!HELD || at.values_here) for_seen_frags<S::NJ>(at.v16, rows, false, at.v_step, lane, f);
+        else if constexpr (HELD)
+            for_row_frags<S::NJ>(
+                false, [&](int k) { return fours[k]; }, [&](int e) { return twos[e]; }, f);
     }
 };
 
@@ -141,9 +124,10 @@ KI_DEV slow_need need_of(const ki_cuda_layout &l, const ki_plan_item &item, uint
 }
 
 KI_DEV slow_place find_slow(const decode_args &a, const ki_plan_item &item, uint32_t head,
-                            uint32_t block, const slow_need &need) {
+                            uint32_t block) {
     const ki_cuda_layout &l = a.l;
     uint32_t base = block * KI_SUB_TOKENS;
+    slow_need need = need_of(l, item, block);
     slow_place at = {};
     at.k_codes = need.k_codes, at.v_codes = need.v_codes;
     if (at.k_codes || at.v_codes) {
@@ -182,35 +166,6 @@ KI_DEV uint32_t slow_block_of(const ki_plan_item &item, uint32_t k) {
     return k < item.n_lead ? item.lead_begin + k : item.tail_begin + (k - item.n_lead);
 }
 
-/* Which of an item's slow blocks a warp takes. They are dealt out in turn; but where there are few,
- * and no fast units, the newest goes to the last warp alone, which has the step's row to put into
- * it, and the others there and back, so that the first, which may have sinks, stays alone too:
- *
- *     six for four warps     0      1 4    2 3    5          in turn: 0 4    1 5    2    3
- */
-template <class S> struct slow_deal {
-    uint32_t begin, end, warp;
-    bool has_newest, is_apart;
-
-    __device__ __forceinline__ slow_deal(const ki_plan_item &item, uint32_t warp)
-        : begin(item.part.slow_begin), end(item.part.slow_end), warp(warp) {
-        uint32_t n = end - begin, n_warps = S::warps();
-        bool is_there = n && !ki_plan_is_old(&item, slow_block_of(item, end - 1));
-        bool has_units = item.part.unit_begin < item.part.unit_end;
-        is_apart = S::NEAR && is_there && !has_units && n > n_warps && n < 2 * n_warps;
-        has_newest = is_there && (is_apart ? n_warps - 1 : (n - 1) % n_warps) == warp;
-    }
-    /* The warp's block number i; end: it has not so many. */
-    __device__ __forceinline__ uint32_t number(uint32_t i) const {
-        uint32_t others = S::warps() - 1, k = begin + i * S::warps() + warp, last = end;
-        if (is_apart) {
-            if (warp == others) return i ? end : end - 1;
-            k = begin + i * others + (i % 2 ? others - 1 - warp : warp), last = end - 1;
-        }
-        return k < last ? k : end;
-    }
-};
-
 /* Bytes that copies of a block take. Of sinks, whose block has nothing else in 16 bits, the first
  * quarter (kv_order.h) is copied alone, its pieces one behind the other. */
 struct copy_sizes {
@@ -221,18 +176,30 @@ struct copy_sizes {
 };
 
 template <class S>
-KI_DEV copy_sizes copy_sizes_of(const decode_args &a, const slow_need &need, bool is_old) {
+KI_DEV copy_sizes copy_sizes_of(const decode_args &a, const ki_plan_item &item, uint32_t block,
+                                bool has_codes, bool has_keys, bool has_values) {
     constexpr uint32_t WHOLE = S::D * 2 * KI_SUB_TOKENS, FIRST = WHOLE / 4;
-    constexpr bool HAS_FIRST = S::PLUS && S::NJ % 2 == 0; /* + kinds have sinks */
-    ki_plan_rows keys = need.keys, values = need.values;
+    constexpr bool HAS_FIRST = S::HAS_FIRST;
+    bool is_old = ki_plan_is_old(&item, block);
+    ki_plan_rows keys = key_rows(a.l, item, block), values = value_rows(a.l, item, block);
     copy_sizes n = {};
-    if (need.k_codes || need.v_codes) n.codes = a.l.head_bytes + a.l.sub_bytes;
+    if (has_codes) n.codes = a.l.head_bytes + a.l.sub_bytes;
     n.is_keys_first = HAS_FIRST && is_old && keys.to <= 8;
     n.is_values_first = HAS_FIRST && is_old && values.to <= 8;
     bool is_whole = is_old && keys.to - keys.from == KI_SUB_TOKENS;
-    if (keys.from < keys.to) n.keys = n.is_keys_first ? FIRST : a.few || is_whole ? WHOLE : 0;
-    if (values.from < values.to) n.values = n.is_values_first ? FIRST : a.few ? WHOLE : 0;
+    if (has_keys) n.keys = n.is_keys_first ? FIRST : a.few || is_whole ? WHOLE : 0;
+    if (has_values) n.values = n.is_values_first ? FIRST : a.few ? WHOLE : 0;
     return n;
+}
+/* Of slow number k, whatever warp has it. */
+template <class S>
+KI_DEV uint32_t copy_bytes_of(const decode_args &a, const ki_plan_item &item, uint32_t k) {
+    if (k >= item.part.slow_end) return 0;
+    uint32_t block = slow_block_of(item, k);
+    slow_need need = need_of(a.l, item, block);
+    return copy_sizes_of<S>(a, item, block, need.k_codes || need.v_codes,
+                            need.keys.from < need.keys.to, need.values.from < need.values.to)
+        .all();
 }
 
 /* Where 32 of them are, one a lane: addresses are worked out once, side by side.
@@ -260,19 +227,12 @@ template <class S> struct slow_list {
     };
     const uint8_t *sub, *k16, *v16;
     uint8_t *late_codes, *late_keys, *late_values; /* where they are to be */
-    copy_sizes size;
     uint32_t how;
 
     __device__ __forceinline__ void find(const decode_args &a, const ki_plan_item &item,
                                          uint32_t head, uint32_t k) {
         slow_place at = {};
-        size = {};
-        if (k < item.part.slow_end) {
-            uint32_t block = slow_block_of(item, k);
-            slow_need need = need_of(a.l, item, block);
-            at = find_slow(a, item, head, block, need);
-            size = copy_sizes_of<S>(a, need, ki_plan_is_old(&item, block));
-        }
+        if (k < item.part.slow_end) at = find_slow(a, item, head, slow_block_of(item, k));
         sub = at.sub, k16 = at.k16, v16 = at.v16;
         late_codes = late_keys = late_values = nullptr;
         how = (at.k_codes ? K_CODES : 0) | (at.v_codes ? V_CODES : 0);
@@ -315,23 +275,24 @@ template <class S> struct slow_list {
         return sum - bytes;
     }
     /* Of the lane's block, number k, what has room from `to` to `end`. */
-    __device__ __forceinline__ void copy(uint8_t *to, const uint8_t *end, const decode_args &a,
-                                         const ki_plan_item &item, uint32_t k, uint32_t bar) {
+    __device__ __forceinline__ void copy(uint8_t *to, const uint8_t *end, const copy_sizes &n,
+                                         const decode_args &a, const ki_plan_item &item, uint32_t k,
+                                         uint32_t bar) {
         uint32_t block = slow_block_of(item, k);
         bool is_early = ki_plan_is_old(&item, block) || a.own.k;
-        if (size.codes && to + size.codes <= end) {
+        if (n.codes && to + n.codes <= end) {
             if (block == item.v_exact / KI_SUB_TOKENS && !a.own.k) late_codes = to;
             else copy_codes(to, a, block, bar);
         }
-        to += size.codes;
-        if (size.keys && to + size.keys <= end) {
-            if (size.is_keys_first) copy_first(to, k16, KEYS_HERE | KEYS_FIRST, bar);
+        to += n.codes;
+        if (n.keys && to + n.keys <= end) {
+            if (n.is_keys_first) copy_first(to, k16, KEYS_HERE | KEYS_FIRST, bar);
             else if (is_early) copy_rows(to, k16, KEYS_HERE, bar);
             else late_keys = to;
         }
-        to += size.keys;
-        if (size.values && to + size.values <= end) {
-            if (size.is_values_first) copy_first(to, v16, VALUES_HERE | VALUES_FIRST, bar);
+        to += n.keys;
+        if (n.values && to + n.values <= end) {
+            if (n.is_values_first) copy_first(to, v16, VALUES_HERE | VALUES_FIRST, bar);
             else if (is_early) copy_rows(to, v16, VALUES_HERE, bar);
             else late_values = to;
         }
@@ -342,17 +303,11 @@ template <class S> struct slow_list {
                                              const decode_args &a, const ki_plan_item &item,
                                              uint32_t first, uint32_t k, uint32_t bar,
                                              uint32_t lane) {
-        uint32_t at = size.all();
-        if (is_common) {
-            uint32_t block = slow_block_of(item, first + lane);
-            at = 0;
-            if (first + lane < item.part.slow_end)
-                at = copy_sizes_of<S>(a, need_of(a.l, item, block), ki_plan_is_old(&item, block))
-                         .all();
-        }
-        at = before(at, lane);
+        copy_sizes n = copy_sizes_of<S>(a, item, slow_block_of(item, k), sub != NULL, k16 != NULL,
+                                        v16 != NULL);
+        uint32_t at = before(is_common ? copy_bytes_of<S>(a, item, first + lane) : n.all(), lane);
         if (is_common) at = __shfl_sync(~0u, at, (k - first) % 32);
-        copy(room + at, end, a, item, k, bar);
+        copy(room + at, end, n, a, item, k, bar);
     }
     /* Behind the wait: what is late, and the end of all copies. */
     __device__ __forceinline__ void end_copies(const decode_args &a, const ki_plan_item &item,
@@ -378,8 +333,8 @@ template <class S> struct slow_list {
         at.k_codes = h & K_CODES, at.v_codes = h & V_CODES;
         at.codes_here = h & CODES_HERE, at.keys_here = h & KEYS_HERE;
         at.values_here = h & VALUES_HERE;
-        at.k_step = S::PLUS && h & KEYS_FIRST ? FIRST_STEP : WHOLE_STEP;
-        at.v_step = S::PLUS && h & VALUES_FIRST ? FIRST_STEP : WHOLE_STEP;
+        at.k_step = S::HAS_FIRST && h & KEYS_FIRST ? FIRST_STEP : WHOLE_STEP;
+        at.v_step = S::HAS_FIRST && h & VALUES_FIRST ? FIRST_STEP : WHOLE_STEP;
         return at;
     }
     /* The first block of the list whose 16-bit values are not copied; i KI_PLAN_NONE, v16 NULL:
@@ -391,23 +346,22 @@ template <class S> struct slow_list {
         ki_plan_rows rows;
     };
     __device__ __forceinline__ apart_values find_apart(const decode_args &a,
-                                                       const ki_plan_item &item,
-                                                       const slow_deal<S> &deal,
-                                                       uint32_t lane) const {
+                                                       const ki_plan_item &item, uint32_t k,
+                                                       uint32_t step, uint32_t lane) const {
         if (!exact_values<S>::HELD) return {KI_PLAN_NONE, true, NULL, {0, 0}};
         uint32_t first = v16 && !(how & VALUES_HERE) && !late_values ? lane : KI_PLAN_NONE;
 #pragma unroll
         for (int x = 1; x < 32; x *= 2) first = min(first, __shfl_xor_sync(~0u, first, x));
         if (first == KI_PLAN_NONE) return {first, true, NULL, {0, 0}};
-        uint32_t block = slow_block_of(item, deal.number(first));
+        uint32_t block = slow_block_of(item, k + first * step);
         return {first, (bool)ki_plan_is_old(&item, block), get(a.l, first, block).v16,
                 value_rows(a.l, item, block)};
     }
-    /* Into the cache what is not copied. */
+    /* Into the cache what is not copied, of all blocks from number k on, `step` apart. */
     __device__ __forceinline__ void bring(const decode_args &a, const ki_plan_item &item,
-                                          const slow_deal<S> &deal, uint32_t lane) const {
+                                          uint32_t k, uint32_t step, uint32_t lane) const {
 #pragma unroll 1
-        for (uint32_t i = 0, k; i < 32 && (k = deal.number(i)) < deal.end; i++) {
+        for (uint32_t i = 0; i < 32 && k < item.part.slow_end; i++, k += step) {
             uint32_t block = slow_block_of(item, k);
             slow_place at = get(a.l, i, block);
             if (at.sub && !at.codes_here) {

@@ -156,10 +156,10 @@ template <int NJ> struct queries {
     }
     /* From float16 as they are in memory. */
     __device__ __forceinline__ void scale(float factor, bool quartered, uint32_t lane) {
-        float largest = 0;
+        uint32_t most = 0;
 #pragma unroll
-        for (int k = 0; k < 2 * NJ; k++)
-            largest = fmaxf(largest, fmaxf(fabsf(low_half(q[k])), fabsf(high_half(q[k]))));
+        for (int k = 0; k < 2 * NJ; k++) most = most2(most, q[k]);
+        float largest = fmaxf(low_half(most), high_half(most));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)) * fabsf(factor);
         int e = (int)(__float_as_uint(largest) >> 23 & 255) - 126; /* 2^(e - 1) <= largest < 2^e */
@@ -251,57 +251,15 @@ KI_DEV void for_seen_frags(const uint8_t *block, ki_plan_rows rows, bool keys, u
         [&](int e) { return *at.last<NJ>(block, e); }, f);
 }
 
-/* The same of the 16 tokens i, f(j, a0, a1, a2, a3). Half of the code for twice as many trips: for
- * blocks that are near. */
-template <int NJ, class F>
-KI_DEV void for_seen_half(const uint8_t *block, ki_plan_rows rows, bool keys, uint32_t step,
-                          uint32_t i, uint32_t lane, F f) {
-    uint32_t at0 = ki_order_seen_at(rows.from, rows.to, 2 * i, lane, keys);
-    uint32_t at1 = ki_order_seen_at(rows.from, rows.to, 2 * i + 1, lane, keys);
-    const uint4 *x = (const uint4 *)block + at0, *y = (const uint4 *)block + at1;
-    auto tile = [&](int j, uint32_t x0, uint32_t x1, uint32_t y0, uint32_t y1) {
-        if (keys) f(j, x0, y0, x1, y1);
-        else f(j, x0, x1, y0, y1);
-    };
-#pragma unroll
-    for (int j = 0; j + 1 < NJ; j += 2) {
-        uint4 u = x[j / 2 * step], w = y[j / 2 * step];
-        tile(j, u.x, u.y, w.x, w.y);
-        tile(j + 1, u.z, u.w, w.z, w.w);
-    }
-    if constexpr (NJ % 2 == 1) {
-        uint2 u = last_step<NJ>(block)[at0], w = last_step<NJ>(block)[at1];
-        tile(NJ - 1, u.x, u.y, w.x, w.y);
-    }
-}
-/* Whether any of them is read. */
-KI_DEV bool sees_half(ki_plan_rows rows, uint32_t i) {
-    return ki_order_meets(rows.from, rows.to, 16 * i, 16);
-}
-
-/* Products of the 16-bit keys of a block. HALVES: 16 tokens at a time, and none that is not read. */
-template <int NJ, bool HALVES>
+/* Products of the 16-bit keys of a block. */
+template <int NJ>
 KI_DEV void exact_scores(float (&s)[2][4], const uint8_t *block, ki_plan_rows rows, uint32_t step,
                          const uint32_t (&q)[2 * NJ], bool quartered, uint32_t lane) {
     uint32_t back = quartered ? TWO_FOURS : TWO_ONES;
-    if constexpr (!HALVES) {
-        for_seen_frags<NJ>(block, rows, true, step, lane,
-                           [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                               mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
-                           });
-    } else {
-#pragma unroll 1
-        for (uint32_t i = 0; i < 2; i++) {
-            float t[2][4] = {}; /* of every other step: no product waits for the one before it */
-            if (!sees_half(rows, i)) continue;
-            for_seen_half<NJ>(block, rows, true, step, i, lane,
-                              [&](int j, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-                                  mma(t[j % 2], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
-                              });
-#pragma unroll
-            for (int e = 0; e < 4; e++) (i ? s[1][e] : s[0][e]) += t[0][e] + t[1][e];
-        }
-    }
+    for_seen_frags<NJ>(block, rows, true, step, lane,
+                       [&](int j, int i, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+                           mma(s[i], a0, a1, a2, a3, q[2 * j], mul2(q[2 * j + 1], back));
+                       });
 }
 
 /* ---- values ---- */

@@ -41,6 +41,12 @@ KI_DEV uint32_t mul2(uint32_t a, uint32_t b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+/* The larger of a and |b|, of each half. */
+KI_DEV uint32_t most2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("{ .reg .b32 x; abs.f16x2 x, %2; max.f16x2 %0, %1, x; }" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
 KI_DEV uint32_t pack2(float low, float high) {
     uint32_t d;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));

@@ -13,6 +13,10 @@ KI_DEV uint32_t mul2(uint32_t a, uint32_t b) {
     float low = emulated_half(a) * emulated_half(b);
     return pack2(low, emulated_half(a >> 16) * emulated_half(b >> 16));
 }
+KI_DEV uint32_t most2(uint32_t a, uint32_t b) {
+    float low = fmaxf(emulated_half(a), fabsf(emulated_half(b)));
+    return pack2(low, fmaxf(emulated_half(a >> 16), fabsf(emulated_half(b >> 16))));
+}
 KI_DEV float exp2_fast(float x) { return exp2f(x); }
 KI_DEV uint32_t transpose8(uint32_t a) { return (uint32_t)emulate_warp(OP_TURN, a, 0); }
 
