@@ -37,8 +37,8 @@ struct decode_shape {
     static constexpr bool SPARE = KG_ != 0;
     /* With few thread blocks rows in 16 bits do, too; of a shape for many only rows of keys. */
     static constexpr bool NEAR = SPARE && WARPS_ * BLOCKS_ <= 8;
-    /* Then, too, the way from the last warp's sums to the result is one of trips for code that every
-     * other kernel drives away: its loops stay loops, but for this many turns. */
+    /* Then, too, what a block does once at its end is a matter of trips for its code: loops over
+     * warps and lanes stay loops, but for so many turns. */
     static constexpr int AT_ONCE = NEAR ? 1 : WARPS_;
     /* And of sinks, which + kinds have, the first quarter alone; eight heads leave a shape for many
      * no registers for that. */
@@ -606,6 +606,25 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
 
 /* ---- the kernel ---- */
 
+/* The queries that wide channels are gathered from, [8][D] f16 or, as own_queries, one for each
+ * warp. */
+template <class S>
+KI_DEV void share_wide(warp_state<S> &st, uint8_t *to, bool quartered, uint32_t warp,
+                       uint32_t lane) {
+    constexpr uint32_t ROW = S::HEADS == 1 ? 0 : S::D;
+    uint32_t *wide = (uint32_t *)to + (S::HEADS == 1 ? warp * S::D / 2 : 0);
+    st.wide_q = (const uint16_t *)wide;
+    if (S::HEADS == 1 || warp == 0)
+#pragma unroll
+        for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
+            uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
+            wide[(lane / 4 * ROW + at) / 2] =
+                k % 2 && quartered ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
+        }
+    if (S::HEADS == 1) __syncwarp();
+    else __syncthreads();
+}
+
 /* The addresses of a warp's units. Ids of the first ones come with the item, all others from the
  * block table, 32 at a time. */
 template <class S> struct unit_stream {
@@ -737,22 +756,10 @@ __global__ void __launch_bounds__(S::WARPS * 32, S::BLOCKS)
     if (takes_row) ki_pdl_launch(); /* the next kernel asks for more than memory gives at once */
     if (has_row) row.store(a, item, head, first_in_group == 0, lane);
     if (!apart.is_old && takes_row) values.load(apart.v16, apart.rows, lane);
-    if constexpr (S::PLUS) { /* as own_queries: of one head each warp has a copy */
-        constexpr uint32_t ROW = S::HEADS == 1 ? 0 : S::D;
-        uint32_t *wide = (uint32_t *)(shared + S::warps() * S::STAGES * (a.unit_bytes + 8) +
-                                      8 * KI_OWN_HALVES(S::D) * 2);
-        if (S::HEADS == 1) wide += warp * S::D / 2;
-        st.wide_q = (const uint16_t *)wide;
-        if (S::HEADS == 1 || warp == 0)
-#pragma unroll
-            for (int k = 0; k < 2 * S::NJ; k++) { /* a pair of channels stays a pair */
-                uint32_t at = ki_order_key_scale(k * 8 + lane % 4 * 2, S::NJ);
-                wide[(g * ROW + at) / 2] =
-                    k % 2 && S::quartered(a.l) ? mul2(st.q.q[k], TWO_FOURS) : st.q.q[k];
-            }
-        if (S::HEADS == 1) __syncwarp();
-        else __syncthreads();
-    }
+    if constexpr (S::PLUS)
+        share_wide<S>(
+            st, shared + S::warps() * S::STAGES * (a.unit_bytes + 8) + 8 * KI_OWN_HALVES(S::D) * 2,
+            S::quartered(a.l), warp, lane);
     for (uint32_t k = slow_first, i = 0; k < slow_end; k += S::warps(), i++) {
         uint32_t block = slow_block_of(item, k);
         if (i % 32 == 0 && i) slow.find(a, item, head, k + lane * S::warps());

@@ -281,7 +281,7 @@ template <class S> struct slow_list {
         uint32_t block = slow_block_of(item, k);
         bool is_early = ki_plan_is_old(&item, block) || a.own.k;
         if (n.codes && to + n.codes <= end) {
-            if (block == item.v_exact / KI_SUB_TOKENS && !a.own.k) late_codes = to;
+            if (block == item.v_exact / KI_SUB_TOKENS && !(S::NEAR && a.own.k)) late_codes = to;
             else copy_codes(to, a, block, bar);
         }
         to += n.codes;
