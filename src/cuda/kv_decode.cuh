@@ -37,9 +37,6 @@ struct decode_shape {
     static constexpr bool SPARE = KG_ != 0;
     /* With few thread blocks rows in 16 bits do, too; of a shape for many only rows of keys. */
     static constexpr bool NEAR = SPARE && WARPS_ * BLOCKS_ <= 8;
-    /* Then, too, what a block does once at its end is a matter of trips for its code: loops over
-     * warps and lanes stay loops, but for so many turns. */
-    static constexpr int AT_ONCE = NEAR ? 1 : WARPS_;
     /* And of sinks, which + kinds have, the first quarter alone; eight heads leave a shape for many
      * no registers for that. */
     static constexpr bool HAS_FIRST = SPARE && PLUS_ && D_ % 32 == 0 && (NEAR || HEADS_ == 1);
@@ -539,9 +536,9 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
     uint64_t row = (uint64_t)item.row * a.out_stride;
     for (uint32_t h = threadIdx.x / 32; h < n_heads; h += S::warps()) {
         float m = -1e30f, sum = 0, x[N] = {};
-#pragma unroll S::AT_ONCE
+#pragma unroll
         for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
-#pragma unroll S::AT_ONCE
+#pragma unroll
         for (uint32_t w = 0; w < S::warps(); w++) {
             const float *s = states + (w * n_heads + h) * STRIDE;
             float f = exp2_fast(s[0] - m);
@@ -552,7 +549,7 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
         float f = sum > 0 ? 1 / sum : 0;
 #pragma unroll
         for (int k = 0; k < N; k++) x[k] *= f;
-        turn_in_registers<S::D, S::AT_ONCE>(x, lane);
+        turn_in_registers<S::D>(x, lane);
 #pragma unroll
         for (int k = 0; k < N; k++)
             store_out(a.out, a.out_type, row + (first_head + h) * S::D + lane + 32 * k, x[k]);
@@ -571,9 +568,9 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
         float m = -1e30f, sum = 0, value = 0;
-#pragma unroll S::AT_ONCE
+#pragma unroll
         for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
-#pragma unroll S::AT_ONCE
+#pragma unroll
         for (uint32_t w = 0; w < S::warps(); w++) {
             const float *s = states + (w * n_heads + h) * STRIDE;
             float f = exp2_fast(s[0] - m);

@@ -81,10 +81,10 @@ KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
 }
 
 /* The same of one row whose D, a power of two, is one block, in a warp's registers: x[m] is channel
- * lane + 32 m. The same sums of the same pairs. AT_ONCE 1: the steps between lanes are a loop. */
-template <int D, int AT_ONCE = 5> KI_DEV void turn_in_registers(float (&x)[D / 32], uint32_t lane) {
+ * lane + 32 m. The same sums of the same pairs. */
+template <int D> KI_DEV void turn_in_registers(float (&x)[D / 32], uint32_t lane) {
     static_assert(D >= 32 && (D & (D - 1)) == 0, "one block");
-#pragma unroll AT_ONCE
+#pragma unroll
     for (uint32_t h = 1; h < 32; h *= 2)
 #pragma unroll
         for (int m = 0; m < D / 32; m++) {
