@@ -549,7 +549,7 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
         float f = sum > 0 ? 1 / sum : 0;
 #pragma unroll
         for (int k = 0; k < N; k++) x[k] *= f;
-        turn_in_registers<S::D>(x, lane);
+        turn_in_registers<S::D, S::NEAR ? 5 : 3>(x, lane); /* all at once spills in the others */
 #pragma unroll
         for (int k = 0; k < N; k++)
             store_out(a.out, a.out_type, row + (first_head + h) * S::D + lane + 32 * k, x[k]);

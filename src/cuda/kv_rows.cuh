@@ -81,10 +81,11 @@ KI_DEV void turn_row_by_warp(float *row, uint32_t head_dim, uint32_t lane) {
 }
 
 /* The same of one row whose D, a power of two, is one block, in a warp's registers: x[m] is channel
- * lane + 32 m. The same sums of the same pairs. */
-template <int D> KI_DEV void turn_in_registers(float (&x)[D / 32], uint32_t lane) {
+ * lane + 32 m. The same sums of the same pairs. UNROLLED: of the five steps between lanes. */
+template <int D, int UNROLLED = 5>
+KI_DEV void turn_in_registers(float (&x)[D / 32], uint32_t lane) {
     static_assert(D >= 32 && (D & (D - 1)) == 0, "one block");
-#pragma unroll
+#pragma unroll UNROLLED
     for (uint32_t h = 1; h < 32; h *= 2)
 #pragma unroll
         for (int m = 0; m < D / 32; m++) {

@@ -213,8 +213,9 @@ KI_DEV uint32_t copy_bytes_of(const decode_args &a, const ki_plan_item &item, ui
  *
  * Nothing is copied before the wait that a kernel of this step may write: codes of the value that
  * leaves the window are in block v_exact / 32, and the row at pos is in the newest block; both are
- * late. But where attention takes the row itself values are coded behind it, and the newest block
- * comes early, and gets the row in its place. */
+ * late. But where attention takes the row itself the newest block comes early, and gets the row in
+ * its place; values are coded behind attention then, so that with few thread blocks (NEAR) their
+ * codes come early, too. */
 template <class S> struct slow_list {
     enum {
         K_CODES = 1,
