@@ -69,12 +69,16 @@ static node *make_multibyte(grammar *g) {
                SEQ(g, grammar_range(g, 0xf4, 0xf4), grammar_range(g, 0x80, 0x8f), tail, tail));
 }
 
-/* One character of a string. Of escapes by number those of surrogates are left out: a pair of them
- * would be one character. */
+/* One character of a string. Of escapes by number those of surrogates are left out, for a pair of
+ * them would be one character, and that of NUL, which many readers of JSON refuse (jansson in keys,
+ * databases anywhere). */
 static node *make_character(grammar *g) {
-    node *hex = grammar_set(g, "09afAF");
-    node *number = ALT(g, SEQ(g, grammar_set(g, "09acefACEF"), hex, hex, hex),
-                       SEQ(g, grammar_set(g, "ddDD"), grammar_set(g, "07"), hex, hex));
+    node *hex = grammar_set(g, "09afAF"), *zero = word(g, "0"), *more = grammar_set(g, "19afAF");
+    node *to_ff = ALT(g, SEQ(g, more, hex), SEQ(g, zero, more));
+    node *to_fff = ALT(g, SEQ(g, more, hex, hex), SEQ(g, zero, to_ff));
+    node *number =
+        ALT(g, SEQ(g, grammar_set(g, "19acefACEF"), hex, hex, hex),
+            SEQ(g, grammar_set(g, "ddDD"), grammar_set(g, "07"), hex, hex), SEQ(g, zero, to_fff));
     node *escape = ALT(g, grammar_set(g, "\"\"\\\\//bbffnnrrtt"), SEQ(g, word(g, "u"), number));
     return ALT(g, grammar_set(g, " !#[]~"), make_multibyte(g), SEQ(g, word(g, "\\"), escape));
 }

@@ -9,7 +9,7 @@
  * The grammar accepts a part of what the schema does, never more: properties come in the order they
  * are written, further ones only where additionalProperties says so itself, white space is one
  * blank or one line end with indentation, numbers have at most 16 digits before and after the
- * point. */
+ * point, free strings no \u0000. */
 #ifndef SERVE_SCHEMA_H
 #define SERVE_SCHEMA_H
 #include "grammar.h"
