@@ -512,10 +512,12 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
 #pragma unroll
     for (int j = 0; j < S::NJ; j++) {
         uint32_t g = j * 16 / group, from = g % 8 * 4 + lane % 4, copy = g % S::V_COPIES;
-        if (j * 16 % group) {
-        } else if (S::D > 128 && g >= 8) {
-            z0 = __shfl_sync(~0u, st.z8[0], from), z1 = __shfl_sync(~0u, st.z8[S::D > 128], from);
-        } else z0 = __shfl_sync(~0u, st.z[0], from), z1 = __shfl_sync(~0u, st.z[1], from);
+        if (j * 16 % group == 0) { /* the next group of channels */
+            if (S::D > 128 && g >= 8) {
+                z0 = __shfl_sync(~0u, st.z8[0], from);
+                z1 = __shfl_sync(~0u, st.z8[S::D > 128], from);
+            } else z0 = __shfl_sync(~0u, st.z[0], from), z1 = __shfl_sync(~0u, st.z[1], from);
+        }
         uint32_t c = 2 + j * 16 + lane / 4;
         if (h0 < n_heads && copy_of<S>(lane, 0) == copy)
             row0[c] = st.acc[j][0] + z0 * half, row0[c + 8] = st.acc[j][2] + z0 * half;
