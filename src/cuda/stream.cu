@@ -33,12 +33,13 @@ typedef struct maps {
 static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
 
 /* A thread block's place, and the addresses of its shared memory: [stages][parts][weights][rows of
- * x], then rows of x that are held. */
+ * x], then rows of x that are held, then one row's sums [part][output]. */
 typedef struct place {
     uint32_t first; /* output; of gate and up: pair */
     uint32_t tiles, stage_bytes;
     uint32_t rank, first_part;
     uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
+    uint32_t of_peer;                 /* barrier of block 0: the others' sums of one row */
 } place;
 
 /* ---- the warp that fills the ring ---- */
@@ -164,18 +165,20 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
 }
 
 /* held[m][columns of the block's parts] = x, zeros behind the last column. */
+template <int ROWS>
 static __device__ __forceinline__ void hold_rows(const ki_stream_call &c, const plan &p,
                                                  const place &at, uint8_t *held) {
     enum { EACH = 4 }; /* pieces of 16 bytes that a thread has on their way at once */
-    uint32_t per_row = p.here * p.chunks * (BOX_BYTES / 16), n = c.m * per_row;
+    uint32_t per_row = p.here * p.chunks * (BOX_BYTES / 16), n = (ROWS == 1 ? 1 : c.m) * per_row;
     uint32_t first = at.first_part * p.chunks * CHUNK;
     ki_pdl_wait();
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < n; i += EACH * MULTIPLIERS) {
         uint4 v[EACH];
         uint32_t to[EACH];
 #pragma unroll
         for (uint32_t e = 0; e < EACH; e++) {
-            uint32_t j = i + e * MULTIPLIERS, m = c.m == 1 ? 0 : j / per_row;
+            uint32_t j = i + e * MULTIPLIERS, m = ROWS == 1 ? 0 : j / per_row;
             uint32_t piece = j - m * per_row, col = first + piece * 8;
             to[e] = m * p.held_bytes + piece * 16;
             v[e] = make_uint4(0, 0, 0, 0);
@@ -197,8 +200,8 @@ typedef struct share {
 } share;
 
 static __device__ __forceinline__ share share_of(const plan &p) {
-    uint32_t warp = threadIdx.x / 32, n_groups = WARPS / p.here;
-    return {warp / n_groups, warp % n_groups, n_groups};
+    uint32_t warp = threadIdx.x / 32, n_groups = 1u << p.group_bits;
+    return {warp >> p.group_bits, warp & (n_groups - 1), n_groups};
 }
 
 /* What a step of 16 columns multiplies: lane l reads row l % 16 of a tile (of gate and up: l % 8 of
@@ -336,6 +339,56 @@ static __device__ __forceinline__ void sync_all(const plan &p) {
     else __syncthreads();
 }
 
+/* ---- the end of one row's: what runs once runs cold, so it is short ---- */
+
+/* An output of each of the first threads of block 0; false: none of this one. */
+static __device__ __forceinline__ bool has_output(const ki_stream_call &c, const plan &p,
+                                                  const place &at) {
+    uint32_t n_here = at.tiles * (c.act_out ? TILE / 2 : TILE);
+    uint32_t n_all = c.act_out ? c.n / 2 : c.n;
+    return at.rank == 0 && threadIdx.x < n_here && at.first + threadIdx.x < n_all;
+}
+
+/* All columns of acc are the one row. Blocks behind the first send theirs to it, so that nobody
+ * waits but who adds. */
+template <int TILES>
+static __device__ __forceinline__ void put_row_sums(const float (&acc)[TILES][1][4],
+                                                    const ki_stream_call &c, const plan &p,
+                                                    const place &at, float *sums) {
+    const share s = share_of(p);
+    if (threadIdx.x % 4) return;
+    uint32_t g = threadIdx.x % 32 / 4, from = (at.first_part + s.part) * outputs_of(p);
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        uint32_t tile = s.group + i * s.n_groups;
+        if (tile >= at.tiles) continue;
+        uint32_t to = from + (c.act_out ? tile * 8 : tile * TILE) + g;
+        uint32_t next = c.act_out ? at.tiles * 8 : 8;
+        if (at.rank == 0) {
+            sums[to] = acc[i][0][0], sums[to + next] = acc[i][0][2];
+        } else {
+            ki_send_first(ki_shared(sums + to), acc[i][0][0], at.of_peer);
+            ki_send_first(ki_shared(sums + to + next), acc[i][0][2], at.of_peer);
+        }
+    }
+}
+
+/* rest: what the sum is added to. */
+static __device__ __forceinline__ void finish_row(const ki_stream_call &c, const plan &p,
+                                                  const place &at, const float *sums, float rest) {
+    if (!has_output(c, p, at)) return;
+    if (p.cluster > 1) ki_bar_wait(at.of_peer, 0);
+    uint32_t i = threadIdx.x, up = at.tiles * 8;
+    float v = sums[i], w = c.act_out ? sums[i + up] : 0;
+#pragma unroll 1
+    for (uint32_t q = 1; q < p.parts; q++) {
+        sums += outputs_of(p), v += sums[i];
+        if (c.act_out) w += sums[i + up];
+    }
+    if (c.act_out) ki_store(c.act_out, (size_t)at.first + i, ki_gated(c.act, v, w), c.type);
+    else c.out[at.first + i] = c.add ? rest + v : v;
+}
+
 /* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are held, 0:
  * they come with the stages. */
 template <class T, int COLS, int TILES, int ROWS>
@@ -345,7 +398,7 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
     stream(const __grid_constant__ maps by, const __grid_constant__ ki_stream_call c,
            const __grid_constant__ plan p) {
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t bars[2][MOST_STAGES];
+    __shared__ uint64_t bars[2][MOST_STAGES], of_peer;
     uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
     place at;
     at.rank = blockIdx.x % p.cluster;
@@ -356,17 +409,21 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
     at.stage_bytes = p.stage_bytes - p.here * (p.tiles - at.tiles) * TILE * BOX_BYTES;
     at.first_part = at.rank * p.here;
     at.ring = base + skip, at.held = at.ring + p.ring_bytes;
-    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]);
+    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]), at.of_peer = ki_shared(&of_peer);
+    bool sends = ROWS == 1 && p.cluster > 1;
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < p.n_stages; i++) {
             ki_bar_init(at.full + 8 * i, KI_FILLERS);
             ki_bar_init(at.empty + 8 * i, WARPS);
         }
+        if (sends) ki_bar_init(at.of_peer, 1);
         ki_bar_fence();
+        if (sends) ki_bar_expect(at.of_peer, (p.parts - p.here) * at.tiles * TILE * 4);
     }
     __syncthreads();
+    if (sends) ki_cluster_arrive(); /* that block 0 is there */
     if (!c.lets_late) ki_pdl_launch();
-    float acc[TILES][COLS][4] = {};
+    float acc[TILES][COLS][4] = {}, rest = 0;
     if (threadIdx.x >= MULTIPLIERS) {
         const ki_boxes w = {
             is_full ? &by.full : &by.less,         (const uint8_t *)c.weight, c.n, c.k,
@@ -376,12 +433,24 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
     } else {
         if constexpr (ROWS > 0) {
             uint8_t *held = memory + skip + p.ring_bytes;
-            if (c.raw) hold_norm<T, ROWS, ROWS == 1 ? 2 : 1>(c, p, held);
-            else hold_rows(c, p, at, held);
+            if (sends) ki_cluster_wait();
+            if (!c.raw) hold_rows<ROWS>(c, p, at, held);
+            else if (ROWS == 1 && c.k > 4 * KI_NORM_THREADS)
+                hold_norm<T, ROWS, KI_NORM_MOST_FOURS>(c, p, held);
+            else hold_norm<T, ROWS, 1>(c, p, held);
         }
         ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
         if (c.lets_late) ki_pdl_launch();
+        if (ROWS == 1 && c.add && has_output(c, p, at)) rest = c.out[at.first + threadIdx.x];
         multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
+    }
+    if constexpr (ROWS == 1) {
+        if (threadIdx.x >= MULTIPLIERS) return;
+        float *sums = (float *)(memory + skip + p.ring_bytes + p.held_bytes);
+        put_row_sums<TILES>(acc, c, p, at, sums);
+        wait_for_multipliers();
+        finish_row(c, p, at, sums, rest);
+        return;
     }
     ki_pdl_wait();   /* before what others wrote is added to, or written over */
     __syncthreads(); /* the ring was read */

@@ -35,8 +35,10 @@ enum {
 typedef struct ki_stream_plan {
     uint32_t tiles, n_full;       /* of each of the first n_full clusters; others have one less */
     uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
+    uint32_t group_bits;          /* 2^group_bits warps share a part's tiles */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
+    uint32_t sums_bytes; /* of sums of one row, which stand behind it; 0: where the ring was */
     uint32_t pace;       /* cycles from a stage to the next one, before the product begins */
     uint32_t n_blocks, cluster;
 } ki_stream_plan;
@@ -93,6 +95,7 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     p.chunks = ki_stream_over(ki_stream_over(c->k, KI_STREAM_CHUNK), p.parts);
     p.cluster = d->bulk && p.parts > 1 ? cluster : 1;
     p.here = p.parts / p.cluster;
+    while (p.here << (p.group_bits + 1) <= KI_STREAM_WARPS) p.group_bits++;
     uint32_t share = KI_STREAM_MOST_TILES * (KI_STREAM_WARPS / p.here); /* most of a cluster */
     uint32_t at_once = p.cluster == 1 ? d->n_sms : c->m == 1 ? d->n_pairs : d->n_clusters;
     uint32_t rounds = ki_stream_over(n_tiles, at_once * share);
@@ -103,14 +106,16 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     p.held_bytes = ki_stream_held(c, &p, d);
     p.part_bytes = (p.tiles * TILE + (p.held_bytes ? 0 : cols * 8)) * (uint32_t)KI_STREAM_BOX_BYTES;
     p.stage_bytes = p.here * p.part_bytes;
-    uint32_t held = c->m * p.held_bytes;
-    uint32_t fit = (ki_stream_budget(c, d, rounds) - held) / p.stage_bytes;
-    uint32_t most = (d->most_bytes - held - UNIT - KI_STREAM_BARRIER_BYTES) / p.stage_bytes;
+    if (c->m == 1 && p.held_bytes) p.sums_bytes = p.parts * p.tiles * TILE * 4;
+    uint32_t beside = c->m * p.held_bytes + p.sums_bytes;
+    uint32_t fit = (ki_stream_budget(c, d, rounds) - beside) / p.stage_bytes;
+    uint32_t most = (d->most_bytes - beside - UNIT - KI_STREAM_BARRIER_BYTES) / p.stage_bytes;
     fit = KI_MIN(fit, (uint32_t)KI_STREAM_MOST_STAGES);
     p.n_stages = KI_MIN(p.chunks, KI_MIN(KI_MAX(2u, fit), KI_MAX(1u, most)));
     uint32_t sums = p.here * cols * 8 * (p.tiles * TILE + 4) * 4;
+    if (p.sums_bytes) sums = 0;
     p.ring_bytes = KI_MAX(p.n_stages * p.stage_bytes, ki_stream_over(sums, UNIT) * UNIT);
-    p.shared_bytes = p.ring_bytes + held + UNIT;
+    p.shared_bytes = p.ring_bytes + beside + UNIT;
     if (d->bulk && rounds == 1 && c->part == (c->m == 1 ? KI_STREAM_SECOND : KI_STREAM_FIRST))
         p.shared_bytes =
             KI_MAX(p.shared_bytes, (d->most_bytes + (uint32_t)KI_STREAM_SYSTEM_BYTES) / 2);

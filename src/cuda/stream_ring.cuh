@@ -85,6 +85,29 @@ static __device__ __forceinline__ void ki_cluster_sync(void) {
                      : "memory");
 #endif
 }
+/* The first half of such a meeting, without what was written before it; and the other half. */
+static __device__ __forceinline__ void ki_cluster_arrive(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void ki_cluster_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+/* v to `to` of block 0, whose barrier `bar` was told of 4 bytes more. */
+static __device__ __forceinline__ void ki_send_first(uint32_t to, float v, uint32_t bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .b32 there, its;\n"
+        "mapa.shared::cluster.u32 there, %0, 0;\n"
+        "mapa.shared::cluster.u32 its, %2, 0;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [its]; }" ::"r"(to),
+        "r"(__float_as_uint(v)), "r"(bar)
+        : "memory");
+#endif
+}
 /* A float of block `rank`, where this one has it at `at`. */
 static __device__ __forceinline__ float ki_read_of(uint32_t at, uint32_t rank) {
     float v;
