@@ -114,6 +114,8 @@ static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
 template <class T, int ROWS, int FOURS>
 static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
                                                  uint8_t *held) {
+    /* trees of sums at once: a step of one waits for the one before; more rows leave no registers */
+    enum { TREES = ROWS * FOURS == 1 ? SHARE : 1 };
     __shared__ float sums[ROWS][32];
     const float4 zero = {0, 0, 0, 0};
     float4 w[SHARE][FOURS], v[ROWS][SHARE][FOURS];
@@ -133,18 +135,26 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
 #pragma unroll
             for (int f = 0; f < FOURS; f++) {
                 uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
-                bool in = i < n_fours && m < (int)c.m;
+                bool in = i < n_fours && (ROWS == 1 || m < (int)c.m);
                 v[m][s][f] = in ? ((const float4 *)c.raw)[(size_t)m * n_fours + i] : zero;
             }
 #pragma unroll
     for (int m = 0; m < ROWS; m++)
 #pragma unroll
-        for (int s = 0; s < SHARE; s++) {
-            float sum = 0;
+        for (int s = 0; s < SHARE; s += TREES) {
+            float sum[TREES] = {}; /* ki_warp_sum of each */
 #pragma unroll
-            for (int f = 0; f < FOURS; f++) sum = ki_add_squares(sum, v[m][s][f]);
-            sum = ki_warp_sum(sum);
-            if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * s] = sum;
+            for (int t = 0; t < TREES; t++)
+#pragma unroll
+                for (int f = 0; f < FOURS; f++) sum[t] = ki_add_squares(sum[t], v[m][s + t][f]);
+#pragma unroll
+            for (int step = 16; step; step /= 2)
+#pragma unroll
+                for (int t = 0; t < TREES; t++)
+                    sum[t] += __shfl_xor_sync(0xffffffffu, sum[t], step);
+#pragma unroll
+            for (int t = 0; t < TREES; t++)
+                if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * (s + t)] = sum[t];
         }
     wait_for_multipliers();
 #pragma unroll
@@ -156,9 +166,8 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
 #pragma unroll
             for (int f = 0; f < FOURS; f++) {
                 uint32_t i = threadIdx.x + MULTIPLIERS * s + KI_NORM_THREADS * f;
-                if (i >= end || m >= (int)c.m) continue;
                 float4 y = ki_times_weight(v[m][s][f], scale, w[s][f], zero);
-                put4(to + 4 * i, y);
+                if (i < end && (ROWS == 1 || m < (int)c.m)) put4(to + 4 * i, y);
             }
     }
     wait_for_multipliers();
@@ -250,7 +259,7 @@ static __device__ __forceinline__ void multiply(float (&acc)[TILES][COLS][4],
         w_at[i] = row * BOX_BYTES + ((lane >> 4) ^ low) * 16;
     }
     if (ROWS)
-        x_at = at.held + min(low, c.m - 1) * p.held_bytes + up * 16 +
+        x_at = at.held + (ROWS == 1 ? 0 : min(low, c.m - 1) * p.held_bytes) + up * 16 +
                ((c.raw ? at.first_part : 0) + s.part) * p.chunks * BOX_BYTES;
     else
         x_at = outputs_of(p) * BOX_BYTES + ((lane >> 4) * 8 % (COLS * 8) + low) * BOX_BYTES +
