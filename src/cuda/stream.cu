@@ -114,7 +114,7 @@ static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
 template <class T, int ROWS, int FOURS>
 static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
                                                  uint8_t *held) {
-    /* trees of sums at once: a step of one waits for the one before; more rows leave no registers */
+    /* trees of sums at once: a step of one waits for the one before; more leave no registers */
     enum { TREES = ROWS * FOURS == 1 ? SHARE : 1 };
     __shared__ float sums[ROWS][32];
     const float4 zero = {0, 0, 0, 0};
