@@ -138,12 +138,13 @@ static __device__ __forceinline__ void put_sums(const float (&acc)[N / 2], const
 static __device__ __forceinline__ bool is_last(const ki_stream_call &c, const plan &p,
                                                const place &at) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) { /* one thread's fences are for all that a barrier has met */
+        __threadfence();
         last = atomicInc((uint32_t *)c.workspace + at.tile, p.parts - 1) == p.parts - 1;
+        __threadfence();
+    }
     __syncthreads();
-    __threadfence();
     return last;
 }
 
