@@ -44,16 +44,24 @@ typedef struct place {
 
 /* ---- the warp that fills the ring ---- */
 
-/* Chunk i of each part to stage `to`. */
+/* Chunks i to i + n of each part to stages from `to` on; of a row one behind the other, so that
+ * memory gives it at once. */
 static __device__ __forceinline__ void bring_weights(const ki_stream_call &c, const plan &p,
                                                      const place &at, const ki_boxes &w, uint32_t i,
-                                                     uint32_t to) {
+                                                     uint32_t to, uint32_t n) {
     uint32_t full = at.full + 8 * to, where = at.ring + to * p.stage_bytes;
     uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
-    ki_begin_stage(full, at.stage_bytes);
+#pragma unroll 1
+    for (uint32_t e = 0; e < n; e++) ki_begin_stage(full + 8 * e, at.stage_bytes);
+#pragma unroll 1
     for (uint32_t q = 0; q < p.here; q++) {
-        ki_bring(where, w, at.first, col, full);
-        if (c.act_out) ki_bring(where + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first, col, full);
+#pragma unroll 1
+        for (uint32_t e = 0; e < n; e++)
+            ki_bring(where + e * p.stage_bytes, w, at.first, col + e * CHUNK, full + 8 * e);
+#pragma unroll 1
+        for (uint32_t e = 0; e < n && c.act_out; e++)
+            ki_bring(where + e * p.stage_bytes + w.box_rows * BOX_BYTES, w, c.n / 2 + at.first,
+                     col + e * CHUNK, full + 8 * e);
         where += p.part_bytes, col += p.chunks * CHUNK;
     }
 }
@@ -63,6 +71,7 @@ static __device__ __forceinline__ void bring_rows(const plan &p, const place &at
     uint32_t full = at.full + 8 * to;
     uint32_t where = at.ring + to * p.stage_bytes + outputs_of(p) * BOX_BYTES;
     uint32_t col = (at.first_part * p.chunks + i) * CHUNK;
+#pragma unroll 1
     for (uint32_t q = 0; q < p.here && !p.held_bytes; q++) {
         ki_bring(where, x, 0, col, full);
         where += p.part_bytes, col += p.chunks * CHUNK;
@@ -75,19 +84,23 @@ static __device__ __forceinline__ void bring_rows(const plan &p, const place &at
 static __device__ __forceinline__ void fill(const ki_stream_call &c, const plan &p, const place &at,
                                             const ki_boxes &w, const ki_boxes &x) {
     long long then = clock64();
-    for (uint32_t i = 0; i < p.n_stages; i++) {
-        bring_weights(c, p, at, w, i, i);
-        then += p.pace;
+    for (uint32_t i = 0; i < p.n_stages; i += p.at_once) {
+        bring_weights(c, p, at, w, i, i, p.at_once);
+        then += p.at_once * p.pace;
         while (p.pace && clock64() < then) {
         }
     }
     ki_pdl_wait();
     for (uint32_t i = 0; i < p.n_stages; i++) bring_rows(p, at, x, i, i);
-    for (uint32_t i = p.n_stages, to = 0, parity = 0; i < p.chunks; i++) {
-        ki_bar_wait(at.empty + 8 * to, parity);
-        bring_weights(c, p, at, w, i, to);
-        bring_rows(p, at, x, i, to);
-        if (++to == p.n_stages) to = 0, parity ^= 1;
+    for (uint32_t i = p.n_stages, to = 0, parity = 0; i < p.chunks; i += p.at_once) {
+        uint32_t n = min(p.at_once, p.chunks - i);
+#pragma unroll 1
+        for (uint32_t e = 0; e < n; e++) ki_bar_wait(at.empty + 8 * (to + e), parity);
+        bring_weights(c, p, at, w, i, to, n);
+#pragma unroll 1
+        for (uint32_t e = 0; e < n; e++) bring_rows(p, at, x, i + e, to + e);
+        to += n;
+        if (to == p.n_stages) to = 0, parity ^= 1;
     }
 }
 

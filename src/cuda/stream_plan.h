@@ -10,7 +10,8 @@ enum {
     KI_STREAM_TILE = 16,      /* rows of weights */
     KI_STREAM_MOST_TILES = 2, /* of a warp */
     KI_STREAM_MOST_STAGES = 16,
-    KI_STREAM_NORM_ROWS = 4, /* most rows that a block holds */
+    KI_STREAM_LEAST_FOR_TWO = 4, /* stages, to be filled two at a time */
+    KI_STREAM_NORM_ROWS = 4,     /* most rows that a block holds */
     /* Thread blocks that share the parts of an output (sm_90), and of one row: boxes of weights are
      * higher then, and each block reads fewer columns of x. */
     KI_STREAM_CLUSTER = 4,
@@ -36,6 +37,7 @@ typedef struct ki_stream_plan {
     uint32_t tiles, n_full;       /* of each of the first n_full clusters; others have one less */
     uint32_t parts, here, chunks; /* of the columns: all, a block's; stages of a part */
     uint32_t group_bits;          /* 2^group_bits warps share a part's tiles */
+    uint32_t at_once;             /* stages that are filled at once; n_stages is a multiple of it */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
     uint32_t sums_bytes; /* of sums of one row, which stand behind it; 0: where the ring was */
@@ -112,6 +114,8 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     uint32_t most = (d->most_bytes - beside - UNIT - KI_STREAM_BARRIER_BYTES) / p.stage_bytes;
     fit = KI_MIN(fit, (uint32_t)KI_STREAM_MOST_STAGES);
     p.n_stages = KI_MIN(p.chunks, KI_MIN(KI_MAX(2u, fit), KI_MAX(1u, most)));
+    p.at_once = d->bulk && p.n_stages >= KI_STREAM_LEAST_FOR_TWO ? 2 : 1;
+    p.n_stages -= p.n_stages % p.at_once;
     uint32_t sums = p.here * cols * 8 * (p.tiles * TILE + 4) * 4;
     if (p.sums_bytes) sums = 0;
     p.ring_bytes = KI_MAX(p.n_stages * p.stage_bytes, ki_stream_over(sums, UNIT) * UNIT);

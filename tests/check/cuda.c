@@ -616,6 +616,7 @@ static void check_stream_plan(const product_shape *y, uint32_t m, const ki_strea
     CHECK(p->parts * p->chunks * KI_STREAM_CHUNK >= y->k && p->here * p->cluster == p->parts,
           "%ux%u: %u parts of %u chunks", y->n, y->k, p->parts, p->chunks);
     CHECK(p->tiles <= KI_STREAM_MOST_TILES * (KI_STREAM_WARPS / p->here), "%u tiles", p->tiles);
+    CHECK(p->n_stages % p->at_once == 0, "%u stages, %u at once", p->n_stages, p->at_once);
     CHECK(p->n_stages >= 1 && p->n_stages <= KI_STREAM_MOST_STAGES &&
               p->n_stages * p->stage_bytes <= p->ring_bytes,
           "%u stages", p->n_stages);
