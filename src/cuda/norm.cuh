@@ -8,9 +8,17 @@
 /* MOST_FOURS: float4 of a row that a thread holds. */
 enum { KI_NORM_THREADS = 1024, KI_NORM_MOST_FOURS = 2 };
 
+/* The sums of a warp's v[i], all trees at once: a step of one waits for the one before. */
+template <int N> static __device__ __forceinline__ void ki_warp_sums(float (&v)[N]) {
+#pragma unroll
+    for (int step = 16; step; step /= 2)
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] += __shfl_xor_sync(0xffffffffu, v[i], step);
+}
 static __device__ __forceinline__ float ki_warp_sum(float v) {
-    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-    return v;
+    float one[1] = {v};
+    ki_warp_sums(one);
+    return one[0];
 }
 /* sum + the squares of v. */
 static __device__ __forceinline__ float ki_add_squares(float sum, float4 v) {

@@ -22,8 +22,9 @@ enum {
     NORM_ROWS = KI_STREAM_NORM_ROWS,
     CLUSTER = KI_STREAM_CLUSTER
 };
-/* HELD_REGISTERS: of a block that holds one row; one of decode attention fits beside it then. */
-enum { HELD_REGISTERS = 80, REGISTERS = 96, MOST_REGISTERS = 224 };
+/* ROW_REGISTERS: of a block that holds one row; one of decode attention fits beside it then.
+ * ROWS_REGISTERS: of one that holds several and their norm's weights. */
+enum { ROW_REGISTERS = 80, REGISTERS = 96, ROWS_REGISTERS = 104, MOST_REGISTERS = 224 };
 
 /* How boxes are copied on sm_90: weights of a cluster of `tiles`, and of one with one less. */
 typedef struct maps {
@@ -33,13 +34,13 @@ typedef struct maps {
 static __device__ __forceinline__ uint32_t outputs_of(const plan &p) { return p.tiles * TILE; }
 
 /* A thread block's place, and the addresses of its shared memory: [stages][parts][weights][rows of
- * x], then rows of x that are held, then one row's sums [part][output]. */
+ * x], then rows of x that are held, then their sums [row][part][output]. */
 typedef struct place {
     uint32_t first; /* output; of gate and up: pair */
     uint32_t tiles, stage_bytes;
     uint32_t rank, first_part;
     uint32_t ring, held, full, empty; /* barriers: 8 bytes each */
-    uint32_t of_peer;                 /* barrier of block 0: the others' sums of one row */
+    uint32_t of_peers;                /* barrier: the other blocks' sums of the row it has */
 } place;
 
 /* ---- the warp that fills the ring ---- */
@@ -127,8 +128,7 @@ static __device__ __forceinline__ void put4(__nv_bfloat16 *to, float4 y) {
 template <class T, int ROWS, int FOURS>
 static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const plan &p,
                                                  uint8_t *held) {
-    /* trees of sums at once: a step of one waits for the one before; more leave no registers */
-    enum { TREES = ROWS * FOURS == 1 ? SHARE : 1 };
+    enum { TREES = FOURS == 1 ? SHARE : 1 }; /* at once; more leave no registers */
     __shared__ float sums[ROWS][32];
     const float4 zero = {0, 0, 0, 0};
     float4 w[SHARE][FOURS], v[ROWS][SHARE][FOURS];
@@ -155,24 +155,24 @@ static __device__ __forceinline__ void hold_norm(const ki_stream_call &c, const 
     for (int m = 0; m < ROWS; m++)
 #pragma unroll
         for (int s = 0; s < SHARE; s += TREES) {
-            float sum[TREES] = {}; /* ki_warp_sum of each */
+            float sum[TREES] = {};
 #pragma unroll
             for (int t = 0; t < TREES; t++)
 #pragma unroll
                 for (int f = 0; f < FOURS; f++) sum[t] = ki_add_squares(sum[t], v[m][s + t][f]);
-#pragma unroll
-            for (int step = 16; step; step /= 2)
-#pragma unroll
-                for (int t = 0; t < TREES; t++)
-                    sum[t] += __shfl_xor_sync(0xffffffffu, sum[t], step);
+            ki_warp_sums(sum);
 #pragma unroll
             for (int t = 0; t < TREES; t++)
                 if (threadIdx.x % 32 == 0) sums[m][threadIdx.x / 32 + WARPS * (s + t)] = sum[t];
         }
     wait_for_multipliers();
+    float squares[ROWS];
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) squares[m] = sums[m][threadIdx.x % 32];
+    ki_warp_sums(squares);
 #pragma unroll
     for (int m = 0; m < ROWS; m++) {
-        float scale = ki_norm_scale(ki_warp_sum(sums[m][threadIdx.x % 32]), c.k, c.norm.eps);
+        float scale = ki_norm_scale(squares[m], c.k, c.norm.eps);
         T *to = (T *)(held + m * p.held_bytes);
 #pragma unroll
         for (int s = 0; s < SHARE; s++)
@@ -361,66 +361,91 @@ static __device__ __forceinline__ void sync_all(const plan &p) {
     else __syncthreads();
 }
 
-/* ---- the end of one row's: what runs once runs cold, so it is short ---- */
+/* ---- the end of rows that are held: what runs once runs cold, so it is short ---- */
 
-/* An output of each of the first threads of block 0; false: none of this one. */
+static_assert(NORM_ROWS <= CLUSTER, "a thread block of a cluster adds one row up at most");
+
+/* Row r of the sums of a block is row r of all where it is alone, else that of its rank. */
+template <int ROWS>
+static __device__ __forceinline__ uint32_t row_of(const plan &p, const place &at, uint32_t r) {
+    return ROWS == 1 ? 0 : p.cluster == 1 ? r : at.rank;
+}
+
+/* An output of each of the first threads of a block that has a row; false: none of this one. */
 static __device__ __forceinline__ bool has_output(const ki_stream_call &c, const plan &p,
                                                   const place &at) {
     uint32_t n_here = at.tiles * (c.act_out ? TILE / 2 : TILE);
     uint32_t n_all = c.act_out ? c.n / 2 : c.n;
-    return at.rank == 0 && threadIdx.x < n_here && at.first + threadIdx.x < n_all;
+    return at.rank < c.m && threadIdx.x < n_here && at.first + threadIdx.x < n_all;
 }
 
-/* All columns of acc are the one row. Blocks behind the first send theirs to it, so that nobody
- * waits but who adds. */
-template <int TILES>
+static __device__ __forceinline__ void put_sum(float *to, float v, uint32_t rank, const place &at) {
+    if (rank == at.rank) *to = v;
+    else ki_send(ki_shared(to), v, at.of_peers, rank);
+}
+
+/* Sums stand [row][part][output], of one row all columns of acc are the same. Blocks send to the
+ * one that has the row, so that nobody waits but who adds. */
+template <int TILES, int ROWS>
 static __device__ __forceinline__ void put_row_sums(const float (&acc)[TILES][1][4],
                                                     const ki_stream_call &c, const plan &p,
                                                     const place &at, float *sums) {
     const share s = share_of(p);
-    if (threadIdx.x % 4) return;
-    uint32_t g = threadIdx.x % 32 / 4, from = (at.first_part + s.part) * outputs_of(p);
+    uint32_t g = threadIdx.x % 32 / 4, first = 2 * (threadIdx.x % 4);
+    uint32_t from = (at.first_part + s.part) * outputs_of(p) + g;
+    uint32_t next = c.act_out ? at.tiles * 8 : 8;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         uint32_t tile = s.group + i * s.n_groups;
         if (tile >= at.tiles) continue;
-        uint32_t to = from + (c.act_out ? tile * 8 : tile * TILE) + g;
-        uint32_t next = c.act_out ? at.tiles * 8 : 8;
-        if (at.rank == 0) {
-            sums[to] = acc[i][0][0], sums[to + next] = acc[i][0][2];
-        } else {
-            ki_send_first(ki_shared(sums + to), acc[i][0][0], at.of_peer);
-            ki_send_first(ki_shared(sums + to + next), acc[i][0][2], at.of_peer);
+#pragma unroll
+        for (int e = 0; e < (ROWS == 1 ? 1 : 2); e++) {
+            uint32_t m = first + e, rank = p.cluster == 1 ? 0 : m;
+            if (m >= (ROWS == 1 ? 1 : c.m)) continue;
+            float *to = sums + from + tile * (c.act_out ? 8 : TILE);
+            if (ROWS > 1 && p.cluster == 1) to += m * p.parts * outputs_of(p);
+            put_sum(to, acc[i][0][e], rank, at);
+            put_sum(to + next, acc[i][0][2 + e], rank, at);
         }
     }
 }
 
-/* rest: what the sum is added to. */
-static __device__ __forceinline__ void finish_row(const ki_stream_call &c, const plan &p,
-                                                  const place &at, const float *sums, float rest) {
+/* rest: what the first row's sum is added to. */
+template <int ROWS>
+static __device__ __forceinline__ void finish_rows(const ki_stream_call &c, const plan &p,
+                                                   const place &at, const float *sums, float rest) {
     if (!has_output(c, p, at)) return;
-    if (p.cluster > 1) ki_bar_wait(at.of_peer, 0);
-    uint32_t i = threadIdx.x, up = at.tiles * 8;
-    float v = sums[i], w = c.act_out ? sums[i + up] : 0;
+    if (p.cluster > 1) ki_bar_wait(at.of_peers, 0);
+    uint32_t i = threadIdx.x, up = at.tiles * 8, n_rows = ROWS > 1 && p.cluster == 1 ? c.m : 1;
 #pragma unroll 1
-    for (uint32_t q = 1; q < p.parts; q++) {
-        sums += outputs_of(p), v += sums[i];
-        if (c.act_out) w += sums[i + up];
+    for (uint32_t r = 0; r < n_rows; r++) {
+        float v = sums[i], w = c.act_out ? sums[i + up] : 0;
+#pragma unroll 1
+        for (uint32_t q = 1; q < p.parts; q++) {
+            sums += outputs_of(p), v += sums[i];
+            if (c.act_out) w += sums[i + up];
+        }
+        sums += outputs_of(p);
+        size_t m = row_of<ROWS>(p, at, r);
+        float *to = c.out + m * c.out_stride + at.first + i;
+        if (c.act_out)
+            ki_store(c.act_out, m * (c.n / 2) + at.first + i, ki_gated(c.act, v, w), c.type);
+        else if (!c.add) *to = v;
+        else *to = (r ? *to : rest) + v;
     }
-    if (c.act_out) ki_store(c.act_out, (size_t)at.first + i, ki_gated(c.act, v, w), c.type);
-    else c.out[at.first + i] = c.add ? rest + v : v;
 }
 
 /* COLS: eights of rows of x; TILES: most tiles of a warp; ROWS: most rows of x that are held, 0:
  * they come with the stages. */
 template <class T, int COLS, int TILES, int ROWS>
 static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
-                                   : ROWS == 1     ? HELD_REGISTERS
+                                   : ROWS == 1     ? ROW_REGISTERS
+                                   : ROWS          ? ROWS_REGISTERS
                                                    : REGISTERS)
     stream(const __grid_constant__ maps by, const __grid_constant__ ki_stream_call c,
            const __grid_constant__ plan p) {
     extern __shared__ uint8_t memory[];
-    __shared__ uint64_t bars[2][MOST_STAGES], of_peer;
+    __shared__ uint64_t bars[2][MOST_STAGES], of_peers;
     uint32_t base = ki_shared(memory), skip = (ALIGNMENT - base % ALIGNMENT) % ALIGNMENT;
     place at;
     at.rank = blockIdx.x % p.cluster;
@@ -431,19 +456,19 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
     at.stage_bytes = p.stage_bytes - p.here * (p.tiles - at.tiles) * TILE * BOX_BYTES;
     at.first_part = at.rank * p.here;
     at.ring = base + skip, at.held = at.ring + p.ring_bytes;
-    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]), at.of_peer = ki_shared(&of_peer);
-    bool sends = ROWS == 1 && p.cluster > 1;
+    at.full = ki_shared(bars[0]), at.empty = ki_shared(bars[1]), at.of_peers = ki_shared(&of_peers);
+    bool sends = ROWS && p.cluster > 1;
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < p.n_stages; i++) {
             ki_bar_init(at.full + 8 * i, KI_FILLERS);
             ki_bar_init(at.empty + 8 * i, WARPS);
         }
-        if (sends) ki_bar_init(at.of_peer, 1);
+        if (sends) ki_bar_init(at.of_peers, 1);
         ki_bar_fence();
-        if (sends) ki_bar_expect(at.of_peer, (p.parts - p.here) * at.tiles * TILE * 4);
+        if (sends) ki_bar_expect(at.of_peers, (p.parts - p.here) * at.tiles * TILE * 4);
     }
     __syncthreads();
-    if (sends) ki_cluster_arrive(); /* that block 0 is there */
+    if (sends) ki_cluster_arrive(); /* that those who add are there */
     if (!c.lets_late) ki_pdl_launch();
     float acc[TILES][COLS][4] = {}, rest = 0;
     if (threadIdx.x >= MULTIPLIERS) {
@@ -463,15 +488,16 @@ static __global__ void __maxnreg__(COLS *TILES > 8 ? MOST_REGISTERS
         }
         ki_pdl_wait(); /* asleep: barriers are waited for awake, at the cost of who still works */
         if (c.lets_late) ki_pdl_launch();
-        if (ROWS == 1 && c.add && has_output(c, p, at)) rest = c.out[at.first + threadIdx.x];
+        if (ROWS && c.add && has_output(c, p, at))
+            rest = c.out[row_of<ROWS>(p, at, 0) * c.out_stride + at.first + threadIdx.x];
         multiply<T, COLS, TILES, ROWS>(acc, c, p, at);
     }
-    if constexpr (ROWS == 1) {
+    if constexpr (ROWS > 0) {
         if (threadIdx.x >= MULTIPLIERS) return;
-        float *sums = (float *)(memory + skip + p.ring_bytes + p.held_bytes);
-        put_row_sums<TILES>(acc, c, p, at, sums);
+        float *sums = (float *)(memory + skip + p.ring_bytes + c.m * p.held_bytes);
+        put_row_sums<TILES, ROWS>(acc, c, p, at, sums);
         wait_for_multipliers();
-        finish_row(c, p, at, sums, rest);
+        finish_rows<ROWS>(c, p, at, sums, rest);
         return;
     }
     ki_pdl_wait();   /* before what others wrote is added to, or written over */

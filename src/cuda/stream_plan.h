@@ -40,7 +40,7 @@ typedef struct ki_stream_plan {
     uint32_t at_once;             /* stages that are filled at once; n_stages is a multiple of it */
     uint32_t n_stages, part_bytes, stage_bytes, ring_bytes, shared_bytes;
     uint32_t held_bytes; /* of a row of x that is held; 0: rows come with the stages */
-    uint32_t sums_bytes; /* of sums of one row, which stand behind it; 0: where the ring was */
+    uint32_t sums_bytes; /* of sums of held rows, which stand behind them; 0: where the ring was */
     uint32_t pace;       /* cycles from a stage to the next one, before the product begins */
     uint32_t n_blocks, cluster;
 } ki_stream_plan;
@@ -108,7 +108,8 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     p.held_bytes = ki_stream_held(c, &p, d);
     p.part_bytes = (p.tiles * TILE + (p.held_bytes ? 0 : cols * 8)) * (uint32_t)KI_STREAM_BOX_BYTES;
     p.stage_bytes = p.here * p.part_bytes;
-    if (c->m == 1 && p.held_bytes) p.sums_bytes = p.parts * p.tiles * TILE * 4;
+    if (p.held_bytes)
+        p.sums_bytes = (p.cluster > 1 ? 1 : c->m) * p.parts * p.tiles * (uint32_t)TILE * 4;
     uint32_t beside = c->m * p.held_bytes + p.sums_bytes;
     uint32_t fit = (ki_stream_budget(c, d, rounds) - beside) / p.stage_bytes;
     uint32_t most = (d->most_bytes - beside - UNIT - KI_STREAM_BARRIER_BYTES) / p.stage_bytes;

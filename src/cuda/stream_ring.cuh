@@ -96,15 +96,15 @@ static __device__ __forceinline__ void ki_cluster_wait(void) {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-/* v to `to` of block 0, whose barrier `bar` was told of 4 bytes more. */
-static __device__ __forceinline__ void ki_send_first(uint32_t to, float v, uint32_t bar) {
+/* v to `to` of block `rank`, whose barrier `bar` was told of 4 bytes more. */
+static __device__ __forceinline__ void ki_send(uint32_t to, float v, uint32_t bar, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{ .reg .b32 there, its;\n"
-        "mapa.shared::cluster.u32 there, %0, 0;\n"
-        "mapa.shared::cluster.u32 its, %2, 0;\n"
+        "mapa.shared::cluster.u32 there, %0, %3;\n"
+        "mapa.shared::cluster.u32 its, %2, %3;\n"
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [its]; }" ::"r"(to),
-        "r"(__float_as_uint(v)), "r"(bar)
+        "r"(__float_as_uint(v)), "r"(bar), "r"(rank)
         : "memory");
 #endif
 }

@@ -620,8 +620,8 @@ static void check_stream_plan(const product_shape *y, uint32_t m, const ki_strea
     CHECK(p->n_stages >= 1 && p->n_stages <= KI_STREAM_MOST_STAGES &&
               p->n_stages * p->stage_bytes <= p->ring_bytes,
           "%u stages", p->n_stages);
-    CHECK(!p->sums_bytes || p->sums_bytes == p->parts * p->tiles * KI_STREAM_TILE * 4,
-          "%u bytes of sums", p->sums_bytes);
+    uint32_t sums = (p->cluster > 1 ? 1 : m) * p->parts * p->tiles * KI_STREAM_TILE * 4;
+    CHECK(p->sums_bytes == (p->held_bytes ? sums : 0), "%u bytes of sums", p->sums_bytes);
     CHECK(p->ring_bytes + m * p->held_bytes + p->sums_bytes + KI_STREAM_ALIGNMENT <=
               p->shared_bytes,
           "%ux%u, %u rows: %u bytes are few", y->n, y->k, m, p->shared_bytes);
