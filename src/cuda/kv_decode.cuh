@@ -528,7 +528,27 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
     if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3]; /* of copy 0 */
 }
 
-/* The warps' states of turned heads, in their order, into the result: a warp a head, no barrier. */
+/* Of the warps' states of one head, in their order: channels first + 32 k of their sum to x, the sum
+ * of weights to *sum; returns the maximum that both are relative to. */
+template <class S, int N>
+KI_DEV float add_states(float (&x)[N], float *sum, const float *state, uint32_t n_heads,
+                        uint32_t first) {
+    uint32_t stride = n_heads * (S::D + 2);
+    float m = -1e30f;
+#pragma unroll
+    for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, state[w * stride]);
+#pragma unroll
+    for (uint32_t w = 0; w < S::warps(); w++) {
+        const float *s = state + w * stride;
+        float f = exp2_fast(s[0] - m);
+        *sum += s[1] * f;
+#pragma unroll
+        for (int k = 0; k < N; k++) x[k] += s[2 + first + 32 * k] * f;
+    }
+    return m;
+}
+
+/* The warps' states of turned heads into the result: a warp a head, no barrier. */
 template <class S>
 KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_plan_item &item,
                          uint32_t first_head, uint32_t n_heads) {
@@ -537,17 +557,8 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
     uint32_t lane = threadIdx.x % 32;
     uint64_t row = (uint64_t)item.row * a.out_stride;
     for (uint32_t h = threadIdx.x / 32; h < n_heads; h += S::warps()) {
-        float m = -1e30f, sum = 0, x[N] = {};
-#pragma unroll
-        for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
-#pragma unroll
-        for (uint32_t w = 0; w < S::warps(); w++) {
-            const float *s = states + (w * n_heads + h) * STRIDE;
-            float f = exp2_fast(s[0] - m);
-            sum += s[1] * f;
-#pragma unroll
-            for (int k = 0; k < N; k++) x[k] += s[2 + lane + 32 * k] * f;
-        }
+        float sum = 0, x[N] = {};
+        add_states<S>(x, &sum, states + h * STRIDE, n_heads, lane);
         float f = sum > 0 ? 1 / sum : 0;
 #pragma unroll
         for (int k = 0; k < N; k++) x[k] *= f;
@@ -558,7 +569,7 @@ KI_DEV void merge_turned(const float *states, const decode_args &a, const ki_pla
     }
 }
 
-/* The warps' states, in their order, into the result or the item's state. */
+/* The warps' states into the result or the item's state. */
 template <class S>
 KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item &item,
                         uint32_t item_index, uint32_t first_head, uint32_t n_heads) {
@@ -569,16 +580,8 @@ KI_DEV void merge_warps(float *states, const decode_args &a, const ki_plan_item 
         if ((item.splits >> 16) == 1) return merge_turned<S>(states, a, item, first_head, n_heads);
     for (uint32_t k = threadIdx.x; k < n_heads * S::D; k += N) {
         uint32_t h = k / S::D, c = k % S::D;
-        float m = -1e30f, sum = 0, value = 0;
-#pragma unroll
-        for (uint32_t w = 0; w < S::warps(); w++) m = fmaxf(m, states[(w * n_heads + h) * STRIDE]);
-#pragma unroll
-        for (uint32_t w = 0; w < S::warps(); w++) {
-            const float *s = states + (w * n_heads + h) * STRIDE;
-            float f = exp2_fast(s[0] - m);
-            sum += s[1] * f;
-            value += s[2 + c] * f;
-        }
+        float sum = 0, all[1] = {}, m = add_states<S>(all, &sum, states + h * STRIDE, n_heads, c);
+        float value = all[0];
         if ((item.splits >> 16) > 1) {
             uint64_t at = (uint64_t)item_index * a.l.n_heads + first_head + h;
             a.state_acc[at * S::D + c] = value;

@@ -150,10 +150,9 @@ static __global__ void __launch_bounds__(END_THREADS)
     copy_words(c, c.at.row_flags, c.n_rows);
     copy_words(c, c.at.finite, c.n_logits);
     copy_words(c, c.at.best, c.n_logits);
-    __threadfence_system();
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence_system();
+        __threadfence_system(); /* of what all threads wrote before they met */
         *(volatile uint32_t *)(c.host + c.at.number) = number;
     }
 }

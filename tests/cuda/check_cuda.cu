@@ -745,6 +745,7 @@ static void check_rest() {
 #include "sdpa_cases.cuh"
 #include "small_cases.cuh"
 #include "line_cases.cuh"
+#include "step_cases.cuh"
 
 int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
@@ -774,6 +775,7 @@ int main(int argc, char **argv) {
     check_small();
     check_plain();
     check_lines();
+    check_step_ends();
     printf("%u passed, %u failed, %u skipped\n", run.n_passed, run.n_failed, run.n_skipped);
     return run.n_failed != 0;
 }
