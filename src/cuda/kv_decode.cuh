@@ -528,8 +528,8 @@ KI_DEV void put_state(float *to, const warp_state<S> &st, const ki_cuda_layout &
     if (lane < 4 && h + 1 < n_heads) row1[0] = st.m[1], row1[1] = st.z[3]; /* of copy 0 */
 }
 
-/* Of the warps' states of one head, in their order: channels first + 32 k of their sum to x, the sum
- * of weights to *sum; returns the maximum that both are relative to. */
+/* Of the warps' states of one head, in their order: channels first + 32 k of their sum to x, the
+ * sum of weights to *sum; returns the maximum that both are relative to. */
 template <class S, int N>
 KI_DEV float add_states(float (&x)[N], float *sum, const float *state, uint32_t n_heads,
                         uint32_t first) {

@@ -103,8 +103,9 @@ static void run_begin(world_options o, uint32_t n_plans, uint32_t n_rows) {
     }
     rows.make(n_rows, 260, 1.7f, KI_CUDA_F16, r);
     for (size_t i = 0; i < UPLOAD; i++) from.data[i] = (uint8_t)r.u64();
-    to.make(UPLOAD), MUST(cudaMemset(to.data, STEP_UNTOUCHED, UPLOAD));
-    result.make(RESULT), MUST(cudaMemset(result.data, STEP_UNTOUCHED, RESULT));
+    to.make(UPLOAD), result.make(RESULT);
+    MUST(cudaMemset(to.data, STEP_UNTOUCHED, UPLOAD));
+    MUST(cudaMemset(result.data, STEP_UNTOUCHED, RESULT));
     std::vector<uint8_t> want(UPLOAD, STEP_UNTOUCHED);
     c.from = from.data, c.to = to.data, c.result = result.data, c.clear_bytes = CLEAR;
     c.n_plans = n_plans, c.embed = rows.c;
