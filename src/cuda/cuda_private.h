@@ -194,10 +194,10 @@ kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, cons
 ki_prompt_step ki_cuda_prompt_step(const ki_cuda_backend *b, uint32_t n_seqs);
 /* Which of the two kinds of layers the model has: those that see all, and local ones. */
 void ki_cuda_kinds_of(bool has[2], const ki_config *config);
-/* Queue the copy of what a step with prompts reads, from `up`, and of what a step with prompts or
- * draws leaves, to `down`. */
+/* Queue the copy of what a step with prompts reads, from `up`, and of n_bytes of the results, which
+ * begin at `from` there and in `down`. */
 kivi_status ki_cuda_put_upload(ki_cuda_backend *b, kivi_error *err);
-kivi_status ki_cuda_get_result(ki_cuda_backend *b, kivi_error *err);
+kivi_status ki_cuda_get_result(ki_cuda_backend *b, size_t from, size_t n_bytes, kivi_error *err);
 /* Queues all kernels of a step of this shape; what they read is in the upload. */
 kivi_status ki_cuda_run_pass(ki_cuda_backend *b, const ki_cuda_shape *shape, kivi_error *err);
 

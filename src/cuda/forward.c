@@ -239,6 +239,10 @@ static kivi_status queue_draws(const batch_state *s, kivi_error *err) {
     return ki_cuda_check(cudaGetLastError(), "draws", err);
 }
 
+static kivi_status get_drawn(const batch_state *s, kivi_error *err) {
+    return ki_cuda_get_result(s->b, s->b->result_at.drawn, s->n_draws * sizeof(int32_t), err);
+}
+
 static void relax(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -275,7 +279,8 @@ static kivi_status run(batch_state *s, kivi_error *err) {
     KI_TRY(launch(s, err));
     if (s->decode && !s->n_draws) return wait_for_number(b, b->n_decoded, err);
     KI_TRY(queue_draws(s, err));
-    KI_TRY(ki_cuda_get_result(b, err));
+    /* of decoding everything else is there already */
+    KI_TRY(s->decode ? get_drawn(s, err) : ki_cuda_get_result(b, 0, b->result_at.n_bytes, err));
     return ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "step", err);
 }
 
@@ -315,15 +320,11 @@ void ki_cuda_forward(ki_cuda_backend *b, ki_batch *batch) {
 kivi_status ki_cuda_draw_one(int32_t *id, ki_cuda_backend *b, uint32_t row, const ki_draw *draw,
                              kivi_error *err) {
     batch_state s = {.b = b};
-    cudaStream_t stream = b->memory.stream;
-    size_t at = b->result_at.drawn;
     *id = -1;
     if (!put_draw(&s, draw, row)) return KIVI_OK;
     KI_TRY(queue_draws(&s, err));
-    KI_TRY(ki_cuda_check(cudaMemcpyAsync(b->down + at, b->buffers.result + at, sizeof *id,
-                                         cudaMemcpyDeviceToHost, stream),
-                         "drawn token", err));
-    KI_TRY(ki_cuda_check(cudaStreamSynchronize(stream), "draw", err));
-    memcpy(id, b->down + at, sizeof *id);
+    KI_TRY(get_drawn(&s, err));
+    KI_TRY(ki_cuda_check(cudaStreamSynchronize(b->memory.stream), "draw", err));
+    memcpy(id, b->down + b->result_at.drawn, sizeof *id);
     return KIVI_OK;
 }

@@ -465,8 +465,8 @@ kivi_status ki_cuda_put_upload(ki_cuda_backend *b, kivi_error *err) {
                          "upload", err);
 }
 
-kivi_status ki_cuda_get_result(ki_cuda_backend *b, kivi_error *err) {
-    return ki_cuda_check(cudaMemcpyAsync(b->down, b->buffers.result, b->result_at.n_bytes,
+kivi_status ki_cuda_get_result(ki_cuda_backend *b, size_t from, size_t n_bytes, kivi_error *err) {
+    return ki_cuda_check(cudaMemcpyAsync(b->down + from, b->buffers.result + from, n_bytes,
                                          cudaMemcpyDeviceToHost, b->memory.stream),
                          "download", err);
 }
