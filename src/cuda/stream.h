@@ -18,6 +18,9 @@
  * finds empty multiprocessors and has one block on each, and a block of attention fits beside
  * either.
  *
+ * Ends. On sm_90 thread blocks that share the parts of an output are a cluster. Of up to 4 rows
+ * each row is added up by one of them: the others send it their sums (st.async) and are done.
+ *
  * Pace. A ring asks for more than memory gives in five microseconds, and whatever is asked for
  * behind that waits, instructions too. A product that comes while attention of one row is at work
  * asks in measured steps.
