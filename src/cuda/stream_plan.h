@@ -99,9 +99,9 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     p.here = p.parts / p.cluster;
     while (p.here << (p.group_bits + 1) <= KI_STREAM_WARPS) p.group_bits++;
     uint32_t share = KI_STREAM_MOST_TILES * (KI_STREAM_WARPS / p.here); /* most of a cluster */
-    uint32_t at_once = p.cluster == 1 ? d->n_sms : c->m == 1 ? d->n_pairs : d->n_clusters;
-    uint32_t rounds = ki_stream_over(n_tiles, at_once * share);
-    uint32_t n_clusters = KI_MIN(n_tiles, at_once * rounds);
+    uint32_t places = p.cluster == 1 ? d->n_sms : c->m == 1 ? d->n_pairs : d->n_clusters;
+    uint32_t rounds = ki_stream_over(n_tiles, places * share);
+    uint32_t n_clusters = KI_MIN(n_tiles, places * rounds);
     p.tiles = ki_stream_over(n_tiles, n_clusters);
     p.n_full = n_tiles - n_clusters * (p.tiles - 1);
     p.n_blocks = n_clusters * p.cluster;
@@ -117,8 +117,7 @@ static inline ki_stream_plan ki_stream_plan_of(const ki_stream_call *c, const ki
     p.n_stages = KI_MIN(p.chunks, KI_MIN(KI_MAX(2u, fit), KI_MAX(1u, most)));
     p.at_once = d->bulk && p.n_stages >= KI_STREAM_LEAST_FOR_TWO ? 2 : 1;
     p.n_stages -= p.n_stages % p.at_once;
-    uint32_t sums = p.here * cols * 8 * (p.tiles * TILE + 4) * 4;
-    if (p.sums_bytes) sums = 0;
+    uint32_t sums = p.sums_bytes ? 0 : p.here * cols * 8 * (p.tiles * TILE + 4) * 4;
     p.ring_bytes = KI_MAX(p.n_stages * p.stage_bytes, ki_stream_over(sums, UNIT) * UNIT);
     p.shared_bytes = p.ring_bytes + beside + UNIT;
     if (d->bulk && rounds == 1 && c->part == (c->m == 1 ? KI_STREAM_SECOND : KI_STREAM_FIRST))
